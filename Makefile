@@ -1,0 +1,45 @@
+# Two commands matter: `make demo` and `make test`. Both need Python 3.11 or newer with venv, and nothing else.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+LOCK   := .ci/requirements-dev.txt
+READY  := $(VENV)/.ready
+
+.PHONY: demo test lint types floors pytest lock clean
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: lint types floors pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+floors: $(READY)
+	$(BIN)/lint-imports
+
+pytest: $(READY)
+	$(BIN)/pytest --cov --cov-report=term
+
+# One environment, pinned and hashed; made again only when the lock or the project's metadata change.
+$(READY): $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "pybustcall needs Python 3.11 or newer: make PYTHON=python3.11 ..." >&2; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement $(LOCK)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $(READY)
+
+# Pin anew what the lock names. Run by hand, with a network; commit the result.
+lock:
+	$(PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	    --no-header --all-extras --group dev --upgrade --output-file $(LOCK) pyproject.toml
+
+clean:
+	rm -rf $(VENV) .venv-lock build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
