@@ -1,0 +1,412 @@
+"""The command line: the client's calls and the reference daemon, in the words of the API.
+
+It decides how results read on a terminal and as JSON, and which exit code they make; it does nothing that the API
+could not. Targets are shown whole here: they are the caller's own, on the caller's own terminal.
+
+Exit codes: 0 done; 1 refused or answered wrongly, repeating will not help; 2 wrong usage, target or settings, nothing
+was sent; 3 no daemon could do it in time, try again; 4 the daemon cannot start; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import os
+import sys
+import threading
+from concurrent.futures import CancelledError
+from functools import partial, wraps
+from itertools import repeat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+from pydantic import SecretStr
+
+from pybustcall.bustcall_core import BustcallClient
+from pybustcall.capabilities import VERSION
+from pybustcall.config import settings_from_env, settings_from_toml
+from pybustcall.errors import (
+    BustcallError,
+    BustFailed,
+    ConfigurationError,
+    DaemonsUnavailable,
+    DeadlineExceeded,
+    InvalidRequest,
+)
+from pybustcall.models import DEFAULT_STRATEGY, MAX_TARGET_BYTES, check_target
+from pybustcall.results import BustResult, error_class
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+
+    from click._termui_impl import ProgressBar
+
+    from pybustcall.capabilities import DaemonCapabilities
+    from pybustcall.models import DaemonStatus
+
+__all__ = ["cli", "run"]
+
+_REFUSED: Final = 1
+_USAGE: Final = 2
+_UNAVAILABLE: Final = 3
+_CANNOT_START: Final = 4
+_INTERRUPTED: Final = 130
+
+_T = TypeVar("_T")
+
+
+class _Failure(click.ClickException):
+    """One sentence on standard error, and an exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.code = exit_code
+
+
+def run() -> None:
+    """Run the command line and exit; no traceback ever reaches the user for an error that has a name."""
+    try:
+        code = cli.main(standalone_mode=False, prog_name="pybustcall")
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.code if isinstance(error, _Failure) else error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(_INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has gone; keep the interpreter from complaining about it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_REFUSED)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(VERSION, prog_name="pybustcall")
+def cli() -> None:
+    """Drop old values from caches, through bustcall daemons.
+
+    Settings come from BUSTCALL_* variables (BUSTCALL_URL, BUSTCALL_PEERS, BUSTCALL_TOKEN, ...), from the file given
+    with --config instead, and from the options, which win.
+    """
+
+
+def _client_options(command: Callable[..., int]) -> Callable[..., int]:
+    """Give a command the options that say which daemons to ask, and the client made of them."""
+
+    @click.option("--url", help="The hub's URL: http://, https:// or unix:///path/of.sock.")
+    @click.option("--peer", "peers", multiple=True, help="A peer's URL; repeat it for more.")
+    @click.option("--timeout", type=float, help="Seconds that one call may take in all.")
+    @click.option(
+        "--token-file", type=click.Path(path_type=Path), help="File with the bearer token (or set BUSTCALL_TOKEN)."
+    )
+    @click.option("--config", type=click.Path(path_type=Path), help="TOML file with a table [pybustcall].")
+    @wraps(command)
+    def with_client(
+        *,
+        url: str | None,
+        peers: tuple[str, ...],
+        timeout: float | None,
+        token_file: Path | None,
+        config: Path | None,
+        **own: Any,
+    ) -> int:
+        try:
+            settings = settings_from_env() if config is None else settings_from_toml(config)
+            given: dict[str, Any] = {"url": url, "peers": peers or None, "timeout": timeout}
+            given["token"] = None if token_file is None else SecretStr(_read_token(token_file))
+            client = BustcallClient.of_settings(
+                settings.model_copy(update={name: value for name, value in given.items() if value is not None})
+            )
+        except ConfigurationError as error:
+            raise _Failure(str(error), _USAGE) from error
+        return command(client, **own)
+
+    return with_client
+
+
+def _read_token(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise ConfigurationError(f"token file {path}: cannot be read ({error.strerror})", setting="token") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"token file {path}: holds more than visible ASCII", setting="token") from error
+
+
+@cli.command()
+@click.argument("targets", nargs=-1, required=True, metavar="TARGET...")
+@click.option("--strategy", default=DEFAULT_STRATEGY, show_default=True, help="direct, dimensional or hybrid.")
+@click.option("--fault-tolerance", type=int, help="0 to 12; fails iff the stage is below 12 minus this.")
+@click.option("--concurrency", type=click.IntRange(1), default=64, show_default=True, help="Busts under way at once.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each target.")
+@_client_options
+def bust(
+    client: BustcallClient,
+    targets: tuple[str, ...],
+    strategy: str,
+    fault_tolerance: int | None,
+    concurrency: int,
+    as_json: bool,
+) -> int:
+    """Have the old value of each TARGET dropped; a TARGET of "-" reads more from standard input, one a line."""
+    try:
+        for target in targets:
+            check_target(target)
+        if fault_tolerance is not None:
+            client = client.with_options(fault_tolerance=fault_tolerance)
+    except (InvalidRequest, ConfigurationError) as error:
+        raise _Failure(str(error), _USAGE) from error
+    return _run(_bust(client, targets, strategy, concurrency, as_json=as_json))
+
+
+async def _bust(
+    client: BustcallClient, targets: tuple[str, ...], strategy: str, concurrency: int, *, as_json: bool
+) -> int:
+    codes: set[int] = set()
+    known = None if "-" in targets else len(targets)
+    hidden = as_json or known == 1 or not sys.stderr.isatty()
+    progress: ProgressBar[None] = click.progressbar(
+        repeat(None) if known is None else None,
+        length=known,
+        label="busting",
+        file=sys.stderr,
+        hidden=hidden,
+        show_pos=True,
+    )
+    with progress as bar:
+
+        def tell(result: BustResult) -> None:
+            raised = not result.ok or result.stage < 12 - client.fault_tolerance
+            codes.add(_code_of(result) if raised else 0)
+            if as_json:
+                click.echo(json.dumps(_as_dict(result, failed=raised), ensure_ascii=False))
+            elif raised or hidden:
+                click.echo(_as_line(result), err=raised)
+            bar.update(1)
+
+        async with client:
+            report = await client.bust_many(
+                _targets(targets), concurrency=concurrency, strategy=strategy, on_progress=tell
+            )
+    if report.total != 1 and not as_json:
+        click.echo(f"{report.busted} of {report.total} busted in {report.elapsed:.3f} s", err=True)
+    return _REFUSED if _REFUSED in codes else max(codes, default=0)
+
+
+def _code_of(result: BustResult) -> int:
+    """Tell the exit code of a bust that failed: whether trying again may help."""
+    may_help = {DaemonsUnavailable, DeadlineExceeded}
+    return _UNAVAILABLE if not result.causes or error_class("exhausted", result.causes) in may_help else _REFUSED
+
+
+def _as_line(result: BustResult) -> str:
+    if result.ok:
+        where = f" by {result.daemon}" if result.daemon else ""
+        after = f", after {len(result.causes)} faults" if result.causes else ""
+        return f"{result.status} {result.target}{where} in {result.elapsed:.3f} s{after}"
+    reasons = "; ".join(dict.fromkeys(str(cause) for cause in result.causes)) or "the deadline was over"
+    return f"failed {result.target!r} (stage {result.stage}, applied: {result.applied}): {reasons}"
+
+
+def _as_dict(result: BustResult, *, failed: bool) -> dict[str, Any]:
+    return {
+        "target": result.target,
+        "ok": not failed,
+        "status": result.status,
+        "stage": result.stage,
+        "band": result.band,
+        "applied": result.applied,
+        "daemon": result.daemon,
+        "cache_key": result.cache_key,
+        "delegate": result.delegate,
+        "reported_stage": result.reported_stage,
+        "elapsed": round(result.elapsed, 6),
+        "attempts": [
+            {
+                "daemon": attempt.daemon,
+                "stage": attempt.stage,
+                "elapsed": round(attempt.elapsed, 6),
+                "error": None if attempt.error is None else {"kind": attempt.error.kind, "text": attempt.error.message},
+            }
+            for attempt in result.attempts
+        ],
+    }
+
+
+async def _targets(targets: Sequence[str]) -> AsyncIterator[str]:
+    for target in targets:
+        if target != "-":
+            yield target
+            continue
+        async for line in _lines():
+            yield line
+
+
+async def _lines() -> AsyncIterable[str]:
+    """Read standard input line by line without blocking the event loop; empty lines are passed over.
+
+    The reading thread uses the bare descriptor, so that it can be left behind when the command is interrupted.
+    """
+    stream = sys.stdin.buffer
+    try:
+        read: Callable[[], bytes] = partial(os.read, stream.fileno(), 65536)
+    except (io.UnsupportedOperation, AttributeError):  # not a file, as under test
+        read = partial(stream.read, 65536)
+    loop = asyncio.get_running_loop()
+    chunks: asyncio.Queue[bytes] = asyncio.Queue(maxsize=1)
+
+    def feed() -> None:
+        try:
+            while True:
+                chunk = read()
+                asyncio.run_coroutine_threadsafe(chunks.put(chunk), loop).result()
+                if not chunk:
+                    return
+        except (RuntimeError, CancelledError):  # the loop has ended without us
+            return
+
+    threading.Thread(target=feed, name="pybustcall-stdin", daemon=True).start()
+    rest = b""
+    while chunk := await chunks.get():
+        *lines, rest = (rest + chunk).split(b"\n")
+        rest = rest[: 2 * MAX_TARGET_BYTES]  # enough to be refused as too long, whatever follows
+        for line in lines:
+            if text := line.strip(b"\r\n"):
+                yield text.decode("utf-8", "surrogateescape")
+    if text := rest.strip(b"\r\n"):
+        yield text.decode("utf-8", "surrogateescape")
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each daemon.")
+@_client_options
+def status(client: BustcallClient, as_json: bool) -> int:
+    """Tell how each daemon is. Exits with 0 only if every one of them answered."""
+
+    def tell(reply: DaemonStatus) -> str:
+        return f"up, pid {reply.daemon_pid}, cache {reply.cache_size}, {len(reply.fault_history)} faults remembered"
+
+    def to_json(reply: DaemonStatus) -> dict[str, Any]:
+        return reply.model_dump(mode="json", exclude={"daemon"})
+
+    return _run(_ask_each(client, client.status, tell, to_json, as_json=as_json))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each daemon.")
+@_client_options
+def capabilities(client: BustcallClient, as_json: bool) -> int:
+    """Tell what each daemon can do. Exits with 0 only if every one of them answered."""
+
+    def tell(reply: DaemonCapabilities) -> str:
+        names = ", ".join(sorted(reply.names)) or "nothing advertised"
+        binding = f"{reply.document.binding} {reply.document.version}" if reply.document else "base protocol only"
+        return f"{binding}: {names}"
+
+    def to_json(reply: DaemonCapabilities) -> dict[str, Any]:
+        return {
+            "base_only": reply.base_only,
+            "capabilities": sorted(reply.names),
+            "document": reply.document.model_dump(mode="json") if reply.document else None,
+            "bindings": {name: binding.model_dump(mode="json") for name, binding in reply.bindings.items()},
+        }
+
+    return _run(_ask_each(client, client.capabilities, tell, to_json, as_json=as_json))
+
+
+async def _ask_each(
+    client: BustcallClient,
+    ask: Callable[..., Awaitable[_T]],
+    tell: Callable[[_T], str],
+    to_json: Callable[[_T], dict[str, Any]],
+    *,
+    as_json: bool,
+) -> int:
+    codes = {0}
+    async with client:
+        for daemon in client.daemons:
+            try:
+                reply = await ask(daemon=daemon)
+            except BustFailed as error:
+                codes.add(_UNAVAILABLE if isinstance(error, DaemonsUnavailable | DeadlineExceeded) else _REFUSED)
+                told = "; ".join(cause.message for cause in error.causes) or str(error)
+                line = {"daemon": daemon, "ok": False, "error": type(error).__name__, "text": told}
+                click.echo(json.dumps(line) if as_json else f"{daemon}: {told}", err=not as_json)
+            else:
+                line = {"daemon": daemon, "ok": True, **to_json(reply)}
+                click.echo(json.dumps(line) if as_json else f"{daemon}: {tell(reply)}")
+    return _REFUSED if _REFUSED in codes else max(codes)
+
+
+@cli.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; another needs a token.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8989, show_default=True, help="0 lets the system choose."
+)
+@click.option("--socket", type=click.Path(path_type=Path), help="Unix socket to listen on instead.")
+@click.option("--backend", type=click.Choice(["memory", "files"]), help="What to bust; files if --root is given.")
+@click.option("--root", type=click.Path(path_type=Path), help="Directory of the files backend: a key is a path below.")
+@click.option("--register", type=click.Path(path_type=Path), help='JSON file {"entry": ["what it depends on"]}.')
+@click.option("--allow-host", "hosts", multiple=True, help="A name that a Host header may say, beside the own ones.")
+@click.option(
+    "--token-file", type=click.Path(path_type=Path), help="File with the token to ask for (or BUSTCALL_TOKEN)."
+)
+@click.option("--drain", type=click.FloatRange(0, 3600), default=10.0, show_default=True, help="Seconds to finish in.")
+@click.option("--json", "as_json", is_flag=True, help="Say where it listens as a JSON object.")
+def daemon(
+    host: str,
+    port: int,
+    socket: Path | None,
+    backend: str | None,
+    root: Path | None,
+    register: Path | None,
+    hosts: tuple[str, ...],
+    token_file: Path | None,
+    drain: float,
+    as_json: bool,
+) -> int:
+    """Run the reference daemon until SIGTERM or Ctrl-C; says on standard output where it listens."""
+    try:
+        from pybustcall import daemon as package  # noqa: PLC0415 - needs an extra
+    except ImportError as error:
+        raise _Failure(str(error), _CANNOT_START) from error
+    kind = backend or ("files" if root is not None else "memory")
+    if (kind == "files") != (root is not None):
+        raise click.UsageError("the files backend and --root DIRECTORY go together")
+    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
+
+    def ready(url: str) -> None:
+        told = {"url": url, "pid": os.getpid(), "backend": kind}
+        line = json.dumps(told) if as_json else f"bustcall daemon listening on {url} ({kind} backend)"
+        click.echo(line)
+        sys.stdout.flush()
+
+    try:
+        token = os.environ.get("BUSTCALL_TOKEN") or None if token_file is None else _read_token(token_file)
+        settings = package.DaemonSettings(
+            host=host, port=port, socket=socket, token=token, allowed_hosts=hosts, drain=drain
+        )
+        package.check_settings(settings)
+        index = package.Index()
+        engine = package.Engine(package.MemoryBackend(index) if root is None else package.FilesBackend(root), index)
+        if register is not None:
+            engine.load_registrations(register)
+        _run(package.serve(engine, settings, ready=ready))
+    except (ConfigurationError, package.BackendFailure) as error:
+        raise _Failure(str(error), _CANNOT_START) from error
+    return 0
+
+
+def _run(work: Coroutine[Any, Any, _T]) -> _T:
+    """Run a command's work; our own errors become one sentence and an exit code."""
+    try:
+        return asyncio.run(work)
+    except ConfigurationError:
+        raise
+    except InvalidRequest as error:
+        raise _Failure(str(error), _USAGE) from error
+    except BustcallError as error:
+        raise _Failure(str(error), _REFUSED) from error

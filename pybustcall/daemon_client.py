@@ -1,0 +1,387 @@
+"""One daemon over HTTP: what is sent, what is read, and what a failure is called.
+
+This is the one place where foreign errors become ours: whatever aiohttp, the network, TLS or a strange server can do
+leaves here as `AttemptFailed` with a `Fault`, or not at all. Cancellation passes untouched. Which daemon to ask, and
+how often, is `dispatcher`'s affair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import socket
+import ssl
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from time import time
+from typing import TYPE_CHECKING, Final, TypeVar, final
+
+import aiohttp
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from pybustcall.capabilities import SEMVERX, DaemonCapabilities
+from pybustcall.errors import BustcallError, SlotTimeout
+from pybustcall.faults import AttemptFailed, Fault, FaultKind, kind_of_status
+from pybustcall.models import (
+    BINDING,
+    BindingCapabilities,
+    BustReply,
+    CapabilityDocument,
+    DaemonStatus,
+    Problem,
+    StatusReply,
+    explain,
+    redact,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pybustcall.errors import Applied
+    from pybustcall.models import BustRequest
+    from pybustcall.session import Lease, SessionManager
+    from pybustcall.topology import DaemonAddress
+
+__all__ = ["MAX_REPLY_BYTES", "DaemonClient"]
+
+MAX_REPLY_BYTES: Final = 1024 * 1024
+"""How much of a reply is read by default; a longer one is a protocol violation."""
+
+_MAX_ERROR_BYTES: Final = 4096
+_MAX_QUOTE: Final = 200
+_BUST: Final = "/api/v1/bust"
+_STATUS: Final = "/api/v1/status"
+_CAPABILITIES: Final = "/api/v1/capabilities"
+_BINDINGS: Final = "/api/v1/bindings/capabilities"
+_BINDINGS_MAP: Final = TypeAdapter(dict[str, BindingCapabilities])
+_JSON: Final = "application/json"
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """The status and the bounded body of one HTTP answer. `hidden` is what no quotation of it may show."""
+
+    status: int
+    content_type: str
+    retry_after: float | None
+    body: bytes
+    hidden: dict[str, str] = field(default_factory=dict)
+
+
+class _TooLarge(Exception):
+    """A body went over its limit."""
+
+
+@final
+class DaemonClient:
+    """Speaks the daemon protocol with one daemon.
+
+    - `address`: where it listens
+    - `sessions`: lends the connections
+    - `token`: sent as a bearer token, or None
+    - `max_reply_bytes`: how much of a reply is read
+
+    Every method takes `until`, an absolute time of the running loop's clock at which the attempt is given up, and
+    `deadline`, the one of the whole call, which is told to the daemon. Every failure is an `AttemptFailed`.
+    """
+
+    def __init__(
+        self,
+        address: DaemonAddress,
+        sessions: SessionManager,
+        *,
+        token: str | None = None,
+        max_reply_bytes: int = MAX_REPLY_BYTES,
+    ) -> None:
+        self.address = address
+        self._sessions = sessions
+        self._limit = max_reply_bytes
+        self._headers = {
+            "Accept": f"{_JSON}, application/problem+json",
+            "Accept-Encoding": "identity",
+            "Bustcall-Binding": BINDING,
+            "Bustcall-Version": SEMVERX,
+        }
+        self._hidden: dict[str, str] = {}
+        if token is not None:
+            self._headers["Authorization"] = f"Bearer {token}"
+            self._hidden[token] = "***"
+
+    @property
+    def url(self) -> str:
+        """The daemon's URL, which names it in results and errors."""
+        return self.address.url
+
+    def __repr__(self) -> str:
+        return f"DaemonClient({self.url})"
+
+    async def bust(self, request: BustRequest, *, until: float, deadline: float) -> BustReply:
+        """Ask the daemon to bust; return its reply, which is checked to belong to this target."""
+        answer = await self._exchange("POST", _BUST, until, deadline, request.model_dump_json().encode())
+        answer.hidden[request.target] = redact(request.target)
+        self._expect_success(answer)
+        reply = self._read(BustReply, answer)
+        if not reply.answers(request.target):
+            raise self._failed(
+                FaultKind.MALFORMED, "its answer is for another target (the cache_key differs)", "maybe", answer
+            )
+        return reply
+
+    async def status(self, *, until: float, deadline: float) -> DaemonStatus:
+        """Ask how the daemon is."""
+        answer = await self._exchange("GET", _STATUS, until, deadline)
+        self._expect_success(answer)
+        return DaemonStatus.model_construct(daemon=self.url, **dict(self._read(StatusReply, answer)))
+
+    async def capabilities(self, *, until: float, deadline: float) -> DaemonCapabilities:
+        """Ask what the daemon can do, on either route; a daemon with neither is taken as base-only."""
+        answer = await self._exchange("GET", _CAPABILITIES, until, deadline)
+        if answer.status != 404:
+            self._expect_success(answer)
+            return DaemonCapabilities(self.url, document=self._read(CapabilityDocument, answer))
+        answer = await self._exchange("GET", _BINDINGS, until, deadline)
+        if answer.status == 404:
+            return DaemonCapabilities(self.url)
+        self._expect_success(answer)
+        try:
+            return DaemonCapabilities(self.url, bindings=_BINDINGS_MAP.validate_json(answer.body))
+        except ValidationError as error:
+            raise self._malformed(answer, error) from error
+
+    async def _exchange(
+        self, method: str, path: str, until: float, deadline: float, body: bytes | None = None
+    ) -> _Answer:
+        """Send one request and read its answer whole, under the time limit and the size limit.
+
+        A used connection that turns out closed before any byte of the answer says nothing of the daemon (servers
+        close idle ones): the request is sent again at once on a fresh one, and the attempt is still the same.
+        """
+        sent_before = False
+        while True:
+            now = asyncio.get_running_loop().time()
+            # What may be applied already stays "maybe" through everything that follows.
+            unsent: Applied = "maybe" if sent_before else "no"
+            lease: Lease | None = None
+            try:
+                async with (
+                    asyncio.timeout_at(until),
+                    self._sessions.lease(self.address, wait=max(0.0, until - now)) as lease,
+                ):
+                    return await self._send(lease, method, path, deadline - now, body)
+            except SlotTimeout as error:
+                raise self._failed(FaultKind.NO_SLOT, "no connection slot came free in time", unsent) from error
+            except _TooLarge as error:
+                raise self._failed(
+                    FaultKind.MALFORMED, f"its answer is larger than {self._limit} bytes", "maybe"
+                ) from error
+            except BustcallError:
+                raise  # ours already: the client is closed, or a session that was passed in cannot be used
+            except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+                if lease is None:  # the time for the attempt and for the slot ended together
+                    raise self._failed(FaultKind.NO_SLOT, "no connection slot came free in time", unsent) from error
+                if _is_stale(lease, error) and not sent_before:
+                    sent_before = True
+                    continue
+                # A session that was passed in notes nothing: then only an error of connecting is sure.
+                connected = lease.exchange.connected if lease.notes else not _before_sending(error)
+                kind, message = _classify(error, connected=connected)
+                raise self._failed(kind, message, "maybe" if connected else unsent) from error
+
+    async def _send(self, lease: Lease, method: str, path: str, left: float, body: bytes | None) -> _Answer:
+        headers = {**self._headers, "Bustcall-Timeout-Ms": str(max(0, math.floor(left * 1000)))}
+        if body is not None:
+            headers["Content-Type"] = _JSON
+        try:
+            async with lease.session.request(
+                method,
+                lease.url(path),
+                data=body,
+                headers=headers,
+                allow_redirects=False,
+                timeout=self._sessions.request_timeout,
+            ) as response:
+                lease.exchange.answered = True
+                limit = self._limit if response.status == 200 else _MAX_ERROR_BYTES
+                return _Answer(
+                    status=response.status,
+                    content_type=response.headers.get("Content-Type", ""),
+                    retry_after=_seconds(response.headers.get("Retry-After")),
+                    body=await _read_bounded(response, limit, truncate=response.status != 200),
+                    hidden=dict(self._hidden),
+                )
+        except (aiohttp.ClientError, OSError) as error:
+            if _is_stale(lease, error):
+                self._sessions.retire(lease)
+            raise
+
+    def _expect_success(self, answer: _Answer) -> None:
+        kind = kind_of_status(answer.status)
+        if kind is None:
+            return
+        said = _quote(answer)
+        if 300 <= answer.status < 400:
+            message = f"it answered with a redirect (HTTP {answer.status}), which is never followed{said}"
+        elif kind is FaultKind.MALFORMED:
+            message = f"it answered HTTP {answer.status}, which the protocol does not know{said}"
+        elif kind is FaultKind.NOT_THIS_SERVICE:
+            message = f"this is not a bustcall daemon's route (HTTP {answer.status}){said}"
+        elif kind is FaultKind.TOKEN_REFUSED:
+            message = f"it refused the token (HTTP {answer.status}){said}"
+        elif kind is FaultKind.NOT_ALLOWED:
+            message = f"it does not allow this (HTTP {answer.status}){said}"
+        elif kind is FaultKind.REJECTED:
+            message = f"it refused the request (HTTP {answer.status}){said}"
+        else:
+            message = f"it answered HTTP {answer.status}{said}"
+        raise self._failed(kind, message, _APPLIED.get(kind, "no"), answer)
+
+    def _read(self, model: type[_Model], answer: _Answer) -> _Model:
+        try:
+            return model.model_validate_json(answer.body)
+        except ValidationError as error:
+            raise self._malformed(answer, error) from error
+
+    def _malformed(self, answer: _Answer, error: ValidationError) -> AttemptFailed:
+        field, why = explain(error)
+        if "json" not in answer.content_type:
+            why = f"it is {answer.content_type.partition(';')[0] or 'untyped'}, not JSON{_quote(answer)}"
+        elif field is not None:
+            why = f"{field}: {why}"
+        return self._failed(FaultKind.MALFORMED, f"its answer is not what the protocol says: {why}", "maybe", answer)
+
+    def _failed(self, kind: FaultKind, message: str, applied: Applied, answer: _Answer | None = None) -> AttemptFailed:
+        return AttemptFailed(
+            Fault(
+                kind=kind,
+                daemon=self.url,
+                message=message,
+                applied=applied,
+                status=answer.status if answer is not None else None,
+                retry_after=answer.retry_after if answer is not None else None,
+            )
+        )
+
+
+_APPLIED: Final[Mapping[FaultKind, Applied]] = {
+    # A server that fails may have done the work before; a proxy's 503 may hide one that did.
+    FaultKind.SERVER_ERROR: "maybe",
+    FaultKind.THROTTLED: "maybe",
+    FaultKind.MALFORMED: "maybe",
+    FaultKind.DISCONNECTED: "maybe",
+}
+
+
+def _is_stale(lease: Lease, error: BaseException) -> bool:
+    """Tell whether a used connection was found closed before any byte of the answer."""
+    lost = isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError | ConnectionError)
+    return lost and lease.exchange.reused and not lease.exchange.answered
+
+
+def _before_sending(error: BaseException) -> bool:
+    """Tell whether an error can only come from making the connection, or from before that."""
+    return isinstance(
+        error,
+        aiohttp.ClientConnectorError
+        | aiohttp.ClientConnectorCertificateError
+        | aiohttp.ServerFingerprintMismatch
+        | aiohttp.ConnectionTimeoutError
+        | aiohttp.InvalidURL,
+    )
+
+
+def _classify(error: BaseException, *, connected: bool) -> tuple[FaultKind, str]:  # noqa: PLR0911 - one line a kind
+    """Name what a foreign error means: the kind of fault, and one sentence."""
+    match error:
+        case aiohttp.ClientConnectorCertificateError() | aiohttp.ServerFingerprintMismatch():
+            return FaultKind.CERTIFICATE, f"its certificate cannot be trusted ({_reason(error)})"
+        case aiohttp.ClientConnectorDNSError():
+            return FaultKind.UNREACHABLE, f"its name cannot be resolved ({_reason(error)})"
+        case aiohttp.ClientConnectorSSLError() | aiohttp.ClientSSLError():
+            return _classify_handshake(error.os_error)
+        case aiohttp.ClientConnectorError():  # a Unix socket's, and a proxy's, are kinds of it
+            return FaultKind.UNREACHABLE, f"no connection could be made ({_reason(error)})"
+        case aiohttp.ClientHttpProxyError():
+            return FaultKind.UNREACHABLE, f"the proxy on the way would not connect (HTTP {error.status})"
+        case aiohttp.ConnectionTimeoutError():
+            return FaultKind.TIMED_OUT, "no connection was made in time"
+        case TimeoutError():
+            return FaultKind.TIMED_OUT, "no answer came in time" if connected else "no connection was made in time"
+        case aiohttp.ServerDisconnectedError():
+            return FaultKind.DISCONNECTED, "it closed the connection without an answer"
+        case aiohttp.ClientPayloadError():
+            return FaultKind.DISCONNECTED, "it closed the connection in the middle of its answer"
+        case aiohttp.ClientConnectionError() | OSError():
+            if isinstance(error, ssl.SSLError):
+                return _classify_handshake(error)
+            return FaultKind.DISCONNECTED, f"the connection broke ({_reason(error)})"
+        case _:  # what is left of ClientError and ValueError: an answer that is not HTTP
+            return FaultKind.MALFORMED, f"its answer is not HTTP ({_reason(error)})"
+
+
+def _classify_handshake(error: BaseException) -> tuple[FaultKind, str]:
+    """Tell a broken handshake, which may work next time, from one that never can."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return FaultKind.CERTIFICATE, f"its certificate cannot be trusted ({_reason(error)})"
+    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ConnectionError) or not isinstance(
+        error, ssl.SSLError
+    ):
+        return FaultKind.UNREACHABLE, f"the TLS handshake broke ({_reason(error)})"
+    return FaultKind.MALFORMED, f"it does not speak TLS as expected ({_reason(error)})"
+
+
+def _reason(error: BaseException) -> str:
+    """Tell an error in a few words of its own, on one line."""
+    inner = getattr(error, "os_error", None) or getattr(error, "certificate_error", None) or error
+    number = getattr(inner, "errno", None)
+    plain = isinstance(inner, OSError) and not isinstance(inner, ssl.SSLError | socket.gaierror)
+    text = os.strerror(number) if plain and number else str(inner) or type(inner).__name__
+    return " ".join(str(text).split())[:_MAX_QUOTE]
+
+
+def _quote(answer: _Answer) -> str:
+    """Quote what a daemon said in an error's body: a problem's detail, or the beginning of a text."""
+    text = ""
+    if "json" in answer.content_type:
+        try:
+            problem = Problem.model_validate_json(answer.body)
+            text = problem.detail
+        except ValidationError:
+            text = ""
+    text = text or answer.body.decode("utf-8", "replace")
+    for secret, shown in answer.hidden.items():
+        text = text.replace(secret, shown)
+    text = "".join(character if character.isprintable() else " " for character in text)
+    text = " ".join(text.split())
+    if not text:
+        return ""
+    return f": {text[:_MAX_QUOTE]}{'…' if len(text) > _MAX_QUOTE else ''}"
+
+
+async def _read_bounded(response: aiohttp.ClientResponse, limit: int, *, truncate: bool) -> bytes:
+    """Read a body up to `limit` bytes; beyond it, cut it off (`truncate`) or raise. The connection is then closed."""
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > limit:
+            response.close()
+            if truncate:
+                return bytes(body[:limit])
+            raise _TooLarge
+    return bytes(body)
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Read a Retry-After header: a number of seconds or an HTTP date (RFC 9110, section 10.2.3)."""
+    if retry_after is None:
+        return None
+    text = retry_after.strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time())
+    except (ValueError, OverflowError):
+        return None

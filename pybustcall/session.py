@@ -1,0 +1,497 @@
+"""The session manager: pooled aiohttp sessions, one for each event loop and daemon, opened and closed here alone.
+
+It decides who may use a connection and when (a gate, first come first served), which session belongs to which loop,
+and what becomes of all that at the end, after a fork, and in another loop. What is sent is `daemon_client`'s affair.
+
+Theory of operation. aiohttp's own pool is left unlimited, because its waiters starve each other; a `_Gate` in front
+admits at most `per_daemon` and `total` leases and hands a freed slot to whoever waits longest and can use it. State is
+kept per running loop. A loop's sessions are closed with the client, or, if the loop ends first, with the loop: an
+asynchronous generator stands guard, which `asyncio.run` closes before it closes the loop. After a fork the child
+never touches what it inherited, not even to close it: the event loop's epoll descriptor is shared with the parent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+import threading
+from collections import OrderedDict
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, final
+from weakref import WeakKeyDictionary, WeakSet
+
+import aiohttp
+
+from pybustcall.errors import ClientClosed, ConfigurationError, SlotTimeout
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+
+    from pybustcall.policies import Pool
+    from pybustcall.topology import DaemonAddress
+
+__all__ = ["TLS", "DaemonPoolStatistics", "Exchange", "Lease", "PoolStatistics", "SessionManager"]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TLS:
+    """How daemons behind https:// are known, and how this client shows who it is.
+
+    - `ca`: PEM file of the authorities to trust instead of the system's
+    - `cert`, `key`: PEM files of a client certificate and its private key (`key` may be inside `cert`)
+    - `key_password`: password of the key; never shown
+    """
+
+    ca: str | os.PathLike[str] | None = None
+    cert: str | os.PathLike[str] | None = None
+    key: str | os.PathLike[str] | None = None
+    key_password: str | None = field(default=None, repr=False)
+
+    def make_context(self) -> ssl.SSLContext:
+        """Load the files; raise `ConfigurationError`, naming the setting, for one that cannot be used."""
+        if self.key is not None and self.cert is None:
+            raise ConfigurationError("tls.key is given without tls.cert, the certificate it belongs to", setting="tls")
+        for setting, path in (("tls.ca", self.ca), ("tls.cert", self.cert), ("tls.key", self.key)):
+            if path is not None and not Path(path).is_file():
+                raise ConfigurationError(f"{setting}: there is no file {os.fspath(path)!r}", setting=setting)
+        try:
+            context = ssl.create_default_context(cafile=self.ca)
+        except (ssl.SSLError, OSError) as error:
+            raise ConfigurationError(
+                f"tls.ca: {os.fspath(self.ca or '')!r} holds no usable certificates ({error})", setting="tls.ca"
+            ) from error
+        if self.cert is not None:
+            try:
+                # Without a password OpenSSL would ask for one on the terminal; the empty one makes it fail instead.
+                context.load_cert_chain(self.cert, self.key, password=self.key_password or "")
+            except (ssl.SSLError, OSError, ValueError) as error:
+                raise ConfigurationError(
+                    f"tls.cert: {os.fspath(self.cert)!r} and its key cannot be used ({error})", setting="tls.cert"
+                ) from error
+        return context
+
+
+@final
+@dataclass(slots=True)
+class Exchange:
+    """What is noted of one request: whether it got a connection, whether a used one, and whether an answer began."""
+
+    connected: bool = False
+    reused: bool = False
+    answered: bool = False
+
+
+_EXCHANGE: ContextVar[Exchange | None] = ContextVar("pybustcall_exchange", default=None)
+
+
+class _NotingConnector(aiohttp.BaseConnector):
+    """Tells the exchange under way that it has its connection. A TraceConfig could too, for an eighth of the time."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._used: WeakSet[object] = WeakSet()
+
+    async def connect(self, *request: Any, **how: Any) -> Any:
+        connection = await super().connect(*request, **how)
+        if (exchange := _EXCHANGE.get()) is not None:
+            exchange.connected = True
+            exchange.reused = connection.protocol in self._used
+        self._used.add(connection.protocol)
+        return connection
+
+
+class _TCPConnector(_NotingConnector, aiohttp.TCPConnector):
+    pass
+
+
+class _UnixConnector(_NotingConnector, aiohttp.UnixConnector):
+    pass
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class DaemonPoolStatistics:
+    """Connections of one daemon: slots `in_use`, calls `waiting` for one."""
+
+    in_use: int
+    waiting: int
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PoolStatistics:
+    """A snapshot of the pool, over all event loops of this process.
+
+    - `calls`: calls under way now, those in a backoff included
+    - `in_use`, `waiting`: slots held and calls waiting for one, now
+    - `granted`, `timed_out`: slots handed out, and waits that ended in `SlotTimeout`, since the client was made
+    - `refreshed`: how often stale connections were replaced by fresh ones
+    - `sessions`: aiohttp sessions open now
+    - `daemons`: the same by daemon URL
+    """
+
+    calls: int = 0
+    in_use: int = 0
+    waiting: int = 0
+    granted: int = 0
+    timed_out: int = 0
+    refreshed: int = 0
+    sessions: int = 0
+    daemons: Mapping[str, DaemonPoolStatistics] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@final
+class _Gate:
+    """Admits at most so many at once for each daemon and in all; first come, first served. One loop only.
+
+    A freed slot goes to the one who waits longest among those whose daemon has room, so that a saturated daemon
+    delays nobody else's calls.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._turn = 0
+        self.in_use: dict[str, int] = {}
+        self.waiters: dict[str, OrderedDict[asyncio.Future[None], int]] = {}
+        self.total = 0
+        self.granted = 0
+        self.timed_out = 0
+
+    async def acquire(self, daemon: str, wait: float) -> None:
+        """Take a slot, waiting at most `wait` seconds for it; raise `SlotTimeout` if none came free."""
+        queue = self.waiters.setdefault(daemon, OrderedDict())
+        if not queue and self._has_room(daemon):
+            self._take(daemon)
+            return
+        slot = asyncio.get_running_loop().create_future()
+        self._turn += 1
+        queue[slot] = self._turn
+        try:
+            async with asyncio.timeout(wait):
+                await slot
+        except BaseException as error:
+            if queue.pop(slot, None) is None:  # granted in the same moment in which the wait ended
+                self.release(daemon)
+            if isinstance(error, TimeoutError):
+                self.timed_out += 1
+                raise SlotTimeout(
+                    f"no connection slot for {daemon} came free within {wait:.3f} s: {self.in_use.get(daemon, 0)} of "
+                    f"{self._pool.per_daemon} are in use there, {self.total} of {self._pool.total} in all. Nothing was "
+                    "sent; make fewer calls at once or allow more with pool=Pool(...)",
+                    daemon=daemon,
+                ) from None
+            raise
+
+    def release(self, daemon: str) -> None:
+        """Give a slot back, and hand it on."""
+        self.in_use[daemon] -= 1
+        self.total -= 1
+        while (heir := self._longest_waiting()) is not None:
+            slot, _ = self.waiters[heir].popitem(last=False)
+            self._take(heir)
+            slot.set_result(None)
+
+    def _take(self, daemon: str) -> None:
+        self.in_use[daemon] = self.in_use.get(daemon, 0) + 1
+        self.total += 1
+        self.granted += 1
+
+    def _has_room(self, daemon: str) -> bool:
+        return self.total < self._pool.total and self.in_use.get(daemon, 0) < self._pool.per_daemon
+
+    def _longest_waiting(self) -> str | None:
+        heads = (
+            (next(iter(queue.values())), daemon)
+            for daemon, queue in self.waiters.items()
+            if queue and self._has_room(daemon)
+        )
+        return min(heads, default=(0, None))[1]
+
+
+@final
+@dataclass(eq=False, slots=True)
+class Lease:
+    """The right to one request to one daemon: its session, and where its routes begin.
+
+    `notes` tells whether the session's connector fills in `exchange`; one that was passed in does not.
+    """
+
+    address: DaemonAddress
+    session: aiohttp.ClientSession
+    notes: bool
+    exchange: Exchange = field(default_factory=Exchange)
+    retired: bool = False
+
+    def url(self, path: str) -> str:
+        """Tell the URL of a route."""
+        return self.address.base + path
+
+
+@final
+@dataclass(eq=False, slots=True)
+class _Pooled:
+    session: aiohttp.ClientSession
+    leases: int = 0
+
+
+@final
+class _LoopState:
+    """Everything that belongs to one running event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, pool: Pool) -> None:
+        self.loop = loop
+        self.pool = pool
+        self.gate = _Gate(pool)
+        self.sessions: dict[str, _Pooled] = {}
+        self.retired: set[_Pooled] = set()
+        self.calls = 0
+        self.refreshed = 0
+        self.closed = False
+        self.cleanup: set[asyncio.Task[None]] = set()
+        self.quiet = asyncio.Event()
+        self.quiet.set()
+        self.guard = self._stand_guard()
+        self.closing: asyncio.Task[None] | None = None
+
+    async def _stand_guard(self) -> AsyncGenerator[None, None]:
+        """Close the sessions when the generator is closed: by `aclose`, or by the loop at its end."""
+        try:
+            yield
+        finally:
+            self.closed = True
+            pooled_ones = [*self.sessions.values(), *self.retired]
+            self.sessions.clear()
+            self.retired.clear()
+            for pooled in pooled_ones:
+                await pooled.session.close()
+            if self.cleanup:
+                await asyncio.wait(self.cleanup)
+
+    async def close(self) -> None:
+        """Wait for calls under way (at most `drain` seconds), then close the sessions. Repeating it is harmless.
+
+        A cancellation cuts the drain short, but not the closing; it arrives when that is done.
+        """
+        if self.closing is None:
+            self.closing = self.loop.create_task(self._close())
+        try:
+            await asyncio.shield(self.closing)
+        except asyncio.CancelledError:
+            self.quiet.set()
+            while not self.closing.done():
+                try:
+                    await asyncio.wait({self.closing})
+                except asyncio.CancelledError:
+                    continue
+            raise
+
+    async def _close(self) -> None:
+        try:
+            async with asyncio.timeout(self.pool.drain):
+                await self.quiet.wait()
+        except TimeoutError:
+            pass
+        await self.guard.aclose()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run cleanup that must not wait for its caller; the guard waits for it."""
+        task = self.loop.create_task(work)
+        self.cleanup.add(task)
+        task.add_done_callback(self.cleanup.discard)
+
+
+@final
+class SessionManager:
+    """Opens, lends and closes the pooled sessions of one client.
+
+    - `pool`: limits and times
+    - `tls`: for https:// daemons; loaded at once, so that a bad file is a `ConfigurationError` here
+    - `trust_env`: whether proxies from the environment are used
+    - `session`: an aiohttp session to use instead of own ones; it is never closed here
+    """
+
+    def __init__(
+        self,
+        *,
+        pool: Pool,
+        tls: TLS | None = None,
+        trust_env: bool = False,
+        session: aiohttp.ClientSession | None = None,
+    ) -> None:
+        self._pool = pool
+        self._ssl: ssl.SSLContext | bool = tls.make_context() if tls is not None else True
+        self._trust_env = trust_env
+        self._timeout = aiohttp.ClientTimeout(total=None, connect=pool.connect)
+        self._given = session
+        self._given_loop: asyncio.AbstractEventLoop | None = None
+        self._states: WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = WeakKeyDictionary()
+        self._lock = threading.Lock()  # for the table alone: loops in other threads enter themselves there
+        self._pid = os.getpid()
+        self._inherited: list[object] = []
+        self._closed = False
+
+    @property
+    def request_timeout(self) -> aiohttp.ClientTimeout:
+        """The one limit that aiohttp holds, on making a connection; deadlines are held by the callers."""
+        return self._timeout
+
+    @property
+    def closed(self) -> bool:
+        """Whether `aclose` was called."""
+        return self._closed
+
+    @property
+    def is_open(self) -> bool:
+        """Whether sessions are open that nobody has closed, nor can any more once the manager is dropped."""
+        return self._pid == os.getpid() and any(
+            state.sessions and not state.loop.is_closed() for state in self._snapshot()
+        )
+
+    @asynccontextmanager
+    async def call(self) -> AsyncIterator[None]:
+        """Count one call as under way, so that `aclose` waits for it; raise `ClientClosed` after `aclose`."""
+        if self._closed:
+            raise ClientClosed("the client is closed; nothing was sent. Make a new one, or call before aclose")
+        state = await self._state()
+        state.calls += 1
+        state.quiet.clear()
+        try:
+            yield
+        finally:
+            state.calls -= 1
+            if not state.calls:
+                state.quiet.set()
+
+    @asynccontextmanager
+    async def lease(self, address: DaemonAddress, *, wait: float | None = None) -> AsyncIterator[Lease]:
+        """Lend a slot and a session for one request to a daemon.
+
+        Waits at most `wait` seconds (by default the pool's) for a slot, else raises `SlotTimeout`. What the connector
+        notes of the request is in the lease's `exchange`. Raises `ClientClosed` once the sessions are closed.
+        """
+        state = await self._state()
+        await state.gate.acquire(address.url, self._pool.wait if wait is None else min(wait, self._pool.wait))
+        try:
+            pooled = self._pooled(state, address)
+            pooled.leases += 1
+            lease = Lease(address, pooled.session, notes=self._given is None)
+            token = _EXCHANGE.set(lease.exchange)
+            try:
+                yield lease
+            finally:
+                _EXCHANGE.reset(token)
+                pooled.leases -= 1
+                if lease.retired:
+                    self._retire(state, address, pooled)
+                if pooled in state.retired and not pooled.leases:
+                    state.retired.discard(pooled)
+                    state.spawn(pooled.session.close())
+        finally:
+            state.gate.release(address.url)
+
+    @staticmethod
+    def retire(lease: Lease) -> None:
+        """Say that the connections of this lease's session are stale: later leases get a session with fresh ones."""
+        lease.retired = True
+
+    def statistics(self) -> PoolStatistics:
+        """Take a snapshot of the pool."""
+        states = self._snapshot() if self._pid == os.getpid() else []
+        daemons: dict[str, DaemonPoolStatistics] = {}
+        for state in states:
+            for daemon, queue in state.gate.waiters.items():
+                before = daemons.get(daemon, DaemonPoolStatistics(0, 0))
+                in_use = before.in_use + state.gate.in_use.get(daemon, 0)
+                daemons[daemon] = DaemonPoolStatistics(in_use, before.waiting + len(queue))
+        return PoolStatistics(
+            calls=sum(state.calls for state in states),
+            in_use=sum(state.gate.total for state in states),
+            waiting=sum(daemon.waiting for daemon in daemons.values()),
+            granted=sum(state.gate.granted for state in states),
+            timed_out=sum(state.gate.timed_out for state in states),
+            refreshed=sum(state.refreshed for state in states),
+            sessions=sum(len(state.sessions) for state in states),
+            daemons=MappingProxyType(daemons),
+        )
+
+    async def aclose(self) -> None:
+        """Refuse new calls, wait for those under way, close every session opened here. Repeating it is harmless.
+
+        Sessions that another running loop uses are closed there.
+        """
+        self._closed = True
+        if self._pid != os.getpid():
+            return
+        here = asyncio.get_running_loop()
+        for state in self._snapshot():
+            if state.loop is here:
+                await state.close()
+            elif state.loop.is_running():
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(state.close(), state.loop))
+
+    async def _state(self) -> _LoopState:
+        if self._pid != os.getpid():
+            self._forget_parent()
+        loop = asyncio.get_running_loop()
+        state = self._states.get(loop)
+        if state is None:
+            state = _LoopState(loop, self._pool)
+            with self._lock:
+                self._states[loop] = state
+            await anext(state.guard)  # never suspends; from here on the loop knows the guard
+        return state
+
+    def _forget_parent(self) -> None:
+        """Keep what a fork inherited alive and untouched, and begin anew."""
+        self._lock = threading.Lock()  # a thread of the parent may have held the old one
+        self._inherited.append(list(self._states.items()))
+        self._states = WeakKeyDictionary()
+        self._pid = os.getpid()
+
+    def _snapshot(self) -> list[_LoopState]:
+        with self._lock:
+            return list(self._states.values())
+
+    def _pooled(self, state: _LoopState, address: DaemonAddress) -> _Pooled:
+        if state.closed:
+            raise ClientClosed("the client was closed while the call was under way", daemon=address.url)
+        if self._given is not None:
+            return self._borrowed(state, self._given)
+        pooled = state.sessions.get(address.url)
+        if pooled is None:
+            pooled = state.sessions[address.url] = _Pooled(self._open(address))
+        return pooled
+
+    def _borrowed(self, state: _LoopState, session: aiohttp.ClientSession) -> _Pooled:
+        if session.closed:
+            raise ConfigurationError("the session that was passed in is closed", setting="session")
+        self._given_loop = self._given_loop or state.loop
+        if self._given_loop is not state.loop:
+            raise ConfigurationError("the session that was passed in belongs to another event loop", setting="session")
+        return _Pooled(session)
+
+    def _open(self, address: DaemonAddress) -> aiohttp.ClientSession:
+        limits: dict[str, Any] = {"limit": 0, "limit_per_host": 0, "keepalive_timeout": self._pool.idle}
+        connector: aiohttp.BaseConnector
+        if address.socket_path is not None:
+            connector = _UnixConnector(path=address.socket_path, **limits)
+        else:
+            connector = _TCPConnector(ssl=self._ssl, **limits)
+        return aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=self._trust_env,
+            auto_decompress=False,
+        )
+
+    def _retire(self, state: _LoopState, address: DaemonAddress, pooled: _Pooled) -> None:
+        if state.sessions.get(address.url) is pooled:
+            del state.sessions[address.url]
+            state.retired.add(pooled)
+            state.refreshed += 1
