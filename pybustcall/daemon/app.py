@@ -1,0 +1,727 @@
+"""The daemon over HTTP: who is let in, what is well formed, and how every refusal reads.
+
+This module decides the routes, the admission (host, origin, token), the answers, and the life of the listening server
+from its bind to its drained end. What a bust removes is the engine's to decide. Refusals are RFC 9457 problems, name
+the field to mend, and never repeat what was sent.
+
+The order of the questions is fixed: is the daemon draining (503), is it this host (421), is it this origin (403), is
+it somebody known (401), is there such a route (404, 405), is it JSON (415) of a bearable size (413) that came in time
+(408), does it parse (400), does it say what the route needs (422).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hmac
+import importlib.metadata
+import ipaddress
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import stat
+import threading
+import time
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, final
+
+from aiohttp import web
+from pydantic import BaseModel, ValidationError
+
+from pybustcall.daemon.backends import BackendFailure, RefusedKey
+from pybustcall.daemon.engine import UnknownStrategy
+from pybustcall.daemon.history import FaultHistory
+from pybustcall.errors import ConfigurationError
+from pybustcall.faults import CLEAN, TABLE, FaultKind
+from pybustcall.models import (
+    BINDING,
+    MAX_TARGET_BYTES,
+    STRATEGIES,
+    BindingCapabilities,
+    BindingStatus,
+    BustRequest,
+    CapabilityDocument,
+    CapabilityLimits,
+    Problem,
+    RegisterReply,
+    RegisterRequest,
+    StatusReply,
+    cache_key_of,
+    explain,
+)
+from pybustcall.topology import DaemonAddress
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+
+    from aiohttp.typedefs import Handler
+
+    from pybustcall.daemon.engine import Engine
+
+__all__ = ["DELEGATE", "SEMVERX", "DaemonSettings", "check_settings", "create_app", "serve"]
+
+DELEGATE: Final = "pybustcall-daemon"
+SEMVERX: Final = "0.experimental.1.experimental.0.experimental"
+
+_ROUTES: Final[Mapping[str, str]] = {
+    "cache.bust": "/api/v1/bust",
+    "cache.register": "/api/v1/entries",
+    "daemon.status": "/api/v1/status",
+    "daemon.capabilities": "/api/v1/capabilities",
+}
+_BINDINGS_ROUTE: Final = "/api/v1/bindings/capabilities"
+_OPEN_TO_ALL: Final = frozenset({_ROUTES["daemon.capabilities"], _BINDINGS_ROUTE})
+
+_REJECTED: Final = TABLE[FaultKind.REJECTED].stage
+_DENIED: Final = TABLE[FaultKind.NOT_ALLOWED].stage
+_BROKEN: Final = TABLE[FaultKind.SERVER_ERROR].stage
+
+_IDLE: Final = 75.0  # seconds that a connection without a request is kept
+_LINGER: Final = 2.0  # seconds that the rest of a refused body is read, so that the client gets to read the refusal
+_GRACE: Final = 0.25  # seconds for the last bytes of answers, and for handlers to end when cancelled
+_MAX_SOCKET_PATH: Final = 107  # bytes: sun_path of Linux is 108 with its closing NUL
+
+_VISIBLE: Final = re.compile(r"[!-~]+")
+_HOST_NAME: Final = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
+_HOST_HEADER: Final = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[^\[\]:@/\s]+)(?::[0-9]{1,5})?")
+_BINDING_NAME: Final = re.compile(r"[A-Za-z0-9._+@/-]{1,64}")
+
+_log = logging.getLogger("pybustcall.daemon")
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DaemonSettings:
+    """Where the daemon listens, whom it lets in, and how much it takes.
+
+    - `host`, `port`: the address; port 0 lets the system choose
+    - `socket`: path of a Unix socket to listen on instead (mode 0600)
+    - `token`: asked for as `Authorization: Bearer` on every route but the capabilities; never in the repr
+    - `allowed_hosts`: names, beyond IP addresses, localhost and `host`, that a `Host` header may say
+    - `max_body_bytes`: of one request; `read_timeout`: seconds that its body may take to arrive
+    - `drain`: seconds that requests under way have to finish when the daemon is told to stop
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8989
+    socket: str | os.PathLike[str] | None = None
+    token: str | None = field(default=None, repr=False)
+    allowed_hosts: tuple[str, ...] = ()
+    max_body_bytes: int = 65536
+    read_timeout: float = 10.0
+    drain: float = 10.0
+
+
+def check_settings(settings: DaemonSettings) -> None:
+    """Raise `ConfigurationError`, naming the setting, if the daemon cannot or must not run with these settings."""
+    if settings.token is not None and not _VISIBLE.fullmatch(settings.token):
+        raise ConfigurationError(
+            "the token must be visible ASCII characters without spaces, and at least one", setting="token"
+        )
+    if settings.socket is None:
+        if type(settings.port) is not int or not 0 <= settings.port <= 65535:
+            raise ConfigurationError(f"the port must be 0 to 65535, not {settings.port!r}", setting="port")
+        if settings.token is None and not _is_loopback(settings.host):
+            raise ConfigurationError(
+                f"listening on {settings.host!r} lets other machines in, which needs a token; set one (BUSTCALL_TOKEN),"
+                " or listen on 127.0.0.1",
+                setting="token",
+            )
+    for name in settings.allowed_hosts:
+        if not _HOST_NAME.fullmatch(name):
+            raise ConfigurationError(
+                f"allowed host {name!r} is not a host name; give names only, without scheme and port",
+                setting="allowed_hosts",
+            )
+    if settings.max_body_bytes < 1:
+        raise ConfigurationError(
+            f"the largest body must be 1 byte or more, not {settings.max_body_bytes!r}", setting="max_body_bytes"
+        )
+    if not 0 < settings.read_timeout < float("inf"):
+        raise ConfigurationError(
+            f"the time to read a body must be more than 0 seconds, not {settings.read_timeout!r}",
+            setting="read_timeout",
+        )
+    if not 0 <= settings.drain < float("inf"):
+        raise ConfigurationError(f"the drain must be 0 seconds or more, not {settings.drain!r}", setting="drain")
+
+
+def _is_loopback(host: str) -> bool:
+    address = _ip_address(host)
+    return host.lower() == "localhost" or (address is not None and address.is_loopback)
+
+
+def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+# Refusals
+
+
+class _Refusal(Exception):
+    """A request ends here: what to answer, and at which stage to remember it."""
+
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        *,
+        stage: int = _REJECTED,
+        field_name: str | None = None,
+        supported: tuple[str, ...] | None = None,
+        headers: Mapping[str, str] | None = None,
+        binding: str = "unknown",
+    ) -> None:
+        super().__init__(detail)
+        self.stage = stage
+        self.binding = binding
+        self._headers = headers
+        self._problem = Problem(
+            title=HTTPStatus(status).phrase, status=status, detail=detail, field=field_name, supported=supported
+        )
+
+    def response(self) -> web.Response:
+        return web.Response(
+            status=self._problem.status,
+            body=self._problem.model_dump_json(exclude_none=True).encode(),
+            headers=self._headers,
+            content_type="application/problem+json",
+        )
+
+
+_DETAILS: Final[Mapping[int, tuple[int, str]]] = {
+    404: (_DENIED, "there is no such route; see /api/v1/capabilities for those that there are"),
+    405: (_DENIED, "this route does not take this method; the Allow header says which it takes"),
+}
+
+
+def _refusal_of(error: web.HTTPException, most: int) -> _Refusal:
+    """Say an exception of aiohttp's in our own words."""
+    if error.status == 413:
+        return _Refusal(413, f"the body is larger than {most} bytes")
+    stage, detail = _DETAILS.get(error.status, (_REJECTED, "the request cannot be served as it is"))
+    allow = error.headers.get("Allow")
+    return _Refusal(error.status, detail, stage=stage, headers=None if allow is None else {"Allow": allow})
+
+
+# Admission
+
+
+def _admit(request: web.Request, settings: DaemonSettings) -> None:
+    """Raise the refusal of a request that is for another host, from another origin, or from nobody known."""
+    listener = request.get_extra_info("socket")
+    hosts = request.headers.getall("Host", [])
+    if listener is None or listener.family != socket.AF_UNIX:
+        _admit_host(hosts, settings)
+    _admit_origin(request, hosts)
+    if settings.token is not None and request.path not in _OPEN_TO_ALL:
+        _admit_token(request.headers.getall("Authorization", []), settings.token)
+
+
+def _admit_host(hosts: list[str], settings: DaemonSettings) -> None:
+    found = _HOST_HEADER.fullmatch(hosts[0]) if len(hosts) == 1 else None
+    name = found["name"].strip("[]").lower().removesuffix(".") if found else ""
+    known = {"localhost", settings.host.lower().removesuffix(".")}
+    known.update(host.lower().removesuffix(".") for host in settings.allowed_hosts)
+    if not name or (name not in known and _ip_address(name) is None):
+        raise _Refusal(
+            421,
+            "this daemon does not answer for that host; its operator can add it to the allowed hosts",
+            stage=_DENIED,
+        )
+
+
+def _admit_origin(request: web.Request, hosts: list[str]) -> None:
+    own = {f"{scheme}://{host.lower()}" for host in hosts for scheme in ("http", "https")}
+    origins = request.headers.getall("Origin", [])
+    sites = request.headers.getall("Sec-Fetch-Site", [])
+    if any(origin.lower() not in own for origin in origins) or any(
+        site.lower() not in {"same-origin", "none"} for site in sites
+    ):
+        raise _Refusal(403, "pages of other origins may not call this daemon", stage=_DENIED)
+
+
+def _admit_token(given: list[str], token: str) -> None:
+    scheme, _, value = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+    same = hmac.compare_digest(value.strip().encode("utf-8", "surrogateescape"), token.encode())
+    if scheme.lower() != "bearer" or not same:
+        raise _Refusal(
+            401,
+            "this daemon wants its token, as Authorization: Bearer",
+            stage=_DENIED,
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+# Reading
+
+
+async def _read_document(request: web.Request, settings: DaemonSettings) -> object:
+    """Read the body as JSON. Raises the refusal if it is something else, too large, late or cut off."""
+    if request.content_type != "application/json":
+        raise _Refusal(415, "the body must be application/json")
+    if (request.content_length or 0) > settings.max_body_bytes:
+        raise _Refusal(413, f"the body is larger than {settings.max_body_bytes} bytes")
+    try:
+        async with asyncio.timeout(settings.read_timeout):
+            body = await request.read()
+    except TimeoutError:
+        raise _Refusal(
+            408, f"the body did not arrive within {settings.read_timeout:g} seconds", headers={"Connection": "close"}
+        ) from None
+    except web.RequestPayloadError:
+        raise _Refusal(400, "the body is not what its headers announce") from None
+    return _parse_json(body)
+
+
+def _parse_json(body: bytes) -> object:
+    """Parse JSON, more strictly than the standard library: no field twice, no NaN, no endless nesting."""
+    try:
+        return json.loads(body.decode(), object_pairs_hook=_once, parse_constant=_no_constant)
+    except UnicodeDecodeError:
+        raise _Refusal(400, "the body is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise _Refusal(400, f"the body is not JSON: {error.msg} ({where})") from None
+    except RecursionError:
+        raise _Refusal(400, "the body is nested too deep") from None
+    except ValueError:
+        raise _Refusal(400, "the body has a number that cannot be read") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _Refusal(400, "the body names a field twice; which of them counts cannot be told")
+    return found
+
+
+def _no_constant(_name: str) -> float:
+    raise _Refusal(400, "the body has NaN or Infinity, which JSON does not know")
+
+
+def _binding_of(document: object) -> str:
+    """Tell the binding that a request says, if it can be shown; "unknown" otherwise."""
+    said = document.get("binding") if isinstance(document, dict) else None
+    return said if isinstance(said, str) and _BINDING_NAME.fullmatch(said) else "unknown"
+
+
+def _validate(model: type[_Model], document: object) -> _Model:
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        name, reason = explain(error)
+        detail = reason if name is None else f"{name}: {reason}"
+        raise _Refusal(422, detail, field_name=name, binding=_binding_of(document)) from None
+
+
+# Answering
+
+
+@final
+class _Daemon:
+    """The routes, and what is under way at them."""
+
+    def __init__(self, engine: Engine, settings: DaemonSettings, history: FaultHistory, version: str) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._history = history
+        self._version = version
+        self._stopping = asyncio.Event()
+        self._quiet = asyncio.Event()
+        self._requests = 0
+        self._connections: set[asyncio.Task[None]] = set()
+
+    async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Admit, answer, and say every refusal as a problem."""
+        if self._stopping.is_set():
+            headers = {"Retry-After": "1", "Connection": "close"}
+            return _Refusal(503, "this daemon is stopping; ask another, or again later", headers=headers).response()
+        self._requests += 1
+        if request.task not in self._connections:
+            self._connections.add(request.task)
+            request.task.add_done_callback(self._connections.discard)
+        try:
+            return await self._answer(request, handler)
+        except _Refusal as refusal:
+            self._history.record(refusal.stage, str(refusal), binding=refusal.binding)
+            return refusal.response()
+        finally:
+            self._requests -= 1
+            if self._requests == 0 and self._stopping.is_set():
+                self._quiet.set()
+
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            _admit(request, self._settings)
+            return await handler(request)
+        except (_Refusal, ConnectionError):
+            raise
+        except web.HTTPException as error:
+            raise _refusal_of(error, self._settings.max_body_bytes) from None
+        except Exception:  # noqa: BLE001 - the outermost room: logged in full, told as a problem
+            _log.exception("unexpected error while answering %s", request.method)
+            raise _Refusal(500, "the daemon failed; its log says why", stage=_BROKEN) from None
+
+    async def bust(self, request: web.Request) -> web.Response:
+        """POST /api/v1/bust."""
+        started = time.monotonic()
+        asked, binding = await self._read(request, BustRequest)
+        try:
+            removal = await self._engine.bust(asked.target, asked.strategy)
+        except UnknownStrategy as error:
+            raise _Refusal(422, str(error), field_name="strategy", supported=error.supported, binding=binding) from None
+        except RefusedKey as error:
+            raise _Refusal(422, f"target {error}", field_name="target", binding=binding) from None
+        except BackendFailure as error:
+            _log.error("a bust was not applied in full: %s", error)
+            raise _Refusal(500, f"the bust was not applied in full: {error}", stage=_BROKEN, binding=binding) from None
+        return web.json_response(
+            {
+                "status": "success",
+                "cache_key": cache_key_of(asked.target),
+                "delegate": DELEGATE,
+                "fault_stage": CLEAN,
+                "execution_time_ms": int((time.monotonic() - started) * 1000),
+                "removed": removal.count,
+            }
+        )
+
+    async def register(self, request: web.Request) -> web.Response:
+        """POST /api/v1/entries."""
+        asked, binding = await self._read(request, RegisterRequest)
+        try:
+            self._engine.register(asked.key, asked.depends_on)
+        except RefusedKey as error:
+            raise _Refusal(422, f"key {error}", field_name="key", binding=binding) from None
+        return _json(RegisterReply(cache_key=cache_key_of(asked.key)))
+
+    async def status(self, _request: web.Request) -> web.Response:
+        """GET /api/v1/status. It answers in trouble too: a size that cannot be told is "unknown"."""
+        try:
+            size = await self._engine.size_text()
+        except BackendFailure as error:
+            self._history.record(_BROKEN, str(error))
+            size = "unknown"
+        return _json(
+            StatusReply(
+                daemon_pid=os.getpid(),
+                bindings={BINDING: BindingStatus(status="active", version=self._version)},
+                cache_size=size,
+                fault_history=self._history.records(),
+            )
+        )
+
+    async def capabilities(self, _request: web.Request) -> web.Response:
+        """GET /api/v1/capabilities."""
+        guarded: Literal["public", "protected"] = "public" if self._settings.token is None else "protected"
+        return _json(
+            CapabilityDocument(
+                binding=BINDING,
+                version=self._version,
+                semverx=SEMVERX,
+                capabilities=tuple(_ROUTES),
+                endpoints=dict(_ROUTES),
+                supported_strategies=STRATEGIES,
+                limits=CapabilityLimits(
+                    max_target_bytes=MAX_TARGET_BYTES, max_body_bytes=self._settings.max_body_bytes
+                ),
+                access={name: "public" if route in _OPEN_TO_ALL else guarded for name, route in _ROUTES.items()},
+            )
+        )
+
+    async def bindings(self, _request: web.Request) -> web.Response:
+        """GET /api/v1/bindings/capabilities, in the form of the existing daemon."""
+        entry = BindingCapabilities(
+            binding=BINDING, capabilities=tuple(_ROUTES), semverx=SEMVERX, stage="experimental", p2p_enabled=False
+        )
+        return web.json_response({BINDING: entry.model_dump(mode="json")})
+
+    async def _read(self, request: web.Request, model: type[_Model]) -> tuple[_Model, str]:
+        document = await _read_document(request, self._settings)
+        return _validate(model, document), _binding_of(document)
+
+    def stop(self) -> None:
+        """Begin to stop; asked a second time, no longer wait for the requests under way."""
+        if self._stopping.is_set() or self._requests == 0:
+            self._quiet.set()
+        self._stopping.set()
+
+    async def wait_stopping(self) -> None:
+        """Wait until the daemon is told to stop."""
+        await self._stopping.wait()
+
+    async def wait_quiet(self) -> None:
+        """Wait, at most for the time that the settings allow, until the requests under way have finished."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain):
+                await self._quiet.wait()
+
+    async def wait_gone(self) -> None:
+        """Wait briefly for the tasks of closed connections."""
+        if self._connections:
+            await asyncio.wait(self._connections, timeout=_GRACE)
+
+
+_DAEMON: Final = web.AppKey("daemon", _Daemon)
+
+
+def _json(model: BaseModel) -> web.Response:
+    return web.Response(
+        body=model.model_dump_json(exclude_none=True).encode(), content_type="application/json", charset="utf-8"
+    )
+
+
+@web.middleware
+async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    return await request.app[_DAEMON].guard(request, handler)
+
+
+def create_app(
+    engine: Engine, settings: DaemonSettings, *, history: FaultHistory | None = None, version: str | None = None
+) -> web.Application:
+    """Make the web application; `serve` runs it, and so does any other runner of aiohttp's.
+
+    Raises `ConfigurationError` as `check_settings` does. `version` is the installed pybustcall's unless given.
+    """
+    check_settings(settings)
+    app = web.Application(middlewares=[_guard], client_max_size=settings.max_body_bytes)
+    daemon = _Daemon(
+        engine,
+        settings,
+        FaultHistory() if history is None else history,
+        importlib.metadata.version("pybustcall") if version is None else version,
+    )
+    app[_DAEMON] = daemon
+    app.router.add_post(_ROUTES["cache.bust"], daemon.bust)
+    app.router.add_post(_ROUTES["cache.register"], daemon.register)
+    app.router.add_get(_ROUTES["daemon.status"], daemon.status)
+    app.router.add_get(_ROUTES["daemon.capabilities"], daemon.capabilities)
+    app.router.add_get(_BINDINGS_ROUTE, daemon.bindings)
+    return app
+
+
+# Serving
+
+
+async def serve(engine: Engine, settings: DaemonSettings, *, ready: Callable[[str], None] | None = None) -> None:
+    """Serve until SIGTERM, SIGINT or cancellation; `ready` is told the real URL once the daemon listens.
+
+    A signal drains: nothing new is accepted, what is under way finishes within `settings.drain` seconds (a second
+    signal ends that at once), then connections close. Cancellation does not wait for requests. No task outlives this.
+
+    Signals are heard only in the main thread; elsewhere cancel. Raises `ConfigurationError`, naming the setting, if
+    the daemon cannot listen, and `BackendFailure` if the cache cannot be used.
+    """
+    app = create_app(engine, settings)
+    daemon = app[_DAEMON]
+    await engine.check_ready()
+    runner = web.AppRunner(
+        app, access_log=None, shutdown_timeout=_GRACE, keepalive_timeout=_IDLE, lingering_time=_LINGER
+    )
+    async with _listening(settings) as (sockets, url):
+        servers: list[asyncio.AbstractServer] = []
+        with _signals(daemon.stop):
+            try:
+                await runner.setup()
+                for listener in sockets:
+                    servers.append(await _accept(runner, listener))  # noqa: PERF401 - those begun are closed, too
+                if ready is not None:
+                    ready(url)
+                await daemon.wait_stopping()
+                _close_all(servers)
+                await daemon.wait_quiet()
+            finally:
+                daemon.stop()
+                _close_all(servers)
+                await _uninterrupted(_clean_up(runner, daemon))
+
+
+async def _accept(runner: web.AppRunner, listener: socket.socket) -> asyncio.AbstractServer:
+    loop = asyncio.get_running_loop()
+    protocol = runner.server
+    assert protocol is not None  # noqa: S101 - made by setup
+    if listener.family == socket.AF_UNIX:
+        return await loop.create_unix_server(protocol, sock=listener)
+    return await loop.create_server(protocol, sock=listener)
+
+
+def _close_all(servers: list[asyncio.AbstractServer]) -> None:
+    for server in servers:
+        server.close()
+
+
+async def _clean_up(runner: web.AppRunner, daemon: _Daemon) -> None:
+    await runner.cleanup()
+    await daemon.wait_gone()
+
+
+async def _uninterrupted(work: Coroutine[Any, Any, None]) -> None:
+    """Do `work` to its end, whoever cancels meanwhile; the cancellation arrives afterwards."""
+    task = asyncio.ensure_future(work)
+    interruption: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            interruption = error
+    task.result()
+    if interruption is not None:
+        raise interruption
+
+
+@contextmanager
+def _signals(act: Callable[[], None]) -> Iterator[None]:
+    """Call `act` at each SIGTERM and SIGINT; afterwards both are as they were. Does nothing outside the main thread."""
+    loop = asyncio.get_running_loop()
+    heard = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in heard}
+    for number in before:
+        loop.add_signal_handler(number, act)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
+
+
+# Listening
+
+
+@asynccontextmanager
+async def _listening(settings: DaemonSettings) -> AsyncIterator[tuple[list[socket.socket], str]]:
+    """Bind what the settings name, and tell its URL; afterwards it is closed, and our own socket file gone."""
+    if settings.socket is not None:
+        with _listening_unix(settings.socket) as (listener, url):
+            yield [listener], url
+        return
+    sockets = await _bind_tcp(settings.host, settings.port)
+    try:
+        address = sockets[0].getsockname()
+        name = address[0] if settings.port == 0 else settings.host
+        shown = f"[{name}]" if ":" in name else name
+        yield sockets, DaemonAddress.parse(f"http://{shown}:{address[1]}", setting="host").url
+    finally:
+        for listener in sockets:
+            listener.close()
+
+
+@contextmanager
+def _listening_unix(name: str | os.PathLike[str]) -> Iterator[tuple[socket.socket, str]]:
+    path = Path(name).absolute()
+    listener = _bind_unix(path)
+    made = path.lstat()
+    try:
+        yield listener, f"unix://{path}"
+    finally:
+        listener.close()
+        found = _lstat(path)
+        if found is not None and os.path.samestat(found, made):
+            path.unlink()
+
+
+async def _bind_tcp(host: str, port: int) -> list[socket.socket]:
+    """Bind every address of `host`; only the first with port 0, where each would get a port of its own."""
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not a host name"
+        raise ConfigurationError(
+            f"the host {host!r} has no address to listen on: {reason}; choose another with --host", setting="host"
+        ) from error
+    addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+    sockets: list[socket.socket] = []
+    failures: list[OSError] = []
+    for family, address in addresses[:1] if port == 0 else addresses:
+        try:
+            sockets.append(socket.create_server(address, family=family, backlog=128))
+        except OSError as error:
+            failures.append(error)
+    # An address family that this machine lacks (::1 of localhost) is no failure as long as another serves.
+    serious = [error for error in failures if not sockets or error.errno != errno.EADDRNOTAVAIL]
+    if serious:
+        for listener in sockets:
+            listener.close()
+        raise _bind_error(serious[0], host, port) from serious[0]
+    return sockets
+
+
+def _bind_error(error: OSError, host: str, port: int) -> ConfigurationError:
+    """Say why an address cannot be listened on, and what to do."""
+    match error.errno:
+        case errno.EADDRINUSE:
+            return ConfigurationError(
+                f"port {port} on {host} is in use by another process; choose another with --port", setting="port"
+            )
+        case errno.EADDRNOTAVAIL:
+            return ConfigurationError(
+                f"{host} is not an address of this machine; choose another with --host", setting="host"
+            )
+        case errno.EACCES | errno.EPERM:
+            return ConfigurationError(
+                f"this user may not listen on port {port} of {host}; choose one above 1023 with --port", setting="port"
+            )
+        case _:
+            return ConfigurationError(f"cannot listen on port {port} of {host}: {error.strerror}", setting="host")
+
+
+def _bind_unix(path: Path) -> socket.socket:
+    """Listen at `path` with mode 0600; a socket file that nobody listens on is replaced, anything else is left."""
+
+    def refuse(why: str) -> ConfigurationError:
+        return ConfigurationError(f"the socket {str(path)!r} {why}", setting="socket")
+
+    if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
+        raise refuse(f"is longer than {_MAX_SOCKET_PATH} bytes, the most that the system takes; choose a shorter path")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if (found := _lstat(path)) is not None:
+            if not stat.S_ISSOCK(found.st_mode):
+                raise refuse("is a file of another kind, which is not removed; choose another path")
+            if _is_alive(path):
+                raise refuse("is in use by another process; stop that, or choose another path")
+            path.unlink()
+        listener.bind(os.fsencode(path))
+        path.chmod(0o600)  # before listen: until then nobody can connect, whatever the umask
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        if error.errno in {errno.ENOENT, errno.ENOTDIR}:
+            raise refuse("is in a directory that does not exist; make it first") from error
+        raise refuse(f"cannot be listened on: {error.strerror}") from error
+    except ConfigurationError:
+        listener.close()
+        raise
+    return listener
+
+
+def _lstat(path: Path) -> os.stat_result | None:
+    try:
+        return path.lstat()
+    except FileNotFoundError:
+        return None
+
+
+def _is_alive(path: Path) -> bool:
+    """Tell whether somebody listens there, or may do so as far as we are told."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(os.fsencode(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True
+        return True
