@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, final
+from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar, final
 
 from pybustcall.faults import CLEAN, AttemptFailed
 from pybustcall.policies import CallPlan, Send, Stop, Wait
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from pybustcall.results import Ending
 
 __all__ = ["Ask", "Daemon", "Receipt", "dispatch"]
+
+
+_TICK: Final = 0.001
+"""The shortest wait, in seconds: a loop may wake a little early, and must not spin until the rest has passed."""
 
 
 class Daemon(Protocol):
@@ -93,7 +97,7 @@ async def dispatch(
     while True:
         match plan.next_step(now()):
             case Wait(until):
-                await asyncio.sleep(until - now())
+                await asyncio.sleep(max(until - now(), _TICK))
             case Stop(ending):
                 return Receipt(ending, tuple(attempts), error=last)
             case Send(index, until):

@@ -120,6 +120,10 @@ def full_jitter(failures: int, base: float, cap: float, random: Callable[[], flo
     return random() * ceiling(failures, base, cap)
 
 
+_LEAST_SHARE = 0.05
+"""Seconds below which the time that is left is not halved any further for the sake of untried daemons."""
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Send:
@@ -212,8 +216,8 @@ class CallPlan:
         return sorted(open_ones, key=lambda index: (index != self._stay, *self._turn(self._candidates[index])))
 
     @staticmethod
-    def _turn(candidate: _Candidate) -> tuple[bool, float]:
-        return (candidate.attempts > 0, candidate.not_before)
+    def _turn(candidate: _Candidate) -> tuple[bool, float, int]:
+        return (candidate.attempts > 0, candidate.not_before, candidate.attempts)
 
     def _attempt_end(self, index: int, now: float) -> float:
         left = self._deadline - now
@@ -222,7 +226,8 @@ class CallPlan:
             for other, candidate in enumerate(self._candidates)
             if other != index
         )
-        return now + min(self._retry.attempt_timeout, left / 2 if untried else left)
+        share = max(left / 2, min(left, _LEAST_SHARE)) if untried else left
+        return now + min(self._retry.attempt_timeout, share)
 
     def _pause(self, fault: Fault, failures: int, random: Callable[[], float]) -> float:
         if TABLE[fault.kind].same is not Same.LATER:
