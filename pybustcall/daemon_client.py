@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
 import socket
 import ssl
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ MAX_REPLY_BYTES: Final = 1024 * 1024
 
 _MAX_ERROR_BYTES: Final = 4096
 _MAX_QUOTE: Final = 200
+_TELLING: Final = 4  # characters from which a target or a token is worth hiding, and not just part of any sentence
 _BUST: Final = "/api/v1/bust"
 _STATUS: Final = "/api/v1/status"
 _CAPABILITIES: Final = "/api/v1/capabilities"
@@ -289,6 +291,7 @@ def _before_sending(error: BaseException) -> bool:
         | aiohttp.ClientConnectorCertificateError
         | aiohttp.ServerFingerprintMismatch
         | aiohttp.ConnectionTimeoutError
+        | aiohttp.ClientHttpProxyError
         | aiohttp.InvalidURL,
     )
 
@@ -353,7 +356,8 @@ def _quote(answer: _Answer) -> str:
             text = ""
     text = text or answer.body.decode("utf-8", "replace")
     for secret, shown in answer.hidden.items():
-        text = text.replace(secret, shown)
+        if len(secret) >= _TELLING:
+            text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", shown, text)
     text = "".join(character if character.isprintable() else " " for character in text)
     text = " ".join(text.split())
     if not text:

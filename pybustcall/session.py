@@ -176,7 +176,8 @@ class _Gate:
             async with asyncio.timeout(wait):
                 await slot
         except BaseException as error:
-            if queue.pop(slot, None) is None:  # granted in the same moment in which the wait ended
+            queue.pop(slot, None)
+            if slot.done() and not slot.cancelled():  # granted in the same moment in which the wait ended
                 self.release(daemon)
             if isinstance(error, TimeoutError):
                 self.timed_out += 1
@@ -194,8 +195,9 @@ class _Gate:
         self.total -= 1
         while (heir := self._longest_waiting()) is not None:
             slot, _ = self.waiters[heir].popitem(last=False)
-            self._take(heir)
-            slot.set_result(None)
+            if not slot.done():  # else its waiter was cancelled, and has not run since
+                self._take(heir)
+                slot.set_result(None)
 
     def _take(self, daemon: str) -> None:
         self.in_use[daemon] = self.in_use.get(daemon, 0) + 1

@@ -75,8 +75,9 @@ def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
 
     def start(*options: str, env: dict[str, str] | None = None) -> DaemonProcess:
         command = [sys.executable, "-m", "pybustcall", "daemon", "--root", str(root), "--port", "0", "--json", *options]
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("BUSTCALL_")}
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, **(env or {})}
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**inherited, **(env or {})}
         )
         started.append(process)
         assert process.stdout is not None
