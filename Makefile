@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 LOCK   := .ci/requirements-dev.txt
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint types floors pytest lock clean
+.PHONY: demo test lint types floors pytest openapi lock clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -33,6 +33,11 @@ $(READY): $(LOCK) pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement $(LOCK)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(READY)
+
+# Write the contract anew after a change of the models or routes.
+openapi: $(READY)
+	$(BIN)/python -c "import yaml; from pybustcall.daemon.openapi import openapi_document; \
+	    print(yaml.safe_dump(openapi_document(), sort_keys=False, width=110), end='')" > docs/reference/openapi.yaml
 
 # Pin anew what the lock names. Run by hand, with a network; commit the result.
 lock:

@@ -196,9 +196,7 @@ async def test_mixed_causes_are_daemons_unavailable() -> None:
 async def test_the_deadline_has_its_own_error_which_is_a_timeout() -> None:
     """TimeoutError for whoever catches that; the bust may have been applied."""
     async with FakeDaemon([Answer(hang=True)]) as fake, BustcallClient(fake.url) as client:
-        with pytest.raises(
-            TimeoutError, match=r"within its deadline.*may have been applied"
-        ) as caught:
+        with pytest.raises(TimeoutError, match=r"within its deadline.*may have been applied") as caught:
             await client.bust("a", timeout=0.05)
     assert isinstance(caught.value, DeadlineExceeded)
     assert caught.value.applied == "maybe"

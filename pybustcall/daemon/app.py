@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import hmac
-import importlib.metadata
 import ipaddress
 import json
 import logging
@@ -34,9 +33,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, final
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
+from pybustcall.capabilities import SEMVERX, VERSION
 from pybustcall.daemon.backends import BackendFailure, RefusedKey
 from pybustcall.daemon.engine import UnknownStrategy
 from pybustcall.daemon.history import FaultHistory
+from pybustcall.daemon.openapi import openapi_document
 from pybustcall.errors import ConfigurationError
 from pybustcall.faults import CLEAN, TABLE, FaultKind
 from pybustcall.models import (
@@ -64,10 +65,9 @@ if TYPE_CHECKING:
 
     from pybustcall.daemon.engine import Engine
 
-__all__ = ["DELEGATE", "SEMVERX", "DaemonSettings", "check_settings", "create_app", "serve"]
+__all__ = ["DELEGATE", "DaemonSettings", "check_settings", "create_app", "serve"]
 
 DELEGATE: Final = "pybustcall-daemon"
-SEMVERX: Final = "0.experimental.1.experimental.0.experimental"
 
 _ROUTES: Final[Mapping[str, str]] = {
     "cache.bust": "/api/v1/bust",
@@ -76,7 +76,8 @@ _ROUTES: Final[Mapping[str, str]] = {
     "daemon.capabilities": "/api/v1/capabilities",
 }
 _BINDINGS_ROUTE: Final = "/api/v1/bindings/capabilities"
-_OPEN_TO_ALL: Final = frozenset({_ROUTES["daemon.capabilities"], _BINDINGS_ROUTE})
+_OPENAPI_ROUTE: Final = "/openapi.json"
+_OPEN_TO_ALL: Final = frozenset({_ROUTES["daemon.capabilities"], _BINDINGS_ROUTE, _OPENAPI_ROUTE})
 
 _REJECTED: Final = TABLE[FaultKind.REJECTED].stage
 _DENIED: Final = TABLE[FaultKind.NOT_ALLOWED].stage
@@ -447,6 +448,10 @@ class _Daemon:
         )
         return web.json_response({BINDING: entry.model_dump(mode="json")})
 
+    async def openapi(self, _request: web.Request) -> web.Response:
+        """GET /openapi.json: the contract of these routes."""
+        return web.json_response(openapi_document())
+
     async def _read(self, request: web.Request, model: type[_Model]) -> tuple[_Model, str]:
         document = await _read_document(request, self._settings)
         return _validate(model, document), _binding_of(document)
@@ -500,7 +505,7 @@ def create_app(
         engine,
         settings,
         FaultHistory() if history is None else history,
-        importlib.metadata.version("pybustcall") if version is None else version,
+        VERSION if version is None else version,
     )
     app[_DAEMON] = daemon
     app.router.add_post(_ROUTES["cache.bust"], daemon.bust)
@@ -508,6 +513,7 @@ def create_app(
     app.router.add_get(_ROUTES["daemon.status"], daemon.status)
     app.router.add_get(_ROUTES["daemon.capabilities"], daemon.capabilities)
     app.router.add_get(_BINDINGS_ROUTE, daemon.bindings)
+    app.router.add_get(_OPENAPI_ROUTE, daemon.openapi)
     return app
 
 

@@ -1,0 +1,359 @@
+"""The command line: results, JSON, exit codes, and never a traceback."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from pybustcall import __main__ as entry
+from pybustcall.cli import cli, run
+from pybustcall.testing import Answer, FakeDaemon
+from tests.conftest import PATIENCE, StartDaemon, wait_until
+
+DOWN = "http://127.0.0.1:1"
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No BUSTCALL_* variable of the developer reaches a test."""
+    for name in [name for name in os.environ if name.startswith("BUSTCALL_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeDaemon]:
+    """A fake daemon on a loop of its own, since the command line runs one itself."""
+    daemon, started, stop = FakeDaemon(), threading.Event(), threading.Event()
+
+    async def serve() -> None:
+        async with daemon:
+            started.set()
+            await asyncio.to_thread(stop.wait)
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    assert started.wait(PATIENCE)
+    yield daemon
+    stop.set()
+    thread.join(PATIENCE)
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def whole(arguments: tuple[str, ...]) -> None:
+    """Call our own `run`, which turns errors into exit codes, with these arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pybustcall", *arguments])
+        run()
+
+
+def call(*arguments: str, stdin: str | bytes | None = None) -> tuple[int, str, str]:
+    """Run the command in this process; tell exit code, standard output, standard error."""
+    result = CliRunner().invoke(whole, ["--", *arguments], input=stdin)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    return result.exit_code, result.stdout, result.stderr
+
+
+def command(*arguments: str, stdin: bytes | None = None, env: dict[str, str] | None = None) -> tuple[int, str, str]:
+    """Run the command in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pybustcall", *arguments],
+        input=stdin,
+        capture_output=True,
+        timeout=PATIENCE,
+        check=False,
+        env={**os.environ, **(env or {})},
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def test_a_bust_is_told_in_one_line(fake: FakeDaemon) -> None:
+    """What was busted, by whom, how fast; exit code 0."""
+    code, out, err = call("bust", "cdn/main.css", "--url", fake.url)
+    assert code == 0
+    assert out.startswith(f"busted cdn/main.css by {fake.url} in 0.")
+    assert err == ""
+
+
+def test_a_bust_as_json_tells_everything(fake: FakeDaemon) -> None:
+    """One object a line for each target."""
+    code, out, _ = call("bust", "a", "b", "--url", fake.url, "--json", "--strategy", "direct")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert sorted(line["target"] for line in lines) == ["a", "b"]
+    assert lines[0]["ok"]
+    assert lines[0]["stage"] == 12
+    assert lines[0]["attempts"][0]["daemon"] == fake.url
+    assert {request.strategy for request in fake.requests} == {"direct"}
+
+
+def test_targets_come_from_standard_input(fake: FakeDaemon) -> None:
+    """One a line, empty lines passed over, the last without a newline, beside those on the command line."""
+    code, _, err = call("bust", "first", "-", "--url", fake.url, stdin="a/1\r\n\nnaïve key\nlast")
+    assert code == 0
+    assert sorted(request.target for request in fake.requests) == ["a/1", "first", "last", "naïve key"]
+    assert "4 of 4 busted" in err
+
+
+def test_a_pipe_is_read_as_it_comes(start_daemon: StartDaemon) -> None:
+    """Two thousand targets through a real pipe, with a bad one among them."""
+    lines = (
+        b"".join(b"key/%d\n" % number for number in range(2000)) + b"bad\x01key\n\xff\xfe\n" + b"x" * 100_000 + b"\n"
+    )
+    code, out, err = command("bust", "-", "--url", start_daemon().url, stdin=lines)
+    assert code == 1
+    assert out.count("busted key/") == 2000
+    assert "control character U+0001" in err
+    assert "lone surrogate" in err
+    assert "which is more than 8192" in err
+    assert "2000 of 2003 busted" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["bust", ""], 2, "target is empty; nothing was sent"),
+        (["bust", "a\nb"], 2, "control character"),
+        (["bust", "a", "--fault-tolerance", "13"], 2, "fault_tolerance must be an integer from 0 to 12"),
+        (["bust", "a", "--url", "nonsense"], 2, "url 'nonsense' must begin with http://"),
+        (["bust", "a", "--url", DOWN, "--peer", DOWN], 2, "the same daemon as the hub"),
+        (["bust", "a", "--timeout", "-1"], 2, "timeout must be above 0"),
+        (["bust", "a", "--timeout", "soon"], 2, "'soon' is not a valid float"),
+        (["bust", "a", "--token-file", "missing"], 2, "token file missing: cannot be read"),
+        (["bust", "a", "--config", "missing.toml"], 2, "missing.toml: cannot be read"),
+        (["bust", "a", "--strategy", ""], 2, "strategy is empty"),
+        (["bust"], 2, "Missing argument 'TARGET...'"),
+        (["burst"], 2, "No such command 'burst'"),
+        (["bust", "a", "--url", DOWN], 3, "no connection could be made (Connection refused)"),
+        (["status", "--url", DOWN], 3, f"{DOWN}: no connection could be made"),
+        (["daemon", "--root", "missing", "--port", "0"], 4, "missing"),
+        (["daemon", "--backend", "files"], 2, "go together"),
+        (["daemon", "--backend", "memory", "--root", "."], 2, "go together"),
+        (["daemon", "--host", "0.0.0.0", "--port", "0"], 4, "needs a token"),
+        (["daemon", "--port", "0", "--register", "missing.json"], 4, "missing.json"),
+        (["daemon", "--token-file", "missing"], 4, "token file missing: cannot be read"),
+        (["daemon", "--port", "99999"], 2, "99999 is not in the range"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_a_sentence_and_an_exit_code(
+    arguments: list[str], code: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never a traceback, and nothing on standard output."""
+    monkeypatch.chdir(tmp_path)
+    got, out, err = call(*arguments)
+    assert (got, out) == (code, "")
+    assert says in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (Answer(status=422, body=b"no"), 1),
+        (Answer(status=403), 1),
+        (Answer(body=b"<html>", headers={"Content-Type": "text/html"}), 1),
+        (Answer(body=b"x" * 10_000_000), 1),
+        (Answer(body=b'{"status": "success", "cache_key": "sha256:0"}'), 1),
+        (Answer(hang=True), 3),
+    ],
+)
+def test_the_exit_code_tells_whether_trying_again_may_help(fake: FakeDaemon, answer: Answer, code: int) -> None:
+    """1 where it will not, 3 where it may."""
+    fake.plan.append(answer)
+    got, _, err = call("bust", "a", "--url", fake.url, "--timeout", "0.3")
+    assert got == code
+    assert "failed 'a' (stage" in err
+
+
+def test_a_reply_cut_in_the_middle_is_tried_again_and_told(fake: FakeDaemon) -> None:
+    """Three times cut: it may help to try later."""
+    fake.plan.extend([Answer(cut=5)] * 3)
+    code, _, err = call("bust", "a", "--url", fake.url)
+    assert code == 3
+    assert "in the middle of its answer" in err
+
+
+def test_a_success_below_the_tolerance_is_a_failure(fake: FakeDaemon) -> None:
+    """As the API raises then."""
+    fake.plan.append(Answer(reset=True))
+    code, _, _ = call("bust", "a", "--url", fake.url, "--fault-tolerance", "0")
+    assert code == 3
+
+
+def test_settings_come_from_file_environment_and_options(
+    fake: FakeDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options win; a file stands in place of the environment."""
+    monkeypatch.setenv("BUSTCALL_URL", fake.url)
+    assert call("bust", "a")[0] == 0
+    config = tmp_path / "settings.toml"
+    config.write_text(f'[pybustcall]\nurl = "{DOWN}"\n[pybustcall.retry]\nattempts = 1\n')
+    assert call("bust", "a", "--config", str(config))[0] == 3
+    assert call("bust", "a", "--config", str(config), "--peer", fake.url)[0] == 0
+    token = tmp_path / "token"
+    token.write_text("s3cret\n")
+    assert call("bust", "a", "--token-file", str(token))[0] == 0
+    assert fake.headers[-1]["Authorization"] == "Bearer s3cret"
+    token.write_text("s€cret")
+    code, _, err = call("bust", "a", "--token-file", str(token))
+    assert code == 2
+    assert "more than visible ASCII" in err
+    assert "s€cret" not in err
+
+
+def test_the_environment_can_switch_busts_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the command says so."""
+    monkeypatch.setenv("BUSTCALL_DISABLED", "1")
+    code, out, _ = call("bust", "a")
+    assert (code, out.split()[0]) == (0, "disabled")
+
+
+def test_status_asks_every_daemon(fake: FakeDaemon) -> None:
+    """0 only if all answer; each has its line."""
+    code, out, _ = call("status", "--url", fake.url)
+    assert code == 0
+    assert out.startswith(f"{fake.url}: up, pid ")
+    code, out, _ = call("status", "--url", fake.url, "--peer", DOWN, "--json")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 3
+    assert [line["ok"] for line in lines] == [True, False]
+    assert lines[0]["cache_size"] == "0B"
+    assert lines[1]["error"] == "DaemonsUnavailable"
+
+
+def test_capabilities_asks_every_daemon(fake: FakeDaemon) -> None:
+    """In words and as JSON."""
+    code, out, _ = call("capabilities", "--url", fake.url)
+    assert code == 0
+    assert "pybustcall 0.1.0a1: cache.bust, daemon.capabilities" in out
+    code, out, _ = call("capabilities", "--url", fake.url, "--json")
+    assert json.loads(out)["document"]["binding"] == "pybustcall"
+
+
+def test_a_service_that_is_no_daemon_is_told(start_daemon: StartDaemon) -> None:
+    """A wrong base path answers 404: exit code 1, since repeating will not help."""
+    code, _, err = call("status", "--url", start_daemon().url + "/elsewhere")
+    assert code == 1
+    assert "not a bustcall daemon's route" in err
+
+
+def test_version_and_help_are_there() -> None:
+    """And name every command."""
+    code, out, _ = call("--version")
+    assert (code, out) == (0, "pybustcall, version 0.1.0a1\n")
+    code, out, _ = call("--help")
+    assert code == 0
+    assert all(name in out for name in cli.commands)
+
+
+def test_a_port_in_use_is_told(start_daemon: StartDaemon) -> None:
+    """Exit code 4, and which port."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, out, err = command("daemon", "--port", str(port))
+    assert (code, out) == (4, "")
+    assert f"port {port} on 127.0.0.1 is in use" in err
+    assert "Traceback" not in err
+
+
+def test_the_daemon_says_where_it_listens_and_ends_with_sigterm() -> None:
+    """Without --root it keeps a registry in memory; exit code 0."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pybustcall", "daemon", "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline().decode()
+    assert line.startswith("bustcall daemon listening on http://127.0.0.1:")
+    assert line.endswith("(memory backend)\n")
+    process.terminate()
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0
+    assert b"Traceback" not in err
+
+
+def test_the_daemon_serves_in_this_process_too(tmp_path: Path) -> None:
+    """With registrations from a file, on a Unix socket, until it is told to stop."""
+    register, path = tmp_path / "register.json", tmp_path / "b.sock"
+    register.write_text('{"index.html": ["product.html"]}')
+    (tmp_path / "index.html").write_text("old")
+    answers: list[tuple[int, str, str]] = []
+
+    def ask_and_stop() -> None:
+        wait_until(path.exists, "the daemon listens")
+        answers.append(command("bust", "product.html", "--url", f"unix://{path}"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=ask_and_stop)
+    thread.start()
+    code, out, _ = call("daemon", "--root", str(tmp_path), "--socket", str(path), "--register", str(register), "--json")
+    thread.join(PATIENCE)
+    assert code == 0
+    assert json.loads(out)["backend"] == "files"
+    assert answers[0][0] == 0
+    assert not (tmp_path / "index.html").exists()
+
+
+def test_an_interrupted_bust_ends_with_130(fake: FakeDaemon) -> None:
+    """Ctrl-C while a target is under way and standard input is still open."""
+    fake.plan.append(Answer(hang=True))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pybustcall", "bust", "a", "-", "--url", fake.url],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    wait_until(lambda: fake.requests, "the bust is under way")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == 130
+    _, err = process.communicate()
+    assert b"Traceback" not in err
+    assert b"interrupted" in err
+
+
+def test_a_reader_that_goes_away_is_no_error_worth_a_traceback(start_daemon: StartDaemon) -> None:
+    """`pybustcall bust - | head -1`."""
+    url = start_daemon().url
+    line = f"seq 1 5000 | {sys.executable} -m pybustcall bust - --url {url} | head -1"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, timeout=PATIENCE, check=True)
+    assert done.stdout.startswith(b"busted")
+    assert b"Traceback" not in done.stderr
+    assert b"Exception ignored" not in done.stderr
+
+
+def test_without_the_extra_a_hint_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pip install 'pybustcall[cli]'."""
+    monkeypatch.setitem(sys.modules, "click", None)
+    monkeypatch.delitem(sys.modules, "pybustcall.cli")
+    with pytest.raises(SystemExit, match=r"pip install 'pybustcall\[cli\]'"):
+        entry.main()
+
+
+def test_another_missing_module_is_not_mistaken_for_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broken installation shows what is broken."""
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    monkeypatch.delitem(sys.modules, "pybustcall.cli")
+    with pytest.raises(ModuleNotFoundError, match="pydantic"):
+        entry.main()
+
+
+def test_without_the_daemons_extra_a_hint_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 4."""
+    import pybustcall
+
+    monkeypatch.setitem(sys.modules, "sortedcontainers", None)
+    for name in [name for name in sys.modules if name.startswith("pybustcall.daemon.") or name == "pybustcall.daemon"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(pybustcall, "daemon", raising=False)
+    code, _, err = call("daemon", "--port", "0")
+    assert code == 4
+    assert "pip install 'pybustcall[daemon]'" in err

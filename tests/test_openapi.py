@@ -1,0 +1,103 @@
+"""The contract: the same as a file, at the daemon, and under arbitrary requests."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from pybustcall.daemon import DaemonSettings, Engine, Index, MemoryBackend, create_app
+from pybustcall.daemon.openapi import openapi_document
+from pybustcall.models import BustReply, Problem, RegisterReply
+from tests.conftest import PATIENCE, StartDaemon
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.requirement("RES-02")
+
+
+def test_the_committed_file_is_the_contract_of_the_code() -> None:
+    """`make openapi` writes it anew."""
+    committed = yaml.safe_load((ROOT / "docs/reference/openapi.yaml").read_text(encoding="utf-8"))
+    assert committed == openapi_document()
+
+
+def test_every_route_of_the_daemon_is_in_the_contract_and_in_the_page() -> None:
+    """And nothing else is."""
+    index = Index()
+    app = create_app(Engine(MemoryBackend(index), index), DaemonSettings())
+    served = {
+        (route.resource.canonical, route.method.lower())
+        for route in app.router.routes()
+        if route.resource is not None and route.method != "HEAD"
+    }
+    told = {(path, method) for path, methods in openapi_document()["paths"].items() for method in methods}
+    assert served - {("/openapi.json", "get")} == told
+    page = (ROOT / "docs/reference/protocol.md").read_text(encoding="utf-8")
+    assert {path for path, _ in told} <= set(re.findall(r"/api/v1/[a-z/]+", page))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+near_misses = st.fixed_dictionaries(
+    {},
+    optional={
+        "target": st.text(max_size=40) | json_values,
+        "key": st.text(max_size=40) | json_values,
+        "strategy": st.sampled_from(["direct", "dimensional", "hybrid", "x"]) | json_values,
+        "fault_tolerance": st.integers(-1, 14) | json_values,
+        "depends_on": st.lists(st.text(max_size=20), max_size=3) | json_values,
+        "binding": st.text(max_size=10) | json_values,
+    },
+)
+bodies = st.binary(max_size=60) | (near_misses | json_values).map(lambda value: json.dumps(value).encode())
+MODELS: dict[str, type[BaseModel]] = {"/api/v1/bust": BustReply, "/api/v1/entries": RegisterReply}
+
+
+def ask(port: int, path: str, body: bytes) -> tuple[int, str, bytes]:
+    """Send one POST; tell status, type and body of the answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    connection.request("POST", path, body, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    told = answer.status, answer.headers.get_content_type(), answer.read()
+    connection.close()
+    return told
+
+
+@pytest.mark.parametrize("path", MODELS)
+def test_whatever_is_sent_gets_an_answer_of_the_contract(path: str, start_daemon: StartDaemon) -> None:
+    """Arbitrary bytes and near misses: a declared status, and a reply or a problem that reads as one."""
+    port = int(start_daemon().url.rsplit(":", 1)[1])
+    declared: dict[str, Any] = openapi_document()["paths"][path]["post"]["responses"]
+
+    @given(bodies)
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+    def fuzz(body: bytes) -> None:
+        status, content_type, answer = ask(port, path, body)
+        assert str(status) in declared
+        assert status < 500
+        assert content_type in declared[str(status)]["content"]
+        (MODELS[path] if status == 200 else Problem).model_validate_json(answer)
+
+    fuzz()
+
+
+def test_the_daemon_serves_the_contract(start_daemon: StartDaemon) -> None:
+    """At /openapi.json, to everybody, also when it asks for a token."""
+    port = int(start_daemon(env={"BUSTCALL_TOKEN": "s3cret"}).url.rsplit(":", 1)[1])
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    connection.request("GET", "/openapi.json")
+    served = json.loads(connection.getresponse().read())
+    connection.close()
+    assert served == openapi_document()

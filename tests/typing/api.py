@@ -1,0 +1,27 @@
+"""What users write, for mypy alone: names, argument types and what comes back."""
+
+from __future__ import annotations
+
+from typing import assert_type
+
+import pybustcall
+from pybustcall import BustcallClient, BustReport, BustResult, DaemonCapabilities, DaemonStatus, Pool, Retry
+from pybustcall.errors import BustFailed, DeadlineExceeded
+
+
+async def use() -> None:
+    """Use every call once."""
+    client = BustcallClient("http://127.0.0.1:8989", peers=["http://10.0.0.2:8989"], retry=None, pool=Pool(total=5))
+    async with client as same:
+        assert_type(same, BustcallClient)
+        assert_type(await same.bust("cdn/main.css", fault_tolerance=12, timeout=1), BustResult)
+        assert_type(await same.bust_many(["a", "b"], on_progress=print), BustReport)
+        assert_type(await same.status(), DaemonStatus)
+        assert_type(await same.capabilities(daemon="http://10.0.0.2:8989"), DaemonCapabilities)
+        assert_type(same.with_options(retry=Retry(attempts=1)), BustcallClient)
+    try:
+        await client.bust("a")
+    except DeadlineExceeded as error:
+        assert_type(error.applied, pybustcall.errors.Applied)
+    except BustFailed as error:
+        assert_type(error.result, BustResult | None)
