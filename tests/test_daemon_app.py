@@ -35,6 +35,7 @@ from pybustcall.daemon import (
     serve,
 )
 from pybustcall.daemon import app as app_module
+from pybustcall.daemon import serving as serving_module
 from pybustcall.errors import ConfigurationError
 from pybustcall.models import (
     BindingCapabilities,
@@ -919,7 +920,7 @@ async def test_a_host_that_is_not_here_is_told(host: str) -> None:
 )
 def test_other_reasons_not_to_bind_are_told(number: int, setting: str, reason: str) -> None:
     """Each error of the system has a sentence."""
-    error = app_module._bind_error(OSError(number, os.strerror(number)), "127.0.0.1", 80)
+    error = serving_module._bind_error(OSError(number, os.strerror(number)), "127.0.0.1", 80)
     assert error.setting == setting
     assert reason in str(error)
 

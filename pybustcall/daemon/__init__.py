@@ -1,8 +1,9 @@
 """The reference daemon: an independent reading of the wire, with a cache behind it.
 
-It imports the vocabulary only (errors, models, faults, topology), never a module of the client, so that the two check
-each other. `app` speaks HTTP, `engine` decides what a bust removes, `index` knows what depends on what, `backends`
-hold the caches themselves, `history` remembers faults.
+It imports the vocabulary only (errors, models, faults, topology, capabilities), never a module of the client, so that
+the two check each other. `app` answers, `serving` listens and drains, `engine` decides what a bust removes, `index`
+knows what depends on what, `backends` hold the caches themselves, `history` remembers faults, `openapi` writes the
+contract down.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ try:
 except ImportError as error:
     raise ImportError("the daemon needs an extra: pip install 'pybustcall[daemon]'") from error
 
-from pybustcall.daemon.app import DaemonSettings, check_settings, create_app, serve
+from pybustcall.daemon.app import DaemonSettings, check_settings, create_app
 from pybustcall.daemon.backends import Backend, BackendFailure, RefusedKey
 from pybustcall.daemon.backends.files import FilesBackend
 from pybustcall.daemon.backends.memory import MemoryBackend
 from pybustcall.daemon.engine import Engine, Removal, UnknownStrategy
 from pybustcall.daemon.history import FaultHistory
 from pybustcall.daemon.index import Index
+from pybustcall.daemon.serving import serve
 
 __all__ = [
     "Backend",

@@ -1,8 +1,8 @@
 """The daemon over HTTP: who is let in, what is well formed, and how every refusal reads.
 
-This module decides the routes, the admission (host, origin, token), the answers, and the life of the listening server
-from its bind to its drained end. What a bust removes is the engine's to decide. Refusals are RFC 9457 problems, name
-the field to mend, and never repeat what was sent.
+This module decides the routes, the admission (host, origin, token) and the answers. Listening and draining are
+`serving`'s, and what a bust removes is the engine's to decide. Refusals are RFC 9457 problems, name the field to mend,
+and never repeat what was sent.
 
 The order of the questions is fixed: is the daemon draining (503), is it this host (421), is it this origin (403), is
 it somebody known (401), is there such a route (404, 405), is it JSON (415) of a bearable size (413) that came in time
@@ -12,22 +12,17 @@ it somebody known (401), is there such a route (404, 405), is it JSON (415) of a
 from __future__ import annotations
 
 import asyncio
-import errno
 import hmac
 import ipaddress
 import json
 import logging
 import os
 import re
-import signal
 import socket
-import stat
-import threading
 import time
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, final
 
 from aiohttp import web
@@ -56,16 +51,15 @@ from pybustcall.models import (
     cache_key_of,
     explain,
 )
-from pybustcall.topology import DaemonAddress
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+    from collections.abc import Mapping
 
     from aiohttp.typedefs import Handler
 
     from pybustcall.daemon.engine import Engine
 
-__all__ = ["DELEGATE", "DaemonSettings", "check_settings", "create_app", "serve"]
+__all__ = ["DAEMON", "DELEGATE", "GRACE", "Daemon", "DaemonSettings", "check_settings", "create_app"]
 
 DELEGATE: Final = "pybustcall-daemon"
 
@@ -83,10 +77,7 @@ _REJECTED: Final = TABLE[FaultKind.REJECTED].stage
 _DENIED: Final = TABLE[FaultKind.NOT_ALLOWED].stage
 _BROKEN: Final = TABLE[FaultKind.SERVER_ERROR].stage
 
-_IDLE: Final = 75.0  # seconds that a connection without a request is kept
-_LINGER: Final = 2.0  # seconds that the rest of a refused body is read, so that the client gets to read the refusal
-_GRACE: Final = 0.25  # seconds for the last bytes of answers, and for handlers to end when cancelled
-_MAX_SOCKET_PATH: Final = 107  # bytes: sun_path of Linux is 108 with its closing NUL
+GRACE: Final = 0.25  # seconds for the last bytes of answers, and for handlers to end when cancelled
 
 _VISIBLE: Final = re.compile(r"[!-~]+")
 _HOST_NAME: Final = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
@@ -330,7 +321,7 @@ def _validate(model: type[_Model], document: object) -> _Model:
 
 
 @final
-class _Daemon:
+class Daemon:
     """The routes, and what is under way at them."""
 
     def __init__(self, engine: Engine, settings: DaemonSettings, history: FaultHistory, version: str) -> None:
@@ -475,10 +466,10 @@ class _Daemon:
     async def wait_gone(self) -> None:
         """Wait briefly for the tasks of closed connections."""
         if self._connections:
-            await asyncio.wait(self._connections, timeout=_GRACE)
+            await asyncio.wait(self._connections, timeout=GRACE)
 
 
-_DAEMON: Final = web.AppKey("daemon", _Daemon)
+DAEMON: Final = web.AppKey("daemon", Daemon)
 
 
 def _json(model: BaseModel) -> web.Response:
@@ -489,7 +480,7 @@ def _json(model: BaseModel) -> web.Response:
 
 @web.middleware
 async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    return await request.app[_DAEMON].guard(request, handler)
+    return await request.app[DAEMON].guard(request, handler)
 
 
 def create_app(
@@ -501,13 +492,13 @@ def create_app(
     """
     check_settings(settings)
     app = web.Application(middlewares=[_guard], client_max_size=settings.max_body_bytes)
-    daemon = _Daemon(
+    daemon = Daemon(
         engine,
         settings,
         FaultHistory() if history is None else history,
         VERSION if version is None else version,
     )
-    app[_DAEMON] = daemon
+    app[DAEMON] = daemon
     app.router.add_post(_ROUTES["cache.bust"], daemon.bust)
     app.router.add_post(_ROUTES["cache.register"], daemon.register)
     app.router.add_get(_ROUTES["daemon.status"], daemon.status)
@@ -515,219 +506,3 @@ def create_app(
     app.router.add_get(_BINDINGS_ROUTE, daemon.bindings)
     app.router.add_get(_OPENAPI_ROUTE, daemon.openapi)
     return app
-
-
-# Serving
-
-
-async def serve(engine: Engine, settings: DaemonSettings, *, ready: Callable[[str], None] | None = None) -> None:
-    """Serve until SIGTERM, SIGINT or cancellation; `ready` is told the real URL once the daemon listens.
-
-    A signal drains: nothing new is accepted, what is under way finishes within `settings.drain` seconds (a second
-    signal ends that at once), then connections close. Cancellation does not wait for requests. No task outlives this.
-
-    Signals are heard only in the main thread; elsewhere cancel. Raises `ConfigurationError`, naming the setting, if
-    the daemon cannot listen, and `BackendFailure` if the cache cannot be used.
-    """
-    app = create_app(engine, settings)
-    daemon = app[_DAEMON]
-    await engine.check_ready()
-    runner = web.AppRunner(
-        app, access_log=None, shutdown_timeout=_GRACE, keepalive_timeout=_IDLE, lingering_time=_LINGER
-    )
-    async with _listening(settings) as (sockets, url):
-        servers: list[asyncio.AbstractServer] = []
-        with _signals(daemon.stop):
-            try:
-                await runner.setup()
-                for listener in sockets:
-                    servers.append(await _accept(runner, listener))  # noqa: PERF401 - those begun are closed, too
-                if ready is not None:
-                    ready(url)
-                await daemon.wait_stopping()
-                _close_all(servers)
-                await daemon.wait_quiet()
-            finally:
-                daemon.stop()
-                _close_all(servers)
-                await _uninterrupted(_clean_up(runner, daemon))
-
-
-async def _accept(runner: web.AppRunner, listener: socket.socket) -> asyncio.AbstractServer:
-    loop = asyncio.get_running_loop()
-    protocol = runner.server
-    assert protocol is not None  # noqa: S101 - made by setup
-    if listener.family == socket.AF_UNIX:
-        return await loop.create_unix_server(protocol, sock=listener)
-    return await loop.create_server(protocol, sock=listener)
-
-
-def _close_all(servers: list[asyncio.AbstractServer]) -> None:
-    for server in servers:
-        server.close()
-
-
-async def _clean_up(runner: web.AppRunner, daemon: _Daemon) -> None:
-    await runner.cleanup()
-    await daemon.wait_gone()
-
-
-async def _uninterrupted(work: Coroutine[Any, Any, None]) -> None:
-    """Do `work` to its end, whoever cancels meanwhile; the cancellation arrives afterwards."""
-    task = asyncio.ensure_future(work)
-    interruption: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            interruption = error
-    task.result()
-    if interruption is not None:
-        raise interruption
-
-
-@contextmanager
-def _signals(act: Callable[[], None]) -> Iterator[None]:
-    """Call `act` at each SIGTERM and SIGINT; afterwards both are as they were. Does nothing outside the main thread."""
-    loop = asyncio.get_running_loop()
-    heard = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.getsignal(number) for number in heard}
-    for number in before:
-        loop.add_signal_handler(number, act)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            loop.remove_signal_handler(number)
-            signal.signal(number, handler)
-
-
-# Listening
-
-
-@asynccontextmanager
-async def _listening(settings: DaemonSettings) -> AsyncIterator[tuple[list[socket.socket], str]]:
-    """Bind what the settings name, and tell its URL; afterwards it is closed, and our own socket file gone."""
-    if settings.socket is not None:
-        with _listening_unix(settings.socket) as (listener, url):
-            yield [listener], url
-        return
-    sockets = await _bind_tcp(settings.host, settings.port)
-    try:
-        address = sockets[0].getsockname()
-        name = address[0] if settings.port == 0 else settings.host
-        shown = f"[{name}]" if ":" in name else name
-        yield sockets, DaemonAddress.parse(f"http://{shown}:{address[1]}", setting="host").url
-    finally:
-        for listener in sockets:
-            listener.close()
-
-
-@contextmanager
-def _listening_unix(name: str | os.PathLike[str]) -> Iterator[tuple[socket.socket, str]]:
-    path = Path(name).absolute()
-    listener = _bind_unix(path)
-    made = path.lstat()
-    try:
-        yield listener, f"unix://{path}"
-    finally:
-        listener.close()
-        found = _lstat(path)
-        if found is not None and os.path.samestat(found, made):
-            path.unlink()
-
-
-async def _bind_tcp(host: str, port: int) -> list[socket.socket]:
-    """Bind every address of `host`; only the first with port 0, where each would get a port of its own."""
-    loop = asyncio.get_running_loop()
-    try:
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not a host name"
-        raise ConfigurationError(
-            f"the host {host!r} has no address to listen on: {reason}; choose another with --host", setting="host"
-        ) from error
-    addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
-    sockets: list[socket.socket] = []
-    failures: list[OSError] = []
-    for family, address in addresses[:1] if port == 0 else addresses:
-        try:
-            sockets.append(socket.create_server(address, family=family, backlog=128))
-        except OSError as error:
-            failures.append(error)
-    # An address family that this machine lacks (::1 of localhost) is no failure as long as another serves.
-    serious = [error for error in failures if not sockets or error.errno != errno.EADDRNOTAVAIL]
-    if serious:
-        for listener in sockets:
-            listener.close()
-        raise _bind_error(serious[0], host, port) from serious[0]
-    return sockets
-
-
-def _bind_error(error: OSError, host: str, port: int) -> ConfigurationError:
-    """Say why an address cannot be listened on, and what to do."""
-    match error.errno:
-        case errno.EADDRINUSE:
-            return ConfigurationError(
-                f"port {port} on {host} is in use by another process; choose another with --port", setting="port"
-            )
-        case errno.EADDRNOTAVAIL:
-            return ConfigurationError(
-                f"{host} is not an address of this machine; choose another with --host", setting="host"
-            )
-        case errno.EACCES | errno.EPERM:
-            return ConfigurationError(
-                f"this user may not listen on port {port} of {host}; choose one above 1023 with --port", setting="port"
-            )
-        case _:
-            return ConfigurationError(f"cannot listen on port {port} of {host}: {error.strerror}", setting="host")
-
-
-def _bind_unix(path: Path) -> socket.socket:
-    """Listen at `path` with mode 0600; a socket file that nobody listens on is replaced, anything else is left."""
-
-    def refuse(why: str) -> ConfigurationError:
-        return ConfigurationError(f"the socket {str(path)!r} {why}", setting="socket")
-
-    if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
-        raise refuse(f"is longer than {_MAX_SOCKET_PATH} bytes, the most that the system takes; choose a shorter path")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if (found := _lstat(path)) is not None:
-            if not stat.S_ISSOCK(found.st_mode):
-                raise refuse("is a file of another kind, which is not removed; choose another path")
-            if _is_alive(path):
-                raise refuse("is in use by another process; stop that, or choose another path")
-            path.unlink()
-        listener.bind(os.fsencode(path))
-        path.chmod(0o600)  # before listen: until then nobody can connect, whatever the umask
-        listener.listen(128)
-    except OSError as error:
-        listener.close()
-        if error.errno in {errno.ENOENT, errno.ENOTDIR}:
-            raise refuse("is in a directory that does not exist; make it first") from error
-        raise refuse(f"cannot be listened on: {error.strerror}") from error
-    except ConfigurationError:
-        listener.close()
-        raise
-    return listener
-
-
-def _lstat(path: Path) -> os.stat_result | None:
-    try:
-        return path.lstat()
-    except FileNotFoundError:
-        return None
-
-
-def _is_alive(path: Path) -> bool:
-    """Tell whether somebody listens there, or may do so as far as we are told."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(os.fsencode(path))
-        except (ConnectionRefusedError, FileNotFoundError):
-            return False
-        except OSError:
-            return True
-        return True
