@@ -138,7 +138,7 @@ class FakeDaemon:
     def drop_connections(self) -> None:
         """Cut every connection, as a restart of the daemon would."""
         for transport in self._transports:
-            if isinstance(transport, asyncio.Transport):
+            if isinstance(transport, asyncio.Transport) and not transport.is_closing():
                 transport.abort()
 
     @web.middleware
