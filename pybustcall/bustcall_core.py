@@ -45,7 +45,7 @@ from pybustcall.models import (
     check_strategy,
 )
 from pybustcall.policies import Pool, Retry, check_seconds
-from pybustcall.results import Attempt, BustReport, BustResult, ReportBuilder, failure
+from pybustcall.results import Attempt, BustReport, BustResult, ReportBuilder, failure, summary
 from pybustcall.session import TLS, PoolStatistics, SessionManager
 from pybustcall.topology import DEFAULT_URL, DaemonAddress, Topology
 
@@ -71,6 +71,10 @@ _LEVELS: Final = {
 _TOKEN: Final = re.compile(r"[!-~]+")
 _DISABLED: Final = "disabled"
 _Reply = TypeVar("_Reply")
+
+
+class _StrayCancellation(Exception):
+    """A CancelledError out of the caller's iterable or callback, on its way through a task group."""
 
 
 class _Kept(Enum):
@@ -134,6 +138,9 @@ class BustcallClient:
     setting that cannot be used.
     """
 
+    _core: _Core | None = None  # so that a client whose making failed can be dropped
+    _owner = False
+
     def __init__(
         self,
         url: str = DEFAULT_URL,
@@ -151,12 +158,11 @@ class BustcallClient:
         reveal_targets: bool = False,
         session: aiohttp.ClientSession | None = None,
     ) -> None:
-        self._core: _Core | None = None  # so that a half-made client can be dropped
-        self._owner = True
         topology = Topology.parse(url, peers)
         _check_types(tls=tls, retry=retry, pool=pool, session=session)
-        _check_token(token, topology, allowed=allow_insecure_token, proxied=trust_env)
-        _check_session(session, topology, tls=tls, trust_env=trust_env)
+        proxied = trust_env or (session is not None and session.trust_env)
+        _check_token(token, topology, allowed=allow_insecure_token, proxied=proxied)
+        _check_session(session, topology, token=token, tls=tls, trust_env=trust_env)
         if type(max_reply_bytes) is not int or max_reply_bytes < 1024:
             raise ConfigurationError(
                 f"max_reply_bytes must be an integer of at least 1024, not {max_reply_bytes!r}",
@@ -168,6 +174,7 @@ class BustcallClient:
             DaemonClient(address, sessions, token=token, max_reply_bytes=max_reply_bytes) for address in topology
         )
         self._core = _Core(topology, daemons, sessions)
+        self._owner = True
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> BustcallClient:
@@ -229,7 +236,6 @@ class BustcallClient:
         client = cls.__new__(cls)
         client._core = core  # noqa: SLF001 - our own, being made
         client._options = options  # noqa: SLF001
-        client._owner = False  # noqa: SLF001
         return client
 
     def with_options(
@@ -315,24 +321,44 @@ class BustcallClient:
         builder = ReportBuilder()
         now = asyncio.get_running_loop().time
         begun = now()
+        started = 1
 
         async def work() -> None:
+            nonlocal started
             while True:
                 async with turn:
                     target = await anext(source, _KEPT)
                 if target is _KEPT:
                     return
+                if started < concurrency:  # one more at work only when there was something to do
+                    started += 1
+                    workers.create_task(watched())
                 result = await self._bust_checked(target, strategy, tolerance, seconds)
                 builder.add(result)
                 if on_progress is not None:
                     on_progress(result)
 
+        async def watched() -> None:
+            """Work; a cancellation that nobody asked of this task came out of the caller's own code, and is an error.
+
+            A task group would take it for the end of the work, and the targets that are left would be lost in silence.
+            """
+            try:
+                await work()
+            except asyncio.CancelledError as error:
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise
+                raise _StrayCancellation from error
+
         try:
             async with aclosing(source), asyncio.TaskGroup() as workers:
-                for _ in range(concurrency):
-                    workers.create_task(work())
+                workers.create_task(watched())
         except BaseExceptionGroup as group:  # what the caller's own iterable or callback raised, or a closed client
-            raise group.exceptions[0] from group.exceptions[0].__cause__
+            first = group.exceptions[0]
+            if isinstance(first, _StrayCancellation) and first.__cause__ is not None:
+                first = first.__cause__
+            raise first from first.__cause__
         return builder.finish(now() - begun)
 
     async def status(self, *, daemon: str | None = None, timeout: float | None = None) -> DaemonStatus:
@@ -426,9 +452,10 @@ class BustcallClient:
         try:
             request = bust_request(target, strategy, tolerance)
         except InvalidRequest as error:
+            await asyncio.sleep(0)  # nothing else here lets the loop run, nor a cancellation in
             fault = Fault(FaultKind.REJECTED, "this client", str(error), "no")
             return BustResult(
-                target=target if isinstance(target, str) else repr(target),
+                target=target if isinstance(target, str) else f"<{type(target).__name__}>",
                 status="failed",
                 stage=call_stage(Outcome.FAILED, [fault.stage]),
                 attempts=(Attempt(fault.daemon, fault.stage, 0.0, fault),),
@@ -442,6 +469,7 @@ class BustcallClient:
     ) -> tuple[BustResult, Receipt[DaemonClient, BustReply] | None]:
         reveal = self._options.reveal_targets
         if self._core is None:
+            await asyncio.sleep(0)
             return BustResult(request.target, _DISABLED, call_stage(Outcome.ACKNOWLEDGED, ()), reveal=reveal), None
         now = asyncio.get_running_loop().time
         begun = now()
@@ -471,6 +499,7 @@ class BustcallClient:
                 cache_key=reply.cache_key,
                 delegate=reply.delegate,
                 reported_stage=reply.fault_stage,
+                removed=reply.removed,
                 attempts=receipt.attempts,
                 elapsed=now() - begun,
                 reveal=reveal,
@@ -556,13 +585,18 @@ def _check_token(token: object, topology: Topology, *, allowed: bool, proxied: b
 
 
 def _check_session(
-    session: aiohttp.ClientSession | None, topology: Topology, *, tls: TLS | None, trust_env: bool
+    session: aiohttp.ClientSession | None, topology: Topology, *, token: str | None, tls: TLS | None, trust_env: bool
 ) -> None:
     if session is None:
         return
     if tls is not None or trust_env:
         raise ConfigurationError(
             "tls and trust_env belong to the session that was passed in; set them there", setting="session"
+        )
+    if token is not None and session.auth is not None:
+        raise ConfigurationError(
+            "the session that was passed in has an auth of its own, which the token would contradict; give one of them",
+            setting="session",
         )
     on_socket = isinstance(session.connector, aiohttp.UnixConnector)
     for address in topology:
@@ -604,12 +638,12 @@ def _tell(result: BustResult) -> None:
     if result.causes:
         _log.log(
             _LEVELS[result.band],
-            "bust of %s: %s, stage %d (%s), %d attempts in %.3f s: %s",
+            "bust of %s: %s, stage %d (%s), attempts: %d, in %.3f s: %s",
             result.label,
             result.status,
             result.stage,
             result.band,
             len(result.attempts),
             result.elapsed,
-            "; ".join(str(cause) for cause in result.causes),
+            "; ".join(summary(result.causes)),
         )

@@ -11,7 +11,6 @@ from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, final
 
 from packaging.version import Version
@@ -62,7 +61,7 @@ class DaemonCapabilities:
 
     daemon: str
     document: CapabilityDocument | None = None
-    bindings: Mapping[str, BindingCapabilities] = field(default_factory=lambda: MappingProxyType({}))
+    bindings: Mapping[str, BindingCapabilities] = field(default_factory=dict)
 
     @property
     def base_only(self) -> bool:

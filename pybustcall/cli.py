@@ -36,8 +36,9 @@ from pybustcall.errors import (
     DeadlineExceeded,
     InvalidRequest,
 )
+from pybustcall.faults import raises
 from pybustcall.models import DEFAULT_STRATEGY, MAX_TARGET_BYTES, check_target
-from pybustcall.results import BustResult, error_class
+from pybustcall.results import BustResult, error_class, summary
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
@@ -76,11 +77,17 @@ def run() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(_INTERRUPTED)
-    except BrokenPipeError:
-        # Whoever read our output has gone; keep the interpreter from complaining about it at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # standard output, and nothing else: every other one has a name by now
+        _mute()
+        if not isinstance(error, BrokenPipeError):
+            click.echo(f"Error: standard output cannot be written: {error.strerror}", err=True)
         sys.exit(_REFUSED)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _mute() -> None:
+    """Send standard output nowhere, so that the interpreter does not complain about it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -89,7 +96,8 @@ def cli() -> None:
     """Drop old values from caches, through bustcall daemons.
 
     Settings come from BUSTCALL_* variables (BUSTCALL_URL, BUSTCALL_PEERS, BUSTCALL_TOKEN, ...), from the file given
-    with --config instead, and from the options, which win.
+    with --config instead (but for the token), and from the options, which win. --url names all the daemons together
+    with --peer: peers from elsewhere do not join it.
     """
 
 
@@ -115,8 +123,12 @@ def _client_options(command: Callable[..., int]) -> Callable[..., int]:
     ) -> int:
         try:
             settings = settings_from_env() if config is None else settings_from_toml(config)
-            given: dict[str, Any] = {"url": url, "peers": peers or None, "timeout": timeout}
-            given["token"] = None if token_file is None else SecretStr(_read_token(token_file))
+            given: dict[str, Any] = {"url": url, "timeout": timeout}
+            given["peers"] = peers if peers or url is not None else None
+            if token_file is not None:
+                given["token"] = SecretStr(_read_token(token_file))
+            elif settings.token is None and os.environ.get("BUSTCALL_TOKEN"):
+                given["token"] = SecretStr(os.environ["BUSTCALL_TOKEN"])
             client = BustcallClient.of_settings(
                 settings.model_copy(update={name: value for name, value in given.items() if value is not None})
             )
@@ -166,6 +178,7 @@ async def _bust(
     client: BustcallClient, targets: tuple[str, ...], strategy: str, concurrency: int, *, as_json: bool
 ) -> int:
     codes: set[int] = set()
+    unwritten: list[OSError] = []
     known = None if "-" in targets else len(targets)
     hidden = as_json or known == 1 or not sys.stderr.isatty()
     progress: ProgressBar[None] = click.progressbar(
@@ -179,12 +192,18 @@ async def _bust(
     with progress as bar:
 
         def tell(result: BustResult) -> None:
-            raised = not result.ok or result.stage < 12 - client.fault_tolerance
+            raised = raises(result.stage, client.fault_tolerance)
             codes.add(_code_of(result) if raised else 0)
-            if as_json:
-                click.echo(json.dumps(_as_dict(result, failed=raised), ensure_ascii=False))
-            elif raised or hidden:
-                click.echo(_as_line(result), err=raised)
+            try:
+                if as_json:
+                    click.echo(json.dumps(_as_dict(result, tolerated=not raised)))
+                elif raised or not result.ok:
+                    click.echo(_as_line(result, tolerated=not raised), err=True)
+                elif hidden:
+                    click.echo(_as_line(result, tolerated=True))
+            except OSError as error:  # the busts go on: what reads our output is not what they are for
+                unwritten.append(error)
+                _mute()
             bar.update(1)
 
         async with client:
@@ -193,28 +212,36 @@ async def _bust(
             )
     if report.total != 1 and not as_json:
         click.echo(f"{report.busted} of {report.total} busted in {report.elapsed:.3f} s", err=True)
+    if unwritten and not isinstance(unwritten[0], BrokenPipeError):
+        click.echo(f"Error: not every result could be written: {unwritten[0].strerror}", err=True)
+        codes.add(_REFUSED)
     return _REFUSED if _REFUSED in codes else max(codes, default=0)
 
 
 def _code_of(result: BustResult) -> int:
     """Tell the exit code of a bust that failed: whether trying again may help."""
+    if result.ok:
+        return _REFUSED  # it was applied: there is nothing to try again
     may_help = {DaemonsUnavailable, DeadlineExceeded}
     return _UNAVAILABLE if not result.causes or error_class("exhausted", result.causes) in may_help else _REFUSED
 
 
-def _as_line(result: BustResult) -> str:
+def _as_line(result: BustResult, *, tolerated: bool) -> str:
     if result.ok:
         where = f" by {result.daemon}" if result.daemon else ""
-        after = f", after {len(result.causes)} faults" if result.causes else ""
-        return f"{result.status} {result.target}{where} in {result.elapsed:.3f} s{after}"
-    reasons = "; ".join(dict.fromkeys(str(cause) for cause in result.causes)) or "the deadline was over"
+        gone = f", {result.removed} removed" if result.removed is not None else ""
+        after = f", after faults: {'; '.join(summary(result.causes))}" if result.causes else ""
+        below = "" if tolerated else f"; stage {result.stage} is below the tolerance"
+        return f"{result.status} {result.target}{where} in {result.elapsed:.3f} s{gone}{after}{below}"
+    reasons = "; ".join(summary(result.causes)) or "the deadline was over"
     return f"failed {result.target!r} (stage {result.stage}, applied: {result.applied}): {reasons}"
 
 
-def _as_dict(result: BustResult, *, failed: bool) -> dict[str, Any]:
+def _as_dict(result: BustResult, *, tolerated: bool) -> dict[str, Any]:
     return {
         "target": result.target,
-        "ok": not failed,
+        "ok": result.ok,
+        "tolerated": tolerated,
         "status": result.status,
         "stage": result.stage,
         "band": result.band,
@@ -223,6 +250,7 @@ def _as_dict(result: BustResult, *, failed: bool) -> dict[str, Any]:
         "cache_key": result.cache_key,
         "delegate": result.delegate,
         "reported_stage": result.reported_stage,
+        "removed": result.removed,
         "elapsed": round(result.elapsed, 6),
         "attempts": [
             {
@@ -250,7 +278,9 @@ async def _lines() -> AsyncIterable[str]:
 
     The reading thread uses the bare descriptor, so that it can be left behind when the command is interrupted.
     """
-    stream = sys.stdin.buffer
+    stream = getattr(sys.stdin, "buffer", None)
+    if stream is None:
+        raise InvalidRequest("standard input is closed, so no targets can be read from it", field="targets")
     try:
         read: Callable[[], bytes] = partial(os.read, stream.fileno(), 65536)
     except (io.UnsupportedOperation, AttributeError):  # not a file, as under test
@@ -287,7 +317,7 @@ def status(client: BustcallClient, as_json: bool) -> int:
     """Tell how each daemon is. Exits with 0 only if every one of them answered."""
 
     def tell(reply: DaemonStatus) -> str:
-        return f"up, pid {reply.daemon_pid}, cache {reply.cache_size}, {len(reply.fault_history)} faults remembered"
+        return f"up, pid {reply.daemon_pid}, cache {reply.cache_size}, faults remembered: {len(reply.fault_history)}"
 
     def to_json(reply: DaemonStatus) -> dict[str, Any]:
         return reply.model_dump(mode="json", exclude={"daemon"})
@@ -337,8 +367,13 @@ async def _ask_each(
                 click.echo(json.dumps(line) if as_json else f"{daemon}: {told}", err=not as_json)
             else:
                 line = {"daemon": daemon, "ok": True, **to_json(reply)}
-                click.echo(json.dumps(line) if as_json else f"{daemon}: {tell(reply)}")
+                click.echo(json.dumps(line) if as_json else f"{daemon}: {_printable(tell(reply))}")
     return _REFUSED if _REFUSED in codes else max(codes)
+
+
+def _printable(text: str) -> str:
+    """Keep what a daemon said from steering the terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 @cli.command()
@@ -381,8 +416,7 @@ def daemon(
     def ready(url: str) -> None:
         told = {"url": url, "pid": os.getpid(), "backend": kind}
         line = json.dumps(told) if as_json else f"bustcall daemon listening on {url} ({kind} backend)"
-        click.echo(line)
-        sys.stdout.flush()
+        click.echo(line)  # and flushes it
 
     try:
         token = os.environ.get("BUSTCALL_TOKEN") or None if token_file is None else _read_token(token_file)

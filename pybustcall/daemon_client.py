@@ -8,18 +8,22 @@ how often, is `dispatcher`'s affair.
 from __future__ import annotations
 
 import asyncio
+import html
+import json
 import math
 import os
 import re
 import socket
 import ssl
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from time import time
 from typing import TYPE_CHECKING, Final, TypeVar, final
+from urllib.parse import quote, quote_plus
 
 import aiohttp
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from pybustcall.capabilities import SEMVERX, DaemonCapabilities
 from pybustcall.errors import BustcallError, SlotTimeout
@@ -37,26 +41,26 @@ from pybustcall.models import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from pybustcall.errors import Applied
     from pybustcall.models import BustRequest
     from pybustcall.session import Lease, SessionManager
     from pybustcall.topology import DaemonAddress
 
-__all__ = ["MAX_REPLY_BYTES", "DaemonClient"]
+__all__ = ["MAX_REPLY_BYTES", "DaemonClient", "hide"]
 
 MAX_REPLY_BYTES: Final = 1024 * 1024
 """How much of a reply is read by default; a longer one is a protocol violation."""
 
 _MAX_ERROR_BYTES: Final = 4096
-_MAX_QUOTE: Final = 200
+_MAX_MESSAGE: Final = 300
 _TELLING: Final = 4  # characters from which a target or a token is worth hiding, and not just part of any sentence
 _BUST: Final = "/api/v1/bust"
 _STATUS: Final = "/api/v1/status"
 _CAPABILITIES: Final = "/api/v1/capabilities"
 _BINDINGS: Final = "/api/v1/bindings/capabilities"
-_BINDINGS_MAP: Final = TypeAdapter(dict[str, BindingCapabilities])
+_BINDINGS_MAP: Final = TypeAdapter(dict[str, BindingCapabilities], config=ConfigDict(hide_input_in_errors=True))
 _JSON: Final = "application/json"
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -65,13 +69,12 @@ _Model = TypeVar("_Model", bound=BaseModel)
 @final
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """The status and the bounded body of one HTTP answer. `hidden` is what no quotation of it may show."""
+    """The status and the bounded body of one HTTP answer."""
 
     status: int
     content_type: str
     retry_after: float | None
     body: bytes
-    hidden: dict[str, str] = field(default_factory=dict)
 
 
 class _TooLarge(Exception):
@@ -108,10 +111,9 @@ class DaemonClient:
             "Bustcall-Binding": BINDING,
             "Bustcall-Version": SEMVERX,
         }
-        self._hidden: dict[str, str] = {}
+        self._token = token
         if token is not None:
             self._headers["Authorization"] = f"Bearer {token}"
-            self._hidden[token] = "***"
 
     @property
     def url(self) -> str:
@@ -123,36 +125,55 @@ class DaemonClient:
 
     async def bust(self, request: BustRequest, *, until: float, deadline: float) -> BustReply:
         """Ask the daemon to bust; return its reply, which is checked to belong to this target."""
-        answer = await self._exchange("POST", _BUST, until, deadline, request.model_dump_json().encode())
-        answer.hidden[request.target] = redact(request.target)
-        self._expect_success(answer)
-        reply = self._read(BustReply, answer)
-        if not reply.answers(request.target):
-            raise self._failed(
-                FaultKind.MALFORMED, "its answer is for another target (the cache_key differs)", "maybe", answer
-            )
-        return reply
+        with self._redacting(request.target):
+            answer = await self._exchange("POST", _BUST, until, deadline, request.model_dump_json().encode())
+            self._expect_success(answer)
+            reply = self._read(BustReply, answer)
+            if not reply.answers(request.target):
+                raise self._failed(
+                    FaultKind.MALFORMED, "its answer is for another target (the cache_key differs)", "maybe", answer
+                )
+            return reply
 
     async def status(self, *, until: float, deadline: float) -> DaemonStatus:
         """Ask how the daemon is."""
-        answer = await self._exchange("GET", _STATUS, until, deadline)
-        self._expect_success(answer)
-        return DaemonStatus.model_construct(daemon=self.url, **dict(self._read(StatusReply, answer)))
+        with self._redacting():
+            answer = await self._exchange("GET", _STATUS, until, deadline)
+            self._expect_success(answer)
+            return DaemonStatus.model_construct(daemon=self.url, **dict(self._read(StatusReply, answer)))
 
     async def capabilities(self, *, until: float, deadline: float) -> DaemonCapabilities:
         """Ask what the daemon can do, on either route; a daemon with neither is taken as base-only."""
-        answer = await self._exchange("GET", _CAPABILITIES, until, deadline)
-        if answer.status != 404:
+        with self._redacting():
+            answer = await self._exchange("GET", _CAPABILITIES, until, deadline)
+            if answer.status != 404:
+                self._expect_success(answer)
+                return DaemonCapabilities(self.url, document=self._read(CapabilityDocument, answer))
+            answer = await self._exchange("GET", _BINDINGS, until, deadline)
+            if answer.status == 404:
+                return DaemonCapabilities(self.url)
             self._expect_success(answer)
-            return DaemonCapabilities(self.url, document=self._read(CapabilityDocument, answer))
-        answer = await self._exchange("GET", _BINDINGS, until, deadline)
-        if answer.status == 404:
-            return DaemonCapabilities(self.url)
-        self._expect_success(answer)
+            try:
+                return DaemonCapabilities(self.url, bindings=_BINDINGS_MAP.validate_json(answer.body))
+            except ValidationError as error:
+                raise self._malformed(answer, error) from error
+
+    @contextmanager
+    def _redacting(self, target: str | None = None) -> Iterator[None]:
+        """See that no fault that leaves tells the token or the target, whatever a daemon repeated; cut its text."""
         try:
-            return DaemonCapabilities(self.url, bindings=_BINDINGS_MAP.validate_json(answer.body))
-        except ValidationError as error:
-            raise self._malformed(answer, error) from error
+            yield
+        except AttemptFailed as failed:
+            message = failed.fault.message
+            if self._token is not None:
+                message = hide(message, self._token, "***")
+            if target is not None:
+                message = hide(message, target, redact(target))
+            if len(message) > _MAX_MESSAGE:
+                message = message[:_MAX_MESSAGE] + "…"
+            failed.fault = replace(failed.fault, message=message)
+            failed.args = (str(failed.fault),)
+            raise
 
     async def _exchange(
         self, method: str, path: str, until: float, deadline: float, body: bytes | None = None
@@ -169,11 +190,11 @@ class DaemonClient:
             unsent: Applied = "maybe" if sent_before else "no"
             lease: Lease | None = None
             try:
-                async with (
-                    asyncio.timeout_at(until),
-                    self._sessions.lease(self.address, wait=max(0.0, until - now)) as lease,
-                ):
-                    return await self._send(lease, method, path, deadline - now, body)
+                async with self._sessions.lease(self.address, wait=max(0.0, until - now)) as lease:
+                    # The wait for a slot is our own load: the daemon still gets its time, from here on.
+                    begun = asyncio.get_running_loop().time()
+                    async with asyncio.timeout_at(min(deadline, begun + until - now)):
+                        return await self._send(lease, method, path, deadline - begun, body)
             except SlotTimeout as error:
                 raise self._failed(FaultKind.NO_SLOT, "no connection slot came free in time", unsent) from error
             except _TooLarge as error:
@@ -183,15 +204,20 @@ class DaemonClient:
             except BustcallError:
                 raise  # ours already: the client is closed, or a session that was passed in cannot be used
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-                if lease is None:  # the time for the attempt and for the slot ended together
-                    raise self._failed(FaultKind.NO_SLOT, "no connection slot came free in time", unsent) from error
+                if lease is None:
+                    raise  # not of a request: nothing here asks for a lease but a slot and a session
                 if _is_stale(lease, error) and not sent_before:
                     sent_before = True
                     continue
                 # A session that was passed in notes nothing: then only an error of connecting is sure.
                 connected = lease.exchange.connected if lease.notes else not _before_sending(error)
                 kind, message = _classify(error, connected=connected)
-                raise self._failed(kind, message, "maybe" if connected else unsent) from error
+                failed = self._failed(kind, message, "maybe" if connected else unsent)
+                if not isinstance(error, aiohttp.ClientResponseError):
+                    raise failed from error
+            # Outside the except block: such an error holds the request's headers, the token among them, and what was
+            # answered; it goes neither into the chain nor into the context.
+            raise failed
 
     async def _send(self, lease: Lease, method: str, path: str, left: float, body: bytes | None) -> _Answer:
         headers = {**self._headers, "Bustcall-Timeout-Ms": str(max(0, math.floor(left * 1000)))}
@@ -204,6 +230,7 @@ class DaemonClient:
                 data=body,
                 headers=headers,
                 allow_redirects=False,
+                raise_for_status=False,
                 timeout=self._sessions.request_timeout,
             ) as response:
                 lease.exchange.answered = True
@@ -213,7 +240,6 @@ class DaemonClient:
                     content_type=response.headers.get("Content-Type", ""),
                     retry_after=_seconds(response.headers.get("Retry-After")),
                     body=await _read_bounded(response, limit, truncate=response.status != 200),
-                    hidden=dict(self._hidden),
                 )
         except (aiohttp.ClientError, OSError) as error:
             if _is_stale(lease, error):
@@ -232,7 +258,8 @@ class DaemonClient:
         elif kind is FaultKind.NOT_THIS_SERVICE:
             message = f"this is not a bustcall daemon's route (HTTP {answer.status}){said}"
         elif kind is FaultKind.TOKEN_REFUSED:
-            message = f"it refused the token (HTTP {answer.status}){said}"
+            lack = "refused the token" if self._token is not None else "wants a token, and this client has none"
+            message = f"it {lack} (HTTP {answer.status}){said}"
         elif kind is FaultKind.NOT_ALLOWED:
             message = f"it does not allow this (HTTP {answer.status}){said}"
         elif kind is FaultKind.REJECTED:
@@ -280,6 +307,8 @@ _APPLIED: Final[Mapping[FaultKind, Applied]] = {
 def _is_stale(lease: Lease, error: BaseException) -> bool:
     """Tell whether a used connection was found closed before any byte of the answer."""
     lost = isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError | ConnectionError)
+    if isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.message, str):
+        return False  # it holds the beginning of an answer
     return lost and lease.exchange.reused and not lease.exchange.answered
 
 
@@ -322,7 +351,7 @@ def _classify(error: BaseException, *, connected: bool) -> tuple[FaultKind, str]
                 return _classify_handshake(error)
             return FaultKind.DISCONNECTED, f"the connection broke ({_reason(error)})"
         case _:  # what is left of ClientError and ValueError: an answer that is not HTTP
-            return FaultKind.MALFORMED, f"its answer is not HTTP ({_reason(error)})"
+            return FaultKind.MALFORMED, "its answer is not HTTP"
 
 
 def _classify_handshake(error: BaseException) -> tuple[FaultKind, str]:
@@ -342,27 +371,51 @@ def _reason(error: BaseException) -> str:
     number = getattr(inner, "errno", None)
     plain = isinstance(inner, OSError) and not isinstance(inner, ssl.SSLError | socket.gaierror)
     text = os.strerror(number) if plain and number else str(inner) or type(inner).__name__
-    return " ".join(str(text).split())[:_MAX_QUOTE]
+    return " ".join(str(text).split())
 
 
 def _quote(answer: _Answer) -> str:
-    """Quote what a daemon said in an error's body: a problem's detail, or the beginning of a text."""
+    """Quote what a daemon said in an error's body: a problem's detail, or a text; of a page only that it is one."""
+    if "html" in answer.content_type:
+        return ": an HTML page" if answer.body else ""
     text = ""
     if "json" in answer.content_type:
         try:
-            problem = Problem.model_validate_json(answer.body)
-            text = problem.detail
+            text = Problem.model_validate_json(answer.body).detail
         except ValidationError:
             text = ""
     text = text or answer.body.decode("utf-8", "replace")
-    for secret, shown in answer.hidden.items():
-        if len(secret) >= _TELLING:
-            text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", shown, text)
     text = "".join(character if character.isprintable() else " " for character in text)
     text = " ".join(text.split())
-    if not text:
-        return ""
-    return f": {text[:_MAX_QUOTE]}{'…' if len(text) > _MAX_QUOTE else ''}"
+    return f": {text}" if text else ""
+
+
+def hide(text: str, secret: str, shown: str) -> str:
+    """Put `shown` in place of `secret` in a text that somebody else wrote, however it is escaped there.
+
+    Of a secret that is cut off at the end of the text, the part that is there is hidden too. Up to three characters
+    are no secret, and up to seven must stand alone: they would be found in any sentence.
+    """
+    if len(secret) < _TELLING:
+        return text
+    forms = {
+        secret: None,
+        json.dumps(secret)[1:-1]: None,
+        json.dumps(secret, ensure_ascii=False)[1:-1]: None,
+        quote(secret): None,
+        quote(secret, safe=""): None,
+        quote_plus(secret): None,
+        html.escape(secret): None,
+        ascii(secret)[1:-1]: None,
+    }
+    for form in sorted(forms, key=len, reverse=True):
+        pattern = re.escape(form) if len(form) >= 2 * _TELLING else rf"(?<!\w){re.escape(form)}(?!\w)"
+        text = re.sub(pattern, lambda _: shown, text, flags=re.IGNORECASE)
+        for length in range(min(len(form) - 1, len(text)), _TELLING, -1):
+            if text.endswith(form[:length]):
+                text = text[:-length] + shown
+                break
+    return text
 
 
 async def _read_bounded(response: aiohttp.ClientResponse, limit: int, *, truncate: bool) -> bytes:

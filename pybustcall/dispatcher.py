@@ -11,9 +11,10 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar, final
 
+from pybustcall.errors import ClientClosed
 from pybustcall.faults import CLEAN, AttemptFailed
 from pybustcall.policies import CallPlan, Send, Stop, Wait
-from pybustcall.results import Attempt
+from pybustcall.results import Attempt, applied_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -88,7 +89,8 @@ async def dispatch(
     - `retry`: how to try again; None for one attempt at each daemon
     - `random`: uniform in [0, 1)
 
-    Never raises for a failed attempt; cancellation passes at once and leaves nothing running.
+    Never raises for a failed attempt. `ClientClosed` tells what was tried before; cancellation passes at once and
+    leaves nothing running.
     """
     now = asyncio.get_running_loop().time
     plan = CallPlan(len(daemons), deadline=deadline, retry=retry)
@@ -109,6 +111,11 @@ async def dispatch(
                     last = failure
                     attempts.append(Attempt(daemon.url, failure.fault.stage, now() - begun, failure.fault))
                     plan.record(index, failure.fault, now(), random)
+                except ClientClosed as closed:
+                    closed.causes = tuple(attempt.error for attempt in attempts if attempt.error is not None)
+                    if applied_of(closed.causes) == "maybe":
+                        closed.applied = "maybe"
+                    raise
                 else:
                     attempts.append(Attempt(daemon.url, CLEAN, now() - begun))
                     return Receipt("answered", tuple(attempts), daemon, reply, last)

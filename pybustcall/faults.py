@@ -206,6 +206,7 @@ _KIND_OF_STATUS: Final[Mapping[int, FaultKind]] = MappingProxyType(
         425: FaultKind.THROTTLED,
         426: FaultKind.INCOMPATIBLE,
         429: FaultKind.THROTTLED,
+        501: FaultKind.NOT_THIS_SERVICE,  # a server that does not know POST: a plain file server, for example
         503: FaultKind.THROTTLED,
     }
 )

@@ -12,7 +12,7 @@ import hmac
 import re
 import secrets
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final, Literal, final
 
 from pydantic import (
@@ -139,7 +139,13 @@ class Timestamp:
             raise ValueError("a timestamp is an RFC 3339 date and time with a zone and at most 9 digits of fraction")
         digits = (found["fraction"] or "").ljust(9, "0")
         zone = "+00:00" if found["zone"] in "Zz" else found["zone"]
-        instant = datetime.fromisoformat(f"{found['date']}T{found['time']}{zone}").astimezone(UTC)
+        leap = found["time"].endswith("60")  # RFC 3339 allows a leap second; here it is the second after
+        clock = f"{found['time'][:-2]}59" if leap else found["time"]
+        try:
+            instant = datetime.fromisoformat(f"{found['date']}T{clock}{zone}") + timedelta(seconds=int(leap))
+            instant = instant.astimezone(UTC)
+        except OverflowError:
+            raise ValueError("a timestamp lies in the years 1 to 9999, in UTC too") from None
         return cls(instant.replace(microsecond=int(digits[:6])), int(digits[6:]))
 
     @classmethod
@@ -172,11 +178,11 @@ _WireTimestamp = Annotated[
 
 
 class _Request(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", hide_input_in_errors=True)
 
 
 class _Reply(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", hide_input_in_errors=True)
 
 
 def _valid_target(value: str) -> str:
@@ -224,13 +230,15 @@ def bust_request(target: object, strategy: object, fault_tolerance: int) -> Bust
 class BustReply(_Reply):
     """What a daemon answers to a bust, in either dialect: `status: "success"` or `success: true`.
 
-    `fault_stage` is what the daemon reports; `server.rs` merely echoes the request's `fault_tolerance` there.
+    `fault_stage` is what the daemon reports; `server.rs` merely echoes the request's `fault_tolerance` there. `removed`
+    is how many entries went, where a daemon says so.
     """
 
     cache_key: Annotated[str, Field(min_length=1)]
     delegate: str | None = None
     fault_stage: Annotated[int, Field(ge=0, le=12)] | None = None
     execution_time_ms: Annotated[int, Field(ge=0)] | None = None
+    removed: Annotated[int, Field(ge=0)] | None = None
     status: str | None = None
     success: bool | None = None
 

@@ -201,7 +201,7 @@ class CallPlan:
         candidate = self._candidates[daemon]
         candidate.attempts += row.same is not Same.WHILE_TIME
         candidate.server_errors += fault.kind is FaultKind.SERVER_ERROR
-        candidate.not_before = now + self._pause(fault, max(1, candidate.attempts), random)
+        candidate.not_before = now + self._pause(fault, candidate.attempts, random)
         candidate.out = (
             row.same is Same.NEVER
             or candidate.attempts >= self._retry.attempts
@@ -230,6 +230,8 @@ class CallPlan:
         return now + min(self._retry.attempt_timeout, share)
 
     def _pause(self, fault: Fault, failures: int, random: Callable[[], float]) -> float:
+        if TABLE[fault.kind].same is Same.WHILE_TIME:
+            return 0.0  # the wait for a slot was the pause, and goes on: the call keeps its turn there
         if TABLE[fault.kind].same is not Same.LATER:
             return full_jitter(failures, self._retry.base, self._retry.cap, random)
         if fault.retry_after is not None:

@@ -28,7 +28,17 @@ from pybustcall.models import redact
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["Attempt", "BustReport", "BustResult", "BustStatus", "Ending", "applied_of", "error_class", "failure"]
+__all__ = [
+    "Attempt",
+    "BustReport",
+    "BustResult",
+    "BustStatus",
+    "Ending",
+    "applied_of",
+    "error_class",
+    "failure",
+    "summary",
+]
 
 BustStatus = Literal["busted", "failed", "disabled"]
 Ending = Literal["answered", "halted", "exhausted", "deadline"]
@@ -54,7 +64,7 @@ class BustResult:
     - `status`: "busted" (a daemon acknowledged it), "failed", or "disabled" (the client is switched off)
     - `stage`: 0 (worst) to 12 (clean), as this client saw it; `reported_stage` is the daemon's own word
     - `daemon`: URL of the daemon that acknowledged, or None
-    - `cache_key`, `delegate`: what that daemon answered
+    - `cache_key`, `delegate`: what that daemon answered; `removed`: how many entries went, if it says so
     - `attempts`: every attempt, in order; `elapsed`: seconds from the call to its end
     - `target`: the whole target; the result's repr shows it redacted, unless `reveal` is set
     """
@@ -66,6 +76,7 @@ class BustResult:
     cache_key: str | None = None
     delegate: str | None = None
     reported_stage: int | None = None
+    removed: int | None = None
     attempts: tuple[Attempt, ...] = ()
     elapsed: float = 0.0
     reveal: bool = field(default=False, compare=False)
@@ -182,7 +193,7 @@ def failure(
     told = f"{head} (stage {stage}, {band_of(stage)}, after {elapsed:.3f} s)"
     if result is not None:
         told += f"; {verdict}"
-    reasons = "; ".join(_summary(causes)) or "no attempt could be made"
+    reasons = "; ".join(summary(causes)) or "no attempt could be made"
     return chosen(
         f"{told}: {reasons}. {_ADVICE[chosen]}",
         result=result,
@@ -195,7 +206,8 @@ def failure(
     )
 
 
-def _summary(causes: tuple[Fault, ...]) -> Iterable[str]:
+def summary(causes: Iterable[Fault]) -> Iterable[str]:
+    """Tell each cause once, and how often."""
     for text, times in Counter(str(cause) for cause in causes).items():
         yield text if times == 1 else f"{text} ({times} times)"
 

@@ -13,25 +13,26 @@ never touches what it inherited, not even to close it: the event loop's epoll de
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import ssl
 import threading
-from collections import OrderedDict
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, final
-from weakref import WeakKeyDictionary, WeakSet
+from typing import TYPE_CHECKING, Any, Final, final
+from weakref import WeakSet
 
 import aiohttp
 
 from pybustcall.errors import ClientClosed, ConfigurationError, SlotTimeout
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 
+    from pybustcall.errors import Applied
     from pybustcall.policies import Pool
     from pybustcall.topology import DaemonAddress
 
@@ -87,6 +88,16 @@ class Exchange:
     answered: bool = False
 
 
+@final
+@dataclass(slots=True)
+class _Ticket:
+    """A call's place among those who wait for slots: its turn, and whether its first wait was in vain."""
+
+    turn: int
+    waited: bool = False
+
+
+_TICKET: ContextVar[_Ticket | None] = ContextVar("pybustcall_ticket", default=None)
 _EXCHANGE: ContextVar[Exchange | None] = ContextVar("pybustcall_exchange", default=None)
 
 
@@ -143,40 +154,45 @@ class PoolStatistics:
     timed_out: int = 0
     refreshed: int = 0
     sessions: int = 0
-    daemons: Mapping[str, DaemonPoolStatistics] = field(default_factory=lambda: MappingProxyType({}))
+    daemons: Mapping[str, DaemonPoolStatistics] = field(default_factory=dict)
 
 
 @final
 class _Gate:
     """Admits at most so many at once for each daemon and in all; first come, first served. One loop only.
 
-    A freed slot goes to the one who waits longest among those whose daemon has room, so that a saturated daemon
-    delays nobody else's calls.
+    A freed slot goes to the call that came first among those whose daemon has room, so that a saturated daemon delays
+    nobody else's calls. A call keeps its turn when a wait of it has ended: under a burst the oldest are served, and
+    not whoever asked last.
     """
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._turn = 0
         self.in_use: dict[str, int] = {}
-        self.waiters: dict[str, OrderedDict[asyncio.Future[None], int]] = {}
+        self.waiters: dict[str, list[tuple[int, int, asyncio.Future[None]]]] = {}  # heaps, oldest turn on top
+        self.waiting: dict[str, int] = {}
         self.total = 0
         self.granted = 0
         self.timed_out = 0
 
-    async def acquire(self, daemon: str, wait: float) -> None:
+    def next_turn(self) -> int:
+        """Count one more comer."""
+        self._turn += 1
+        return self._turn
+
+    async def acquire(self, daemon: str, wait: float, turn: int) -> None:
         """Take a slot, waiting at most `wait` seconds for it; raise `SlotTimeout` if none came free."""
-        queue = self.waiters.setdefault(daemon, OrderedDict())
-        if not queue and self._has_room(daemon):
+        if not self.waiting.get(daemon) and self._has_room(daemon):
             self._take(daemon)
             return
         slot = asyncio.get_running_loop().create_future()
-        self._turn += 1
-        queue[slot] = self._turn
+        heappush(self.waiters.setdefault(daemon, []), (turn, self.next_turn(), slot))
+        self.waiting[daemon] = self.waiting.get(daemon, 0) + 1
         try:
             async with asyncio.timeout(wait):
                 await slot
         except BaseException as error:
-            queue.pop(slot, None)
             if slot.done() and not slot.cancelled():  # granted in the same moment in which the wait ended
                 self.release(daemon)
             if isinstance(error, TimeoutError):
@@ -184,20 +200,20 @@ class _Gate:
                 raise SlotTimeout(
                     f"no connection slot for {daemon} came free within {wait:.3f} s: {self.in_use.get(daemon, 0)} of "
                     f"{self._pool.per_daemon} are in use there, {self.total} of {self._pool.total} in all. Nothing was "
-                    "sent; make fewer calls at once or allow more with pool=Pool(...)",
+                    "sent; make fewer calls at once, or allow more or a longer wait with pool=Pool(...)",
                     daemon=daemon,
                 ) from None
             raise
+        finally:
+            self.waiting[daemon] -= 1
 
     def release(self, daemon: str) -> None:
         """Give a slot back, and hand it on."""
         self.in_use[daemon] -= 1
         self.total -= 1
-        while (heir := self._longest_waiting()) is not None:
-            slot, _ = self.waiters[heir].popitem(last=False)
-            if not slot.done():  # else its waiter was cancelled, and has not run since
-                self._take(heir)
-                slot.set_result(None)
+        while (heir := self._oldest()) is not None:
+            self._take(heir)
+            heappop(self.waiters[heir])[2].set_result(None)
 
     def _take(self, daemon: str) -> None:
         self.in_use[daemon] = self.in_use.get(daemon, 0) + 1
@@ -207,13 +223,15 @@ class _Gate:
     def _has_room(self, daemon: str) -> bool:
         return self.total < self._pool.total and self.in_use.get(daemon, 0) < self._pool.per_daemon
 
-    def _longest_waiting(self) -> str | None:
-        heads = (
-            (next(iter(queue.values())), daemon)
-            for daemon, queue in self.waiters.items()
-            if queue and self._has_room(daemon)
-        )
-        return min(heads, default=(0, None))[1]
+    def _oldest(self) -> str | None:
+        """Tell whose waiter comes next, passing by those that were cancelled and have not run since."""
+        heads: list[tuple[int, str]] = []
+        for daemon, queue in self.waiters.items():
+            while queue and queue[0][2].done():
+                heappop(queue)
+            if queue and self._has_room(daemon):
+                heads.append((queue[0][0], daemon))
+        return min(heads)[1] if heads else None
 
 
 @final
@@ -246,9 +264,10 @@ class _Pooled:
 class _LoopState:
     """Everything that belongs to one running event loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, pool: Pool) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, pool: Pool, forget: Callable[[_LoopState], None]) -> None:
         self.loop = loop
         self.pool = pool
+        self.forget = forget
         self.gate = _Gate(pool)
         self.sessions: dict[str, _Pooled] = {}
         self.retired: set[_Pooled] = set()
@@ -274,6 +293,7 @@ class _LoopState:
                 await pooled.session.close()
             if self.cleanup:
                 await asyncio.wait(self.cleanup)
+            self.forget(self)
 
     async def close(self) -> None:
         """Wait for calls under way (at most `drain` seconds), then close the sessions. Repeating it is harmless.
@@ -308,6 +328,24 @@ class _LoopState:
         task.add_done_callback(self.cleanup.discard)
 
 
+_MANAGERS: WeakSet[SessionManager] = WeakSet()
+_INHERITED: list[object] = []
+"""What a forked child must neither use nor close, nor let the garbage collector close."""
+
+_CUT_OFF: Final = "the client was closed while the call was under way; close it later, or allow pool.drain more time"
+
+_GRACE: Final = 1.0
+"""Seconds beyond the drain that another thread's loop has to close its sessions."""
+
+
+def _after_fork() -> None:
+    for manager in list(_MANAGERS):
+        manager.forget_parent()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 @final
 class SessionManager:
     """Opens, lends and closes the pooled sessions of one client.
@@ -332,11 +370,11 @@ class SessionManager:
         self._timeout = aiohttp.ClientTimeout(total=None, connect=pool.connect)
         self._given = session
         self._given_loop: asyncio.AbstractEventLoop | None = None
-        self._states: WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = WeakKeyDictionary()
+        self._states: dict[asyncio.AbstractEventLoop, _LoopState] = {}
         self._lock = threading.Lock()  # for the table alone: loops in other threads enter themselves there
-        self._pid = os.getpid()
-        self._inherited: list[object] = []
+        self._past = PoolStatistics()  # what loops that have ended counted
         self._closed = False
+        _MANAGERS.add(self)
 
     @property
     def request_timeout(self) -> aiohttp.ClientTimeout:
@@ -351,9 +389,7 @@ class SessionManager:
     @property
     def is_open(self) -> bool:
         """Whether sessions are open that nobody has closed, nor can any more once the manager is dropped."""
-        return self._pid == os.getpid() and any(
-            state.sessions and not state.loop.is_closed() for state in self._snapshot()
-        )
+        return any(state.sessions and not state.loop.is_closed() for state in self._snapshot())
 
     @asynccontextmanager
     async def call(self) -> AsyncIterator[None]:
@@ -363,9 +399,11 @@ class SessionManager:
         state = await self._state()
         state.calls += 1
         state.quiet.clear()
+        token = _TICKET.set(_Ticket(state.gate.next_turn()))
         try:
             yield
         finally:
+            _TICKET.reset(token)
             state.calls -= 1
             if not state.calls:
                 state.quiet.set()
@@ -374,11 +412,18 @@ class SessionManager:
     async def lease(self, address: DaemonAddress, *, wait: float | None = None) -> AsyncIterator[Lease]:
         """Lend a slot and a session for one request to a daemon.
 
-        Waits at most `wait` seconds (by default the pool's) for a slot, else raises `SlotTimeout`. What the connector
+        Waits at most the pool's `wait` for a slot, and at most `wait` seconds; else raises `SlotTimeout`. A call that
+        has waited so in vain waits longer the next time, up to `wait` alone, and keeps its turn. What the connector
         notes of the request is in the lease's `exchange`. Raises `ClientClosed` once the sessions are closed.
         """
         state = await self._state()
-        await state.gate.acquire(address.url, self._pool.wait if wait is None else min(wait, self._pool.wait))
+        ticket = _TICKET.get() or _Ticket(state.gate.next_turn())
+        limit = math.inf if ticket.waited else self._pool.wait
+        try:
+            await state.gate.acquire(address.url, min(limit, self._pool.wait if wait is None else wait), ticket.turn)
+        except SlotTimeout:
+            ticket.waited = True
+            raise
         try:
             pooled = self._pooled(state, address)
             pooled.leases += 1
@@ -386,6 +431,11 @@ class SessionManager:
             token = _EXCHANGE.set(lease.exchange)
             try:
                 yield lease
+            except (aiohttp.ClientError, OSError) as error:
+                if not state.closed:
+                    raise
+                applied: Applied = "maybe" if lease.exchange.connected else "no"
+                raise ClientClosed(_CUT_OFF, daemon=address.url, applied=applied) from error
             finally:
                 _EXCHANGE.reset(token)
                 pooled.leases -= 1
@@ -404,22 +454,22 @@ class SessionManager:
 
     def statistics(self) -> PoolStatistics:
         """Take a snapshot of the pool."""
-        states = self._snapshot() if self._pid == os.getpid() else []
+        states = self._snapshot()
         daemons: dict[str, DaemonPoolStatistics] = {}
         for state in states:
-            for daemon, queue in state.gate.waiters.items():
+            for daemon, in_use in state.gate.in_use.items():
                 before = daemons.get(daemon, DaemonPoolStatistics(0, 0))
-                in_use = before.in_use + state.gate.in_use.get(daemon, 0)
-                daemons[daemon] = DaemonPoolStatistics(in_use, before.waiting + len(queue))
+                waiting = before.waiting + state.gate.waiting.get(daemon, 0)
+                daemons[daemon] = DaemonPoolStatistics(before.in_use + in_use, waiting)
         return PoolStatistics(
             calls=sum(state.calls for state in states),
             in_use=sum(state.gate.total for state in states),
-            waiting=sum(daemon.waiting for daemon in daemons.values()),
-            granted=sum(state.gate.granted for state in states),
-            timed_out=sum(state.gate.timed_out for state in states),
-            refreshed=sum(state.refreshed for state in states),
+            waiting=sum(sum(state.gate.waiting.values()) for state in states),
+            granted=self._past.granted + sum(state.gate.granted for state in states),
+            timed_out=self._past.timed_out + sum(state.gate.timed_out for state in states),
+            refreshed=self._past.refreshed + sum(state.refreshed for state in states),
             sessions=sum(len(state.sessions) for state in states),
-            daemons=MappingProxyType(daemons),
+            daemons=daemons,
         )
 
     async def aclose(self) -> None:
@@ -428,33 +478,58 @@ class SessionManager:
         Sessions that another running loop uses are closed there.
         """
         self._closed = True
-        if self._pid != os.getpid():
-            return
         here = asyncio.get_running_loop()
         for state in self._snapshot():
             if state.loop is here:
                 await state.close()
             elif state.loop.is_running():
-                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(state.close(), state.loop))
+                await self._close_elsewhere(state)
+
+    async def _close_elsewhere(self, state: _LoopState) -> None:
+        """Have another thread's loop close its sessions, as long as it runs and answers."""
+        closing = state.close()
+        try:
+            elsewhere = asyncio.run_coroutine_threadsafe(closing, state.loop)
+        except RuntimeError:  # it ended in this moment, and closed them itself
+            closing.close()
+            return
+        ourselves = asyncio.current_task()
+        try:
+            async with asyncio.timeout(self._pool.drain + _GRACE):
+                await asyncio.wrap_future(elsewhere)
+        except TimeoutError:
+            return
+        except asyncio.CancelledError:
+            if ourselves is not None and ourselves.cancelling():
+                raise
+            # Not our cancellation: that loop is ending, which cancels its tasks and closes the sessions.
 
     async def _state(self) -> _LoopState:
-        if self._pid != os.getpid():
-            self._forget_parent()
         loop = asyncio.get_running_loop()
         state = self._states.get(loop)
         if state is None:
-            state = _LoopState(loop, self._pool)
+            state = _LoopState(loop, self._pool, self._forget)
             with self._lock:
                 self._states[loop] = state
             await anext(state.guard)  # never suspends; from here on the loop knows the guard
         return state
 
-    def _forget_parent(self) -> None:
-        """Keep what a fork inherited alive and untouched, and begin anew."""
+    def _forget(self, state: _LoopState) -> None:
+        """Let go of a loop whose sessions are closed; keep what it counted."""
+        with self._lock:
+            self._states.pop(state.loop, None)
+            self._past = replace(
+                self._past,
+                granted=self._past.granted + state.gate.granted,
+                timed_out=self._past.timed_out + state.gate.timed_out,
+                refreshed=self._past.refreshed + state.refreshed,
+            )
+
+    def forget_parent(self) -> None:
+        """Begin anew in a forked child: keep what was inherited alive and untouched, for as long as the child lives."""
         self._lock = threading.Lock()  # a thread of the parent may have held the old one
-        self._inherited.append(list(self._states.items()))
-        self._states = WeakKeyDictionary()
-        self._pid = os.getpid()
+        _INHERITED.append(self._states)
+        self._states = {}
 
     def _snapshot(self) -> list[_LoopState]:
         with self._lock:
@@ -462,7 +537,7 @@ class SessionManager:
 
     def _pooled(self, state: _LoopState, address: DaemonAddress) -> _Pooled:
         if state.closed:
-            raise ClientClosed("the client was closed while the call was under way", daemon=address.url)
+            raise ClientClosed(_CUT_OFF, daemon=address.url)
         if self._given is not None:
             return self._borrowed(state, self._given)
         pooled = state.sessions.get(address.url)

@@ -54,9 +54,8 @@ class DaemonAddress:
         if not isinstance(url, str):
             raise ConfigurationError(f"{setting} must be a string, not {type(url).__name__}", setting=setting)
         if not _SAFE.fullmatch(url):
-            raise ConfigurationError(
-                f"{setting} {url!r} has characters that no URL has; write it in ASCII, without spaces", setting=setting
-            )
+            why = "has characters that no URL has; write it in ASCII, without spaces" if url else "is empty"
+            raise ConfigurationError(f"{setting} {_public(url)!r} {why}", setting=setting)
         try:
             parts = urlsplit(url)
             port = parts.port
@@ -91,7 +90,7 @@ class DaemonAddress:
 
     @classmethod
     def _parse_unix(cls, netloc: str, path: str, refusal: ConfigurationError) -> DaemonAddress:
-        if netloc or len(path) < 2 or path.endswith("/"):
+        if netloc or not path.startswith("/") or len(path) < 2 or path.endswith("/"):
             raise refusal
         if len(path.encode()) > _MAX_SOCKET_PATH:
             raise ConfigurationError(

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import gc
+import html
+import itertools
 import json
 import logging
 import pickle
 import ssl
+import traceback
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import aiohttp
 import anyio
@@ -43,9 +49,8 @@ from tests.conftest import PATIENCE, eventually
 DOWN = "http://127.0.0.1:1"
 QUICK = Retry(base=0.001, cap=0.001, throttled_base=0.001, throttled_cap=0.001)
 
-pytestmark = pytest.mark.requirement("IMP-01")
 
-
+@pytest.mark.requirement("IMP-01")
 async def test_a_bust_is_acknowledged() -> None:
     """The result says by whom, with which key, how clean, how long."""
     async with FakeDaemon() as fake, BustcallClient(fake.url) as client:
@@ -60,6 +65,7 @@ async def test_a_bust_is_acknowledged() -> None:
     assert fake.requests[0].strategy == "direct"
 
 
+@pytest.mark.requirement("IMP-01")
 async def test_the_tolerance_is_sent_as_the_protocol_says() -> None:
     """The call's own, or the client's."""
     async with FakeDaemon() as fake, BustcallClient(fake.url, fault_tolerance=3) as client:
@@ -213,6 +219,7 @@ async def test_the_foreign_error_is_the_cause() -> None:
     assert isinstance(caught.value.__cause__.__cause__, aiohttp.ClientConnectorError)
 
 
+@pytest.mark.requirement("IMP-01")
 async def test_a_dead_hub_is_served_by_a_peer() -> None:
     """Star, then ring, in order."""
     async with FakeDaemon() as one, FakeDaemon() as two:
@@ -345,6 +352,77 @@ async def test_targets_are_redacted_in_logs_reprs_and_errors(caplog: pytest.LogC
         assert "user/…" in text
 
 
+SECRET = "segment/größe & <customer> 4711/private"
+TOKEN = "t0ken-of-some-length"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(status=400, body=b"x" * 185 + TOKEN.encode()),
+        Answer(status=400, body=SECRET.encode() + b"abc"),
+        Answer(status=500, body=json.dumps({"echo": SECRET}).encode(), headers={"Content-Type": "text/plain"}),
+        Answer(status=500, body=quote(SECRET).encode()),
+        Answer(status=500, body=html.escape(SECRET).encode()),
+        Answer(status=422, body=json.dumps({"title": "t", "status": 422, "detail": f"no: {SECRET}"}).encode()),
+        Answer(status=500, body=b"z " * 2000 + SECRET.encode()),
+        Answer(body=b"{}", headers={"Content-Type": f"text/{TOKEN}"}),
+        Answer(raw=f"{TOKEN} {SECRET}\r\n\r\n".encode()),
+        Answer(raw=f"HTTP/1.1 200 OK\r\nBad Header {TOKEN}\r\n\r\n".encode()),
+        Answer(body=json.dumps({"status": "failed", "cache_key": "k", "target": SECRET}).encode()),
+        Answer(body=json.dumps({SECRET: SECRET, "status": SECRET}).encode()),
+    ],
+)
+async def test_what_a_daemon_repeats_shows_nowhere(answer: Answer, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither token nor target, in whatever form: not in logs, texts, reprs, nor in the printed chain of causes."""
+    caplog.set_level(logging.DEBUG)
+    async with FakeDaemon([answer]) as fake, BustcallClient(fake.url, token=TOKEN, retry=None) as client:
+        with pytest.raises(BustFailed) as caught:
+            await client.bust(SECRET)
+        fake.drop_connections()
+    shown = caplog.text + repr(caught.value) + repr(caught.value.result) + repr(caught.value.causes)
+    link: BaseException | None = caught.value
+    while link is not None:
+        shown += repr(link) + str(link)
+        link = link.__cause__ or link.__context__
+    shown += "".join(traceback.format_exception(caught.value))
+    for secret in (TOKEN, "4711", "private", "größe", TOKEN[:12]):
+        assert secret not in shown
+
+
+def test_a_session_that_trusts_proxies_is_no_way_round() -> None:
+    """The token would go to the proxy in clear text."""
+
+    async def make() -> None:
+        async with aiohttp.ClientSession(trust_env=True) as session:
+            with pytest.raises(ConfigurationError, match="in clear text"):
+                BustcallClient(token=TOKEN, session=session)
+
+    asyncio.run(make())
+
+
+def test_credentials_in_a_url_that_is_none_are_not_repeated() -> None:
+    """Not even with letters that no URL has."""
+    with pytest.raises(ConfigurationError) as caught:
+        BustcallClient("http://user:pässw0rd@host")
+    assert "ssw0rd" not in str(caught.value)
+
+
+def test_snapshots_and_results_can_be_pickled_and_copied() -> None:
+    """For workers in other processes."""
+    client = BustcallClient()
+    assert pickle.loads(pickle.dumps(client.statistics())) == client.statistics()
+    capabilities = pybustcall.DaemonCapabilities(DOWN)
+    assert copy.deepcopy(capabilities) == capabilities
+
+
+def test_a_client_that_could_not_be_made_is_dropped_in_silence() -> None:
+    """A wrong argument is one error, not two."""
+    with pytest.raises(TypeError):
+        BustcallClient(urll="x")  # type: ignore[call-arg]
+    gc.collect()
+
+
 async def test_targets_can_be_revealed(caplog: pytest.LogCaptureFixture) -> None:
     """reveal_targets=True, for development."""
     async with BustcallClient(DOWN, retry=None, reveal_targets=True, fault_tolerance=12) as client:
@@ -455,7 +533,7 @@ async def test_one_bad_target_among_many_is_a_failed_result() -> None:
     async with FakeDaemon() as fake, BustcallClient(fake.url, fault_tolerance=0) as client:
         report = await client.bust_many(["a", "", "b", 7])  # type: ignore[list-item]
     assert (report.total, report.busted, report.failed, report.worst_stage) == (4, 2, 2, 4)
-    assert sorted(failed.target for failed in report.failures) == ["", "7"]
+    assert sorted(failed.target for failed in report.failures) == ["", "<int>"]
     assert "target is empty; nothing was sent" in report.failures[0].causes[0].message
     assert repr(report).startswith("BustReport(2 of 4 busted, 2 failed")
 
@@ -475,6 +553,51 @@ def test_the_failures_kept_are_bounded() -> None:
         builder.add(BustResult(str(number), "failed", 5))
     report = builder.finish(1.0)
     assert (report.failed, len(report.failures), report.unkept) == (1500, 1000, 500)
+
+
+async def cancelled_inside() -> AsyncIterator[str]:
+    """Yield two targets, then await a task that was cancelled."""
+    yield "a"
+    yield "b"
+    task = asyncio.create_task(asyncio.sleep(PATIENCE))
+    task.cancel()
+    await task
+    yield "never"
+
+
+async def test_a_cancellation_out_of_the_callers_iterable_is_not_taken_for_the_end() -> None:
+    """The targets that are left would be lost in silence: it comes out as it is."""
+    async with FakeDaemon() as fake, BustcallClient(fake.url) as client:
+        with pytest.raises(asyncio.CancelledError):
+            await client.bust_many(cancelled_inside(), concurrency=1)
+        assert client.statistics().pool.calls == 0
+
+
+async def test_a_cancellation_out_of_the_callback_stops_the_work() -> None:
+    """And is not taken for the end of one worker."""
+
+    def complain(result: BustResult) -> None:
+        raise asyncio.CancelledError
+
+    async with FakeDaemon() as fake, BustcallClient(fake.url) as client:
+        with pytest.raises(asyncio.CancelledError):
+            await client.bust_many([f"{number}" for number in range(100)], on_progress=complain, concurrency=2)
+        assert len(fake.requests) <= 4
+
+
+@pytest.mark.parametrize("target", ["fine", "bad\x00"])
+async def test_an_endless_iterable_can_be_stopped_though_nothing_is_sent(target: str) -> None:
+    """A disabled client, or targets that are all invalid: the loop still runs, and a timeout arrives."""
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await BustcallClient.disabled().bust_many(itertools.repeat(target))
+
+
+async def test_no_more_workers_start_than_there_are_targets() -> None:
+    """A million at once, for one target, costs nothing."""
+    async with FakeDaemon() as fake, BustcallClient(fake.url) as client:
+        report = await client.bust_many(["a"], concurrency=10**12)
+    assert report.busted == 1
 
 
 @pytest.mark.parametrize(
@@ -535,6 +658,32 @@ async def test_more_busts_than_slots_wait_their_turn() -> None:
     async with FakeDaemon() as fake, BustcallClient(fake.url, pool=Pool(per_daemon=2, wait=PATIENCE)) as client:
         await asyncio.gather(*(client.bust(f"{number}") for number in range(100)))
         assert fake.connections <= 2
+
+
+async def test_a_burst_is_served_in_the_order_in_which_it_came() -> None:
+    """Calls that lose a wait keep their turn: with one slot and 40 busts of 20 ms none fails, none is overtaken far."""
+    ended: list[int] = []
+
+    async def one(client: BustcallClient, number: int) -> None:
+        await client.bust(f"{number}")
+        ended.append(number)
+
+    async with FakeDaemon([Answer(delay=0.02)] * 40) as fake:
+        async with BustcallClient(fake.url, pool=Pool(per_daemon=1, wait=0.05), timeout=PATIENCE) as client:
+            await asyncio.gather(*(one(client, number) for number in range(40)))
+            assert client.statistics().pool.timed_out > 0
+    assert max(abs(place - number) for place, number in enumerate(ended)) <= 3
+    assert len(fake.requests) == 40
+
+
+async def test_the_daemons_time_begins_with_the_slot() -> None:
+    """A bust that waited for its slot is not cut off in the middle of the daemon's work and sent again."""
+    retry = Retry(attempt_timeout=0.4)
+    async with FakeDaemon([Answer(delay=0.3)] * 4) as fake:
+        async with BustcallClient(fake.url, retry=retry, pool=Pool(per_daemon=2), timeout=PATIENCE) as client:
+            results = await asyncio.gather(*(client.bust(f"{number}") for number in range(4)))
+    assert [result.stage for result in results] == [12] * 4
+    assert len(fake.requests) == 4
 
 
 async def test_no_slot_in_time_is_our_own_load_and_waited_out() -> None:

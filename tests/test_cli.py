@@ -188,8 +188,19 @@ def test_a_reply_cut_in_the_middle_is_tried_again_and_told(fake: FakeDaemon) -> 
 def test_a_success_below_the_tolerance_is_a_failure(fake: FakeDaemon) -> None:
     """As the API raises then."""
     fake.plan.append(Answer(reset=True))
-    code, _, _ = call("bust", "a", "--url", fake.url, "--fault-tolerance", "0")
-    assert code == 3
+    code, _, err = call("bust", "a", "--url", fake.url, "--fault-tolerance", "0")
+    assert code == 1
+    assert "stage 9 is below the tolerance" in err
+
+
+def test_a_failure_within_the_tolerance_is_told_and_no_failure(fake: FakeDaemon) -> None:
+    """As the API does not raise then: exit code 0, and the result says what happened."""
+    fake.plan.extend([Answer(status=422)] * 2)
+    code, _, err = call("bust", "a", "--url", fake.url, "--fault-tolerance", "12")
+    assert (code, err.split()[0]) == (0, "failed")
+    code, out, _ = call("bust", "a", "--url", fake.url, "--fault-tolerance", "12", "--json")
+    line = json.loads(out)
+    assert (code, line["ok"], line["tolerated"]) == (0, False, True)
 
 
 def test_settings_come_from_file_environment_and_options(
@@ -205,6 +216,9 @@ def test_settings_come_from_file_environment_and_options(
     token = tmp_path / "token"
     token.write_text("s3cret\n")
     assert call("bust", "a", "--token-file", str(token))[0] == 0
+    monkeypatch.setenv("BUSTCALL_PEERS", fake.url)
+    assert call("bust", "a", "--url", DOWN)[0] == 3  # peers from elsewhere do not join a hub that was named
+    monkeypatch.delenv("BUSTCALL_PEERS")
     assert fake.headers[-1]["Authorization"] == "Bearer s3cret"
     token.write_text("s€cret")
     code, _, err = call("bust", "a", "--token-file", str(token))
@@ -320,14 +334,51 @@ def test_an_interrupted_bust_ends_with_130(fake: FakeDaemon) -> None:
     assert b"interrupted" in err
 
 
-def test_a_reader_that_goes_away_is_no_error_worth_a_traceback(start_daemon: StartDaemon) -> None:
-    """`pybustcall bust - | head -1`."""
-    url = start_daemon().url
-    line = f"seq 1 5000 | {sys.executable} -m pybustcall bust - --url {url} | head -1"
+def test_a_reader_that_goes_away_stops_no_bust(start_daemon: StartDaemon) -> None:
+    """`pybustcall bust - | head -1`: the busts are what counts, and they go on."""
+    daemon = start_daemon()
+    line = f"seq 1 3000 | {sys.executable} -m pybustcall bust - --url {daemon.url} | head -1"
     done = subprocess.run(["bash", "-c", line], capture_output=True, timeout=PATIENCE, check=True)
     assert done.stdout.startswith(b"busted")
+    assert b"3000 of 3000 busted" in done.stderr
     assert b"Traceback" not in done.stderr
     assert b"Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("seq 1 50 | {command} bust - --json --url {url} > /dev/full", "not every result could be written"),
+        ("{command} status --url {url} > /dev/full", "standard output cannot be written: No space left"),
+        ("{command} bust - --url {url} <&-", "standard input is closed"),
+        ("{command} bust a --url {url} >&-", ""),
+        ("{command} bust - --url {url} < /dev/null", "0 of 0 busted"),
+        ("{command} daemon --port 0 > /dev/full", "No space left"),
+    ],
+)
+def test_closed_and_full_streams_get_a_sentence(line: str, says: str, start_daemon: StartDaemon) -> None:
+    """Never a traceback."""
+    line = line.format(command=f"{sys.executable} -m pybustcall", url=start_daemon().url)
+    done = subprocess.run(["bash", "-c", line], capture_output=True, timeout=PATIENCE, check=False)
+    assert says in done.stderr.decode()
+    assert b"Traceback" not in done.stderr
+    assert b"Exception ignored" not in done.stderr
+
+
+def test_json_is_json_whatever_the_target(fake: FakeDaemon) -> None:
+    """Bytes that are no UTF-8 are escaped."""
+    code, out, _ = call("bust", "-", "--json", "--url", fake.url, stdin=b"\xff\n")
+    assert code == 1
+    assert not json.loads(out.encode())["ok"]
+    assert out.isascii()
+
+
+def test_what_a_daemon_says_does_not_steer_the_terminal(fake: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Escape sequences are shown as question marks."""
+    monkeypatch.setattr("pybustcall.testing.fake_daemon.VERSION", "\x1b[31m1.0")
+    _, out, _ = call("capabilities", "--url", fake.url)
+    assert "?[31m1.0" in out
+    assert "\x1b" not in out
 
 
 def test_without_the_extra_a_hint_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

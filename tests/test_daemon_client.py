@@ -131,7 +131,10 @@ async def test_every_foreign_error_becomes_ours(error: BaseException, kind: Faul
                 await bust(client)
         fault = caught.value.fault
         assert (fault.kind, fault.applied, fault.daemon) == (kind, applied, HUB)
-        assert caught.value.__cause__ is error
+        if isinstance(error, aiohttp.ClientResponseError):  # it holds the request's headers, the token among them
+            assert caught.value.__cause__ is caught.value.__context__ is None
+        else:
+            assert caught.value.__cause__ is error
         await sessions.aclose()
 
 
@@ -187,14 +190,17 @@ GOOD = b'{"status": "success", "cache_key": "md5:1"}'
         (Answer(status=204, body=b""), FaultKind.MALFORMED, "HTTP 204"),
         (Answer(status=307, headers={"Location": "/x"}), FaultKind.MALFORMED, "a redirect .HTTP 307., which is never"),
         (Answer(status=400, body=b"Request body deserialize error: x"), FaultKind.REJECTED, "deserialize error: x"),
-        (Answer(status=401), FaultKind.TOKEN_REFUSED, "refused the token"),
+        (Answer(status=401), FaultKind.TOKEN_REFUSED, "wants a token, and this client has none"),
         (Answer(status=403), FaultKind.NOT_ALLOWED, "does not allow this"),
         (Answer(status=404, body=b""), FaultKind.NOT_THIS_SERVICE, r"not a bustcall daemon's route \(HTTP 404\)$"),
         (Answer(status=405, body=b"HTTP method not allowed"), FaultKind.NOT_THIS_SERVICE, "method not allowed"),
         (Answer(status=422, body=b'{"title":"t","status":422,"detail":"bad key"}'), FaultKind.REJECTED, ": bad key$"),
         (Answer(status=426), FaultKind.INCOMPATIBLE, "HTTP 426"),
         (Answer(status=500, body=b"<h1>\x00oops</h1>"), FaultKind.SERVER_ERROR, "HTTP 500: <h1> oops</h1>"),
+        (Answer(status=501), FaultKind.NOT_THIS_SERVICE, "not a bustcall daemon's route"),
         (Answer(status=503), FaultKind.THROTTLED, "HTTP 503"),
+        (Answer(status=500, body=b"<h1>no</h1>", headers={"Content-Type": "text/html"}),
+         FaultKind.SERVER_ERROR, "HTTP 500: an HTML page$"),
         (Answer(body=b"<html>", headers={"Content-Type": "text/html"}), FaultKind.MALFORMED, "text/html, not JSON"),
         (Answer(body=b"{"), FaultKind.MALFORMED, "Invalid JSON"),
         (Answer(body=b"[]"), FaultKind.MALFORMED, "not what the protocol says"),
@@ -230,7 +236,7 @@ async def test_what_a_daemon_says_of_an_error_is_bounded_and_clean() -> None:
     page = b"<p>\n" + b"long " * 800
     async with FakeDaemon([Answer(status=500, body=page)]) as fake, speaking_to(fake.url) as client:
         fault = await fault_of(bust(client))
-    assert len(fault.message) < 300
+    assert len(fault.message) <= 301
     assert "\n" not in fault.message
     assert fault.message.endswith("…")
 
@@ -359,6 +365,25 @@ async def test_an_answer_cut_on_a_used_connection_is_a_fault() -> None:
         fault = await fault_of(bust(client))
     assert (fault.kind, fault.applied) == (FaultKind.DISCONNECTED, "maybe")
     assert len(fake.requests) == 2
+
+
+async def test_an_answer_cut_in_its_head_on_a_used_connection_is_a_fault() -> None:
+    """Some bytes of the head are bytes of an answer, too: the request is not sent again uncounted."""
+    head = b"HTTP/1.1 200 OK\r\nContent-"
+    async with FakeDaemon([Answer(), Answer(raw=head)]) as fake, speaking_to(fake.url) as client:
+        await bust(client)
+        fault = await fault_of(bust(client))
+    assert (fault.kind, fault.applied) == (FaultKind.DISCONNECTED, "maybe")
+    assert len(fake.requests) == 2
+
+
+async def test_a_session_that_raises_for_status_changes_nothing() -> None:
+    """The status is read as it is."""
+    async with FakeDaemon([Answer(status=503)]) as fake, aiohttp.ClientSession(raise_for_status=True) as session:
+        sessions = SessionManager(pool=Pool(), session=session)
+        fault = await fault_of(bust(DaemonClient(DaemonAddress.parse(fake.url), sessions)))
+        await sessions.aclose()
+    assert fault.kind is FaultKind.THROTTLED
 
 
 async def test_a_stale_connection_and_then_a_refusal_may_have_been_applied() -> None:

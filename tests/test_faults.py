@@ -218,6 +218,7 @@ STATUSES = {
     426: FaultKind.INCOMPATIBLE,
     429: FaultKind.THROTTLED,
     500: FaultKind.SERVER_ERROR,
+    501: FaultKind.NOT_THIS_SERVICE,
     502: FaultKind.SERVER_ERROR,
     503: FaultKind.THROTTLED,
     504: FaultKind.SERVER_ERROR,

@@ -153,6 +153,7 @@ def test_a_reply_without_a_cache_key_is_no_reply() -> None:
     [
         ("2026-01-02T03:04:05Z", datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), 0),
         ("2026-01-02T03:04:05.123456789Z", datetime(2026, 1, 2, 3, 4, 5, 123456, tzinfo=UTC), 789),
+        ("2016-12-31T23:59:60.5Z", datetime(2017, 1, 1, 0, 0, 0, 500000, tzinfo=UTC), 0),
         ("2026-01-02t03:04:05.1z", datetime(2026, 1, 2, 3, 4, 5, 100000, tzinfo=UTC), 0),
         ("2026-01-02T03:04:05.000000001+01:30", datetime(2026, 1, 2, 1, 34, 5, tzinfo=UTC), 1),
     ],
@@ -172,7 +173,8 @@ def test_a_timestamp_survives_printing_and_reading(nanoseconds: int) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "yesterday", "2026-01-02", "2026-01-02T03:04:05", "2026-01-02T03:04:05.1234567890Z", "2026-13-02T03:04:05Z", 7,
-     "٢٠٢٦-01-02T03:04:05Z", "2026-01-02T03:04:05.Z", "2026-01-02T03:04:05+99:00"],
+     "٢٠٢٦-01-02T03:04:05Z", "2026-01-02T03:04:05.Z", "2026-01-02T03:04:05+99:00",
+     "9999-12-31T23:59:59-01:00", "0001-01-01T00:00:00+01:00"],
 )  # fmt: skip
 def test_what_is_no_timestamp_is_refused(text: object) -> None:
     """No zone, no date, ten digits, other digits than ASCII's: a ValueError."""

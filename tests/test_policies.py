@@ -151,6 +151,7 @@ def test_a_black_holed_hub_leaves_time_for_every_peer() -> None:
     assert walked.end == 5.0
 
 
+@pytest.mark.requirement("IMP-02")
 def test_backoffs_double_inside_their_cap() -> None:
     """The jitter lies inside the ceiling: base, doubled each time, never above the cap."""
     walked = walk({0: always(FaultKind.UNREACHABLE)}, retry=Retry(attempts=8, base=0.05, cap=0.5), random=highest)

@@ -7,6 +7,7 @@ import gc
 import os
 import ssl
 import threading
+import weakref
 from pathlib import Path
 
 import aiohttp
@@ -125,6 +126,7 @@ async def test_a_hundred_slots_serve_five_hundred_workers_evenly() -> None:
     await sessions.aclose()
 
 
+@pytest.mark.requirement("IMP-02")
 async def test_connections_are_reused() -> None:
     """Ten busts in a row make one connection."""
     async with FakeDaemon() as fake, BustcallClient(fake.url) as client:
@@ -303,8 +305,30 @@ async def test_the_drain_has_an_end() -> None:
         call = asyncio.create_task(client.bust("a"))
         await eventually(lambda: fake.requests)
         await client.aclose()
-        with pytest.raises(ClientClosed, match="while the call was under way"):
+        with pytest.raises(ClientClosed, match="while the call was under way") as caught:
             await call
+        assert caught.value.applied == "maybe"
+
+
+async def test_a_question_cut_off_by_the_drain_blames_no_daemon() -> None:
+    """The client was closed; the daemon did nothing wrong."""
+
+    async def never(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        gone.set()
+
+    asked, gone = asyncio.Event(), asyncio.Event()
+    async with await asyncio.start_server(never, "127.0.0.1", 0) as server:
+        client = BustcallClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", pool=Pool(drain=0.01))
+        call = asyncio.create_task(client.status())
+        await asyncio.wait_for(asked.wait(), PATIENCE)
+        await client.aclose()
+        with pytest.raises(ClientClosed):
+            await call
+        await asyncio.wait_for(gone.wait(), PATIENCE)
 
 
 async def test_cancelling_aclose_cuts_the_drain_and_still_closes() -> None:
@@ -326,12 +350,20 @@ async def test_cancelling_aclose_cuts_the_drain_and_still_closes() -> None:
 def test_one_client_serves_many_loops_in_a_row(start_daemon: StartDaemon) -> None:
     """asyncio.run a hundred times: each loop closes its own connections, and nothing is left open."""
     client = BustcallClient(start_daemon().url)
+    loops: list[weakref.ref[asyncio.AbstractEventLoop]] = []
+
+    async def bust() -> int:
+        loops.append(weakref.ref(asyncio.get_running_loop()))
+        return (await client.bust("a")).stage
+
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(100):
-        assert asyncio.run(client.bust("a")).stage == 12
+        assert asyncio.run(bust()) == 12
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= before
-    assert client.statistics().pool.sessions == 0
+    pool = client.statistics().pool
+    assert (pool.sessions, pool.granted) == (0, 100)
+    assert sum(loop() is not None for loop in loops) <= 1  # asyncio itself may hold the last one
 
 
 async def test_threads_with_their_own_loops_share_a_client() -> None:
@@ -385,6 +417,28 @@ def test_a_forked_child_has_connections_of_its_own() -> None:
     assert connections == 2  # the parent's one, used twice, and the child's
 
 
+def test_a_child_that_drops_the_client_does_the_parent_no_harm() -> None:
+    """Its garbage collector must not close what it inherited: the epoll descriptor is the parent's, too."""
+
+    async def serve_and_fork() -> tuple[int, int]:
+        async with FakeDaemon() as fake:
+            client = BustcallClient(fake.url)
+            await client.bust("parent")
+            holder = [client]
+            child = os.fork()
+            if child == 0:
+                del client
+                holder.clear()
+                gc.collect()
+                os._exit(0)
+            await asyncio.to_thread(os.waitpid, child, 0)
+            result = await client.bust("parent again")
+            await client.aclose()
+            return result.stage, fake.connections
+
+    assert asyncio.run(serve_and_fork()) == (12, 1)
+
+
 def _in_child(client: BustcallClient) -> int:
     asyncio._set_running_loop(None)
     asyncio.set_event_loop_policy(None)
@@ -397,6 +451,35 @@ def _in_child(client: BustcallClient) -> int:
     thread.start()
     thread.join(PATIENCE)
     return 0 if thread_result == [True] else 1
+
+
+async def test_aclose_is_not_cancelled_by_another_loop_that_ends() -> None:
+    """The other thread's loop goes away while we wait for it: that is its end, not ours."""
+    async with FakeDaemon([Answer(), Answer(hang=True)]) as fake:
+        client = BustcallClient(fake.url, pool=Pool(drain=PATIENCE))
+        await client.bust("here")
+        ready, leave = threading.Event(), threading.Event()
+
+        def elsewhere() -> None:
+            async def work() -> None:
+                hanging = asyncio.ensure_future(client.bust("there"))
+                while len(fake.requests) < 2:
+                    await asyncio.sleep(0.001)
+                ready.set()
+                await asyncio.to_thread(leave.wait, PATIENCE)
+                hanging.cancel()
+
+            asyncio.run(work())
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        await asyncio.to_thread(ready.wait, PATIENCE)
+        closing = asyncio.create_task(client.aclose())
+        await eventually(lambda: client.statistics().pool.sessions == 1)
+        leave.set()
+        await closing
+        await asyncio.to_thread(thread.join, PATIENCE)
+        assert client.statistics().pool.sessions == 0
 
 
 async def test_a_client_dropped_open_warns() -> None:

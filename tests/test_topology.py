@@ -28,7 +28,7 @@ def test_an_address_is_kept_in_normal_form(url: str, normal: str) -> None:
 @pytest.mark.parametrize(
     ("url", "why"),
     [
-        ("", "characters that no URL has"),
+        ("", "is empty"),
         ("127.0.0.1:8989", "must begin with http://"),
         ("localhost", "must begin with"),
         ("ftp://host", "must begin with"),
@@ -47,6 +47,7 @@ def test_an_address_is_kept_in_normal_form(url: str, normal: str) -> None:
         ("http://host?", "has a query or a fragment"),
         ("http://me:secret@host", "holds credentials"),
         ("unix://run/bustcall.sock", "must be written unix:///"),
+        ("unix:relative.sock", "must be written unix:///"),
         ("unix:///", "must be written unix:///"),
         ("unix:///" + "x" * 120, "longer than 107 bytes"),
         (None, "must be a string, not NoneType"),
