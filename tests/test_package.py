@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 import pybustcall
 from pybustcall.capabilities import advertisement, semverx_of
-from tests.conftest import PATIENCE, StartDaemon
+from tests.conftest import StartDaemon
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -195,4 +195,9 @@ def test_users_code_type_checks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-assert PATIENCE < LONG
+@pytest.mark.parametrize("module", ["pybustcall", "pybustcall.testing", "pybustcall.errors"])
+def test_every_public_name_is_in_the_reference(module: str) -> None:
+    """docs/reference/api.md tells of each."""
+    page = (ROOT / "docs/reference/api.md").read_text(encoding="utf-8")
+    names = set(importlib.import_module(module).__all__) - {"Applied"}
+    assert {name for name in names if not re.search(rf"\b{re.escape(name)}\b", page)} == set()
