@@ -193,7 +193,8 @@ class DaemonClient:
                 async with self._sessions.lease(self.address, wait=max(0.0, until - now)) as lease:
                     # The wait for a slot is our own load: the daemon still gets its time, from here on.
                     begun = asyncio.get_running_loop().time()
-                    async with asyncio.timeout_at(min(deadline, begun + until - now)):
+                    until = min(deadline, begun + until - now)
+                    async with asyncio.timeout_at(until):
                         return await self._send(lease, method, path, deadline - begun, body)
             except SlotTimeout as error:
                 raise self._failed(FaultKind.NO_SLOT, "no connection slot came free in time", unsent) from error
