@@ -378,9 +378,39 @@ async def test_an_unknown_route_is_a_404_and_a_wrong_method_a_405_with_what_it_t
 
 
 async def test_an_expectation_that_is_not_known_does_not_reach_a_bust() -> None:
-    """The server itself refuses it."""
-    async with running() as client, client.post(BUST, json={"target": "a"}, headers={"Expect": "tea"}) as response:
-        assert response.status == 417
+    """It is refused, with a problem."""
+    engine = memory()
+    engine.register("a")
+    async with running(engine) as client:
+        async with client.post(BUST, json={"target": "a"}, headers={"Expect": "tea"}) as response:
+            assert "tea" not in (await refused(response, 417)).detail
+        assert (await bust(client, "a"))["removed"] == 1
+
+
+async def test_a_full_registry_takes_no_new_entry() -> None:
+    """It is a 507, remembered as a fault of the daemon's; what is registered already can still be replaced."""
+    async with running(max_entries=1) as client:
+        for key, status in (("a", 200), ("b", 507), ("a", 200)):
+            async with client.post(ENTRIES, json={"key": key, "depends_on": ["x"]}) as response:
+                if status == 200:
+                    assert response.status == 200
+                else:
+                    assert "registry is full" in (await refused(response, status)).detail
+                    assert "Retry-After" not in response.headers
+        assert await history_of(client) == [(7, "unknown")]
+
+
+@pytest.mark.parametrize(
+    ("document", "detail"),
+    [
+        ({"target": "a\n"}, "target has the control character U+000A at character 1"),
+        ({"strategy": "direct"}, "target: Field required"),
+    ],
+)
+async def test_a_detail_names_its_field_once(document: object, detail: str) -> None:
+    """Whether the reason begins with the field's name or not."""
+    async with running() as client, client.post(BUST, json=document) as response:
+        assert (await refused(response, 422)).detail == detail
 
 
 async def test_other_exceptions_of_the_web_framework_become_problems() -> None:
@@ -583,6 +613,8 @@ async def test_two_hosts_or_two_tokens_are_refused() -> None:
         ({"allowed_hosts": ("x:80",)}, "allowed_hosts", "names only"),
         ({"max_body_bytes": 0}, "max_body_bytes", "1 byte or more"),
         ({"read_timeout": 0.0}, "read_timeout", "more than 0 seconds"),
+        ({"max_connections": 0}, "max_connections", "1 or more"),
+        ({"max_entries": -1}, "max_entries", "0 or more"),
         ({"drain": -1.0}, "drain", "0 seconds or more"),
         ({"drain": float("nan")}, "drain", "0 seconds or more"),
     ],
@@ -606,6 +638,7 @@ def test_settings_that_cannot_work_are_told_by_name(settings: dict[str, Any], se
         {"host": "0.0.0.0", "socket": "/run/bust.sock"},
         {"allowed_hosts": ("a.example.", "b")},
         {"drain": 0.0},
+        {"max_connections": 1, "max_entries": 0},
     ],
 )
 def test_settings_that_work_are_accepted(settings: dict[str, Any]) -> None:

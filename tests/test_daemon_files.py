@@ -206,6 +206,15 @@ def test_variants_are_found_in_the_directory_of_the_key(root: Path) -> None:
     assert backend.variants("b/m.css") == []
 
 
+def test_variants_are_found_whatever_the_encoding_of_file_names(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shortcut that passes names over is taken in UTF-8 only, and changes nothing."""
+    for name in ("é.css", "é.css.gz", "è.css.gz", "other"):
+        (root / name).touch()
+    with_shortcut = FilesBackend(root).variants("é.css")
+    monkeypatch.setattr("pybustcall.daemon.backends.files._IN_UTF8", False)
+    assert with_shortcut == FilesBackend(root).variants("é.css") == ["é.css.gz"]
+
+
 def test_directories_and_special_files_stay(root: Path) -> None:
     """Only regular files and links are removed."""
     (root / "directory").mkdir()

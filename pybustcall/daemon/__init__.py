@@ -1,9 +1,9 @@
 """The reference daemon: an independent reading of the wire, with a cache behind it.
 
 It imports the vocabulary only (errors, models, faults, topology, capabilities), never a module of the client, so that
-the two check each other. `app` answers, `serving` listens and drains, `engine` decides what a bust removes, `index`
-knows what depends on what, `backends` hold the caches themselves, `history` remembers faults, `openapi` writes the
-contract down.
+the two check each other. `app` answers, `serving` listens and drains, `connections` keeps the connections in bounds,
+`engine` decides what a bust removes, `index` knows what depends on what, `backends` hold the caches themselves,
+`history` remembers faults, `openapi` writes the contract down.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pybustcall.daemon.app import DaemonSettings, check_settings, create_app
 from pybustcall.daemon.backends import Backend, BackendFailure, RefusedKey
 from pybustcall.daemon.backends.files import FilesBackend
 from pybustcall.daemon.backends.memory import MemoryBackend
-from pybustcall.daemon.engine import Engine, Removal, UnknownStrategy
+from pybustcall.daemon.engine import Engine, IndexFull, Removal, UnknownStrategy
 from pybustcall.daemon.history import FaultHistory
 from pybustcall.daemon.index import Index
 from pybustcall.daemon.serving import serve
@@ -30,6 +30,7 @@ __all__ = [
     "FaultHistory",
     "FilesBackend",
     "Index",
+    "IndexFull",
     "MemoryBackend",
     "RefusedKey",
     "Removal",

@@ -5,8 +5,9 @@ This module decides the routes, the admission (host, origin, token) and the answ
 and never repeat what was sent.
 
 The order of the questions is fixed: is the daemon draining (503), is it this host (421), is it this origin (403), is
-it somebody known (401), is there such a route (404, 405), is it JSON (415) of a bearable size (413) that came in time
-(408), does it parse (400), does it say what the route needs (422).
+it somebody known (401), does it expect what nobody does (417), is there such a route (404, 405), is it JSON (415) of a
+bearable size (413) that came in time (408), does it parse (400), does it say what the route needs (422), is there room
+(507). What is no HTTP at all comes before all of them (400).
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, final
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from pydantic import BaseModel, ValidationError
 
 from pybustcall.capabilities import SEMVERX, VERSION
 from pybustcall.daemon.backends import BackendFailure, RefusedKey
-from pybustcall.daemon.engine import UnknownStrategy
+from pybustcall.daemon.connections import Connection
+from pybustcall.daemon.engine import IndexFull, UnknownStrategy
 from pybustcall.daemon.history import FaultHistory
 from pybustcall.daemon.openapi import openapi_document
 from pybustcall.errors import ConfigurationError
@@ -97,7 +99,10 @@ class DaemonSettings:
     - `socket`: path of a Unix socket to listen on instead (mode 0600)
     - `token`: asked for as `Authorization: Bearer` on every route but the capabilities; never in the repr
     - `allowed_hosts`: names, beyond IP addresses, localhost and `host`, that a `Host` header may say
-    - `max_body_bytes`: of one request; `read_timeout`: seconds that its body may take to arrive
+    - `max_body_bytes`: of one request
+    - `read_timeout`: seconds that the head of a request may take to arrive, and again its body
+    - `max_connections`: at once; further ones are closed without an answer
+    - `max_entries`: in the registry; a new one beyond it is refused
     - `drain`: seconds that requests under way have to finish when the daemon is told to stop
     """
 
@@ -108,6 +113,8 @@ class DaemonSettings:
     allowed_hosts: tuple[str, ...] = ()
     max_body_bytes: int = 65536
     read_timeout: float = 10.0
+    max_connections: int = 1000
+    max_entries: int = 1_000_000
     drain: float = 10.0
 
 
@@ -138,8 +145,16 @@ def check_settings(settings: DaemonSettings) -> None:
         )
     if not 0 < settings.read_timeout < float("inf"):
         raise ConfigurationError(
-            f"the time to read a body must be more than 0 seconds, not {settings.read_timeout!r}",
+            f"the time to read a request must be more than 0 seconds, not {settings.read_timeout!r}",
             setting="read_timeout",
+        )
+    if settings.max_connections < 1:
+        raise ConfigurationError(
+            f"the most connections must be 1 or more, not {settings.max_connections!r}", setting="max_connections"
+        )
+    if settings.max_entries < 0:
+        raise ConfigurationError(
+            f"the most entries must be 0 or more, not {settings.max_entries!r}", setting="max_entries"
         )
     if not 0 <= settings.drain < float("inf"):
         raise ConfigurationError(f"the drain must be 0 seconds or more, not {settings.drain!r}", setting="drain")
@@ -194,6 +209,7 @@ class _Refusal(Exception):
 _DETAILS: Final[Mapping[int, tuple[int, str]]] = {
     404: (_DENIED, "there is no such route; see /api/v1/capabilities for those that there are"),
     405: (_DENIED, "this route does not take this method; the Allow header says which it takes"),
+    417: (_REJECTED, "the only expectation that this daemon knows is 100-continue"),
 }
 
 
@@ -210,7 +226,7 @@ def _refusal_of(error: web.HTTPException, most: int) -> _Refusal:
 
 
 def _admit(request: web.Request, settings: DaemonSettings) -> None:
-    """Raise the refusal of a request that is for another host, from another origin, or from nobody known."""
+    """Raise the refusal of a request for another host, from another origin or nobody known, or oddly expecting."""
     listener = request.get_extra_info("socket")
     hosts = request.headers.getall("Host", [])
     if listener is None or listener.family != socket.AF_UNIX:
@@ -218,6 +234,9 @@ def _admit(request: web.Request, settings: DaemonSettings) -> None:
     _admit_origin(request, hosts)
     if settings.token is not None and request.path not in _OPEN_TO_ALL:
         _admit_token(request.headers.getall("Authorization", []), settings.token)
+    if _expects(request) not in {None, "100-continue"}:
+        stage, detail = _DETAILS[417]
+        raise _Refusal(417, detail, stage=stage)
 
 
 def _admit_host(hosts: list[str], settings: DaemonSettings) -> None:
@@ -258,6 +277,21 @@ def _admit_token(given: list[str], token: str) -> None:
 # Reading
 
 
+def _expects(request: web.Request) -> str | None:
+    """Tell what the request expects before it sends its body; HTTP/1.0 knows nothing of that."""
+    return request.headers.get("Expect", "").lower() or None if request.version >= HttpVersion11 else None
+
+
+async def _expect_later(_request: web.Request) -> None:
+    """Leave `Expect` to the guard and to the reading, so that nobody is asked for a body before they are let in."""
+
+
+async def _say_expectation(request: web.Request, response: web.StreamResponse) -> None:
+    """Say aiohttp's refusal of an `Expect` where there is no route, and so no guard, in our own form."""
+    if isinstance(response, web.HTTPExpectationFailed):
+        request.app[DAEMON].refuse_expectation(request, response)
+
+
 async def _read_document(request: web.Request, settings: DaemonSettings) -> object:
     """Read the body as JSON. Raises the refusal if it is something else, too large, late or cut off."""
     if request.content_type != "application/json":
@@ -266,6 +300,9 @@ async def _read_document(request: web.Request, settings: DaemonSettings) -> obje
         raise _Refusal(413, f"the body is larger than {settings.max_body_bytes} bytes")
     try:
         async with asyncio.timeout(settings.read_timeout):
+            if _expects(request) == "100-continue":
+                await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                request.writer.output_size = 0  # of the answer proper, nothing was written yet
             body = await request.read()
     except TimeoutError:
         raise _Refusal(
@@ -313,7 +350,7 @@ def _validate(model: type[_Model], document: object) -> _Model:
         return model.model_validate(document)
     except ValidationError as error:
         name, reason = explain(error)
-        detail = reason if name is None else f"{name}: {reason}"
+        detail = reason if name is None or reason.startswith(f"{name} ") else f"{name}: {reason}"
         raise _Refusal(422, detail, field_name=name, binding=_binding_of(document)) from None
 
 
@@ -336,6 +373,16 @@ class Daemon:
 
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Admit, answer, and say every refusal as a problem."""
+        connection = request.protocol if isinstance(request.protocol, Connection) else None
+        if connection is not None:
+            connection.begin(request.content)
+        try:
+            return await self._guard(request, handler)
+        finally:
+            if connection is not None:
+                connection.end()
+
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if self._stopping.is_set():
             headers = {"Retry-After": "1", "Connection": "close"}
             return _Refusal(503, "this daemon is stopping; ask another, or again later", headers=headers).response()
@@ -346,8 +393,7 @@ class Daemon:
         try:
             return await self._answer(request, handler)
         except _Refusal as refusal:
-            self._history.record(refusal.stage, str(refusal), binding=refusal.binding)
-            return refusal.response()
+            return self._refuse(refusal)
         finally:
             self._requests -= 1
             if self._requests == 0 and self._stopping.is_set():
@@ -364,6 +410,26 @@ class Daemon:
         except Exception:  # noqa: BLE001 - the outermost room: logged in full, told as a problem
             _log.exception("unexpected error while answering %s", request.method)
             raise _Refusal(500, "the daemon failed; its log says why", stage=_BROKEN) from None
+
+    def _refuse(self, refusal: _Refusal) -> web.Response:
+        self._history.record(refusal.stage, str(refusal), binding=refusal.binding)
+        return refusal.response()
+
+    def refuse_unread(self, status: int) -> web.Response:
+        """Make the refusal of what is no request, and remember it."""
+        if status < 500:
+            return self._refuse(_Refusal(status, "the request is not HTTP as this daemon reads it"))
+        return self._refuse(_Refusal(status, "the daemon failed before it could answer", stage=_BROKEN))
+
+    def refuse_expectation(self, request: web.Request, response: web.HTTPExpectationFailed) -> None:
+        """Make a problem of aiohttp's own refusal, and remember it."""
+        if isinstance(request.protocol, Connection):
+            request.protocol.begin(request.content)
+            request.protocol.end()
+        told = self._refuse(_refusal_of(response, self._settings.max_body_bytes))
+        response.body = told.body
+        response.headers.update(told.headers)
+        response.headers["Content-Length"] = str(told.content_length)
 
     async def bust(self, request: web.Request) -> web.Response:
         """POST /api/v1/bust."""
@@ -393,9 +459,11 @@ class Daemon:
         """POST /api/v1/entries."""
         asked, binding = await self._read(request, RegisterRequest)
         try:
-            self._engine.register(asked.key, asked.depends_on)
+            self._engine.register(asked.key, asked.depends_on, most=self._settings.max_entries)
         except RefusedKey as error:
             raise _Refusal(422, f"key {error}", field_name="key", binding=binding) from None
+        except IndexFull as error:
+            raise _Refusal(507, str(error), stage=_BROKEN, binding=binding) from None
         return _json(RegisterReply(cache_key=cache_key_of(asked.key)))
 
     async def status(self, _request: web.Request) -> web.Response:
@@ -499,10 +567,11 @@ def create_app(
         VERSION if version is None else version,
     )
     app[DAEMON] = daemon
-    app.router.add_post(_ROUTES["cache.bust"], daemon.bust)
-    app.router.add_post(_ROUTES["cache.register"], daemon.register)
-    app.router.add_get(_ROUTES["daemon.status"], daemon.status)
-    app.router.add_get(_ROUTES["daemon.capabilities"], daemon.capabilities)
-    app.router.add_get(_BINDINGS_ROUTE, daemon.bindings)
-    app.router.add_get(_OPENAPI_ROUTE, daemon.openapi)
+    app.on_response_prepare.append(_say_expectation)
+    app.router.add_post(_ROUTES["cache.bust"], daemon.bust, expect_handler=_expect_later)
+    app.router.add_post(_ROUTES["cache.register"], daemon.register, expect_handler=_expect_later)
+    app.router.add_get(_ROUTES["daemon.status"], daemon.status, expect_handler=_expect_later)
+    app.router.add_get(_ROUTES["daemon.capabilities"], daemon.capabilities, expect_handler=_expect_later)
+    app.router.add_get(_BINDINGS_ROUTE, daemon.bindings, expect_handler=_expect_later)
+    app.router.add_get(_OPENAPI_ROUTE, daemon.openapi, expect_handler=_expect_later)
     return app

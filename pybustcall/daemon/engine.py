@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pybustcall.daemon.backends import Backend
     from pybustcall.daemon.index import Index
 
-__all__ = ["Engine", "Removal", "UnknownStrategy", "format_size", "read_registrations"]
+__all__ = ["Engine", "IndexFull", "Removal", "UnknownStrategy", "format_size", "read_registrations"]
 
 _T = TypeVar("_T")
 
@@ -37,6 +37,13 @@ class UnknownStrategy(ValueError):
     def __init__(self) -> None:
         super().__init__(f"the strategy is not known; supported are {', '.join(STRATEGIES)}")
         self.supported = STRATEGIES
+
+
+class IndexFull(Exception):
+    """There are as many entries as may be, and this would be another."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"the registry is full: it has the most entries that it may have, {most}")
 
 
 @final
@@ -97,12 +104,15 @@ class Engine:
             held = [target]
         return held if strategy == "direct" else [*held, *dependents]
 
-    def register(self, key: str, depends_on: Iterable[str] = ()) -> None:
+    def register(self, key: str, depends_on: Iterable[str] = (), *, most: int | None = None) -> None:
         """Note that the cache holds `key`, made of what `depends_on` names; a second time replaces the first.
 
-        Raises `RefusedKey` if the backend could never hold `key`. What it depends on may be anything.
+        Raises `RefusedKey` if the backend could never hold `key`, and `IndexFull` if it is new and there are `most`
+        entries already. What it depends on may be anything.
         """
         self._backend.check(key)
+        if most is not None and len(self._index) >= most and key not in self._index:
+            raise IndexFull(most)
         self._index.add(key, depends_on)
 
     def load_registrations(self, path: str | os.PathLike[str]) -> int:

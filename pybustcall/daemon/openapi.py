@@ -43,6 +43,7 @@ _WHY: Final = {
     422: "A field is missing, mistyped or out of range; the problem names it.",
     500: "The cache failed; the problem tells what was removed.",
     503: "The daemon is stopping.",
+    507: "The registry is full.",
 }
 
 
@@ -76,7 +77,7 @@ def openapi_document() -> dict[str, Any]:
             },
             "/api/v1/entries": {
                 "post": _operation(
-                    "register", "Tell what a cached entry was made of.", _refer(RegisterReply), RegisterRequest
+                    "register", "Tell what a cached entry was made of.", _refer(RegisterReply), RegisterRequest, 507
                 )
             },
             "/api/v1/status": {"get": _operation("status", "Tell how the daemon is.", _refer(StatusReply))},
@@ -101,9 +102,14 @@ def _refer(model: type[BaseModel]) -> dict[str, str]:
 
 
 def _operation(
-    name: str, summary: str, reply: dict[str, Any], request: type[BaseModel] | None = None, *, open_: bool = False
+    name: str,
+    summary: str,
+    reply: dict[str, Any],
+    request: type[BaseModel] | None = None,
+    *more: int,
+    open_: bool = False,
 ) -> dict[str, Any]:
-    refusals = (*_ANY_ROUTE, *(_WITH_BODY if request is not None else ()))
+    refusals = (*_ANY_ROUTE, *(_WITH_BODY if request is not None else ()), *more)
     operation: dict[str, Any] = {
         "operationId": name,
         "summary": summary,

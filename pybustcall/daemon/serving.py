@@ -1,7 +1,7 @@
 """The life of the listening server: from its bind to its drained end.
 
 This module decides where the daemon listens, what a signal does, and in which order everything closes. What is
-answered, and to whom, is `app`'s affair.
+answered, and to whom, is `app`'s affair; how many connections there may be, that of `connections`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from aiohttp import web
 
 from pybustcall.daemon.app import DAEMON, GRACE, Daemon, DaemonSettings, create_app
+from pybustcall.daemon.connections import Door
 from pybustcall.errors import ConfigurationError
 from pybustcall.topology import DaemonAddress
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["serve"]
 
-_IDLE: Final = 75.0  # seconds that a connection without a request is kept
-_LINGER: Final = 2.0  # seconds that the rest of a refused body is read, so that the client gets to read the refusal
 _MAX_SOCKET_PATH: Final = 107  # bytes: sun_path of Linux is 108 with its closing NUL
 
 
@@ -47,16 +46,15 @@ async def serve(engine: Engine, settings: DaemonSettings, *, ready: Callable[[st
     app = create_app(engine, settings)
     daemon = app[DAEMON]
     await engine.check_ready()
-    runner = web.AppRunner(
-        app, access_log=None, shutdown_timeout=GRACE, keepalive_timeout=_IDLE, lingering_time=_LINGER
-    )
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=GRACE)
     async with _listening(settings) as (sockets, url):
         servers: list[asyncio.AbstractServer] = []
         with _signals(daemon.stop):
             try:
                 await runner.setup()
+                door = _door(runner, daemon, settings)
                 for listener in sockets:
-                    servers.append(await _accept(runner, listener))  # noqa: PERF401 - those begun are closed, too
+                    servers.append(await _accept(door, listener))  # noqa: PERF401 - those begun are closed, too
                 if ready is not None:
                     ready(url)
                 await daemon.wait_stopping()
@@ -68,13 +66,19 @@ async def serve(engine: Engine, settings: DaemonSettings, *, ready: Callable[[st
                 await _uninterrupted(_clean_up(runner, daemon))
 
 
-async def _accept(runner: web.AppRunner, listener: socket.socket) -> asyncio.AbstractServer:
+def _door(runner: web.AppRunner, daemon: Daemon, settings: DaemonSettings) -> Door:
+    server = runner.server
+    assert server is not None  # noqa: S101 - made by setup
+    return Door(
+        server=server, most=settings.max_connections, patience=settings.read_timeout, refuse=daemon.refuse_unread
+    )
+
+
+async def _accept(door: Door, listener: socket.socket) -> asyncio.AbstractServer:
     loop = asyncio.get_running_loop()
-    protocol = runner.server
-    assert protocol is not None  # noqa: S101 - made by setup
     if listener.family == socket.AF_UNIX:
-        return await loop.create_unix_server(protocol, sock=listener)
-    return await loop.create_server(protocol, sock=listener)
+        return await loop.create_unix_server(door, sock=listener)
+    return await loop.create_server(door, sock=listener)
 
 
 def _close_all(servers: list[asyncio.AbstractServer]) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, final
@@ -32,6 +33,7 @@ __all__ = ["FilesBackend", "check_path"]
 
 _MAX_SEGMENT: Final = 255  # bytes: NAME_MAX of every file system in common use
 _MAX_PATH: Final = 4095  # bytes: PATH_MAX of Linux is 4096 with its closing NUL
+_IN_UTF8: Final = sys.getfilesystemencoding() == "utf-8"
 _OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -95,7 +97,7 @@ class FilesBackend:
         check_path(key)
         head, slash, last = key.rpartition("/")
         with _translated(key), self._open_parent(key) as parent:
-            found = [] if parent is None else _names(parent)
+            found = [] if parent is None else _names(parent, last)
         return sorted(head + slash + name for name in found if is_variant(last, name))
 
     def remove(self, key: str) -> bool:
@@ -179,9 +181,12 @@ def _stat(name: bytes, directory: int) -> os.stat_result | None:
         return None
 
 
-def _names(directory: int) -> list[str]:
+def _names(directory: int, beginning: str) -> list[str]:
+    """List the names that are UTF-8 and begin so. A directory may have very many; most are passed over cheaply."""
+    # In UTF-8 the beginning of the bytes is the beginning of the text; of other encodings that is not known.
+    likely = beginning if _IN_UTF8 else ""
     names = []
-    for name in os.listdir(directory):
+    for name in [name for name in os.listdir(directory) if name.startswith(likely)]:
         with suppress(UnicodeDecodeError):
             names.append(os.fsencode(name).decode())
     return names
