@@ -408,3 +408,19 @@ def test_without_the_daemons_extra_a_hint_is_given(monkeypatch: pytest.MonkeyPat
     code, _, err = call("daemon", "--port", "0")
     assert code == 4
     assert "pip install 'pybustcall[daemon]'" in err
+
+
+def test_many_targets_show_a_progress_bar_on_a_terminal(fake: FakeDaemon) -> None:
+    """On standard error, and only if that is a terminal; standard output stays for results."""
+    ours, theirs = os.openpty()
+    done = subprocess.run(
+        [sys.executable, "-m", "pybustcall", "bust", "a", "b", "c", "--url", fake.url],
+        stdout=subprocess.PIPE, stderr=theirs, timeout=PATIENCE, check=True,
+    )  # fmt: skip
+    os.close(theirs)
+    shown = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert "busting" in shown
+    assert "3/3" in shown
+    assert "3 of 3 busted" in shown
+    assert done.stdout == b""
