@@ -213,6 +213,9 @@ class DaemonClient:
                 # A session that was passed in notes nothing: then only an error of connecting is sure.
                 connected = lease.exchange.connected if lease.notes else not _before_sending(error)
                 kind, message = _classify(error, connected=connected)
+                if kind is FaultKind.DISCONNECTED and self.address.is_encrypted and not lease.exchange.answered:
+                    # With TLS 1.3 a server learns only after the handshake that a certificate is missing, and hangs up.
+                    message += "; if it asks for a client certificate, give one with tls=TLS(cert=...)"
                 failed = self._failed(kind, message, "maybe" if connected else unsent)
                 if not isinstance(error, aiohttp.ClientResponseError):
                     raise failed from error

@@ -199,7 +199,10 @@ async def test_a_client_certificate_is_shown(
         async with BustcallClient(fake.url, tls=TLS(ca=ca_file, cert=cert, key=key)) as client:
             assert (await client.bust("a")).ok
         async with BustcallClient(fake.url, tls=TLS(ca=ca_file), fault_tolerance=12, retry=None) as client:
-            assert not (await client.bust("a")).ok
+            result = await client.bust("a")
+            assert not result.ok
+            assert "if it asks for a client certificate" in result.causes[0].message
+        assert len(fake.requests) == 1
 
 
 @pytest.mark.parametrize(
