@@ -36,7 +36,7 @@ from pybustcall.errors import (
     DeadlineExceeded,
     InvalidRequest,
 )
-from pybustcall.faults import raises
+from pybustcall.faults import check_tolerance, raises
 from pybustcall.models import DEFAULT_STRATEGY, MAX_TARGET_BYTES, check_target
 from pybustcall.results import BustResult, error_class, summary
 
@@ -167,15 +167,14 @@ def bust(
     try:
         for target in targets:
             check_target(target)
-        if fault_tolerance is not None:
-            client = client.with_options(fault_tolerance=fault_tolerance)
-    except (InvalidRequest, ConfigurationError) as error:
+        tolerance = client.fault_tolerance if fault_tolerance is None else check_tolerance(fault_tolerance)
+    except InvalidRequest as error:
         raise _Failure(str(error), _USAGE) from error
-    return _run(_bust(client, targets, strategy, concurrency, as_json=as_json))
+    return _run(_bust(client, targets, strategy, tolerance, concurrency, as_json=as_json))
 
 
 async def _bust(
-    client: BustcallClient, targets: tuple[str, ...], strategy: str, concurrency: int, *, as_json: bool
+    client: BustcallClient, targets: tuple[str, ...], strategy: str, tolerance: int, concurrency: int, *, as_json: bool
 ) -> int:
     codes: set[int] = set()
     unwritten: list[OSError] = []
@@ -192,7 +191,7 @@ async def _bust(
     with progress as bar:
 
         def tell(result: BustResult) -> None:
-            raised = raises(result.stage, client.fault_tolerance)
+            raised = raises(result.stage, tolerance)
             codes.add(_code_of(result) if raised else 0)
             try:
                 if as_json:
@@ -208,7 +207,11 @@ async def _bust(
 
         async with client:
             report = await client.bust_many(
-                _targets(targets), concurrency=concurrency, strategy=strategy, on_progress=tell
+                _targets(targets),
+                concurrency=concurrency,
+                on_progress=tell,
+                strategy=strategy,
+                fault_tolerance=tolerance,
             )
     if report.total != 1 and not as_json:
         click.echo(f"{report.busted} of {report.total} busted in {report.elapsed:.3f} s", err=True)

@@ -403,14 +403,14 @@ def hide(text: str, secret: str, shown: str) -> str:
     if len(secret) < _TELLING:
         return text
     forms = {
-        secret: None,
-        json.dumps(secret)[1:-1]: None,
-        json.dumps(secret, ensure_ascii=False)[1:-1]: None,
-        quote(secret): None,
-        quote(secret, safe=""): None,
-        quote_plus(secret): None,
-        html.escape(secret): None,
-        ascii(secret)[1:-1]: None,
+        secret,
+        json.dumps(secret)[1:-1],
+        json.dumps(secret, ensure_ascii=False)[1:-1],
+        quote(secret),
+        quote(secret, safe=""),
+        quote_plus(secret),
+        html.escape(secret),
+        ascii(secret)[1:-1],
     }
     for form in sorted(forms, key=len, reverse=True):
         pattern = re.escape(form) if len(form) >= 2 * _TELLING else rf"(?<!\w){re.escape(form)}(?!\w)"

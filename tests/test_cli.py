@@ -201,6 +201,7 @@ def test_a_failure_within_the_tolerance_is_told_and_no_failure(fake: FakeDaemon)
     code, out, _ = call("bust", "a", "--url", fake.url, "--fault-tolerance", "12", "--json")
     line = json.loads(out)
     assert (code, line["ok"], line["tolerated"]) == (0, False, True)
+    assert [request.fault_tolerance for request in fake.requests] == [12, 12]
 
 
 def test_settings_come_from_file_environment_and_options(

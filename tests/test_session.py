@@ -249,6 +249,19 @@ async def test_a_session_passed_in_is_used_and_never_closed() -> None:
         assert fake.headers[0]["X-Mine"] == "yes"
 
 
+async def test_a_bust_on_a_session_passed_in_that_is_cut_off_may_have_been_applied() -> None:
+    """Such a session notes nothing, so nothing can be ruled out once the client is closed."""
+    async with FakeDaemon([Answer(hang=True)]) as fake, aiohttp.ClientSession() as session:
+        client = BustcallClient(fake.url, session=session, pool=Pool(drain=0.01))
+        call = asyncio.create_task(client.bust("a"))
+        await eventually(lambda: fake.requests)
+        await client.aclose()
+        fake.drop_connections()
+        with pytest.raises(ClientClosed) as caught:
+            await call
+    assert caught.value.applied == "maybe"
+
+
 async def test_a_closed_session_passed_in_is_a_mistake() -> None:
     """And so is one that cannot reach the daemon, or settings that belong to it."""
     async with aiohttp.ClientSession() as session:
