@@ -65,10 +65,11 @@ bodies = st.binary(max_size=60) | (near_misses | json_values).map(lambda value: 
 MODELS: dict[str, type[BaseModel]] = {"/api/v1/bust": BustReply, "/api/v1/entries": RegisterReply}
 
 
-def ask(port: int, path: str, body: bytes) -> tuple[int, str, bytes]:
+def ask(port: int, path: str, body: bytes, key: str | None = None) -> tuple[int, str, bytes]:
     """Send one POST; tell status, type and body of the answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-    connection.request("POST", path, body, {"Content-Type": "application/json"})
+    headers = {} if key is None else {"Idempotency-Key": key}
+    connection.request("POST", path, body, {"Content-Type": "application/json", **headers})
     answer = connection.getresponse()
     told = answer.status, answer.headers.get_content_type(), answer.read()
     connection.close()
@@ -89,6 +90,27 @@ def test_whatever_is_sent_gets_an_answer_of_the_contract(path: str, start_daemon
         assert status < 500
         assert content_type in declared[str(status)]["content"]
         (MODELS[path] if status == 200 else Problem).model_validate_json(answer)
+
+    fuzz()
+
+
+printable = st.characters(min_codepoint=0x20, max_codepoint=0xFF, exclude_categories=["Cc"])
+
+
+def test_a_key_is_taken_exactly_if_the_contract_says_so(start_daemon: StartDaemon) -> None:
+    """Arbitrary header values: a refusal that names the header, or an answer."""
+    port = int(start_daemon().url.rsplit(":", 1)[1])
+    (parameter,) = openapi_document()["paths"]["/api/v1/bust"]["post"]["parameters"]
+    assert (parameter["name"], parameter["in"]) == ("Idempotency-Key", "header")
+
+    @given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=300) | st.text(printable))
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+    def fuzz(key: str) -> None:
+        status, _, answer = ask(port, "/api/v1/bust", b'{"target": "a"}', key)
+        value = key.strip(" ")  # what surrounds a header's value is not part of it
+        assert status == (200 if re.fullmatch(parameter["schema"]["pattern"].strip("^$"), value) else 400)
+        if status == 400:
+            assert Problem.model_validate_json(answer).field == "Idempotency-Key"
 
     fuzz()
 

@@ -3,7 +3,7 @@
 It imports the vocabulary only (errors, models, faults, topology, capabilities), never a module of the client, so that
 the two check each other. `app` answers, `serving` listens and drains, `connections` keeps the connections in bounds,
 `engine` decides what a bust removes, `index` knows what depends on what, `backends` hold the caches themselves,
-`history` remembers faults, `openapi` writes the contract down.
+`idempotency` remembers what was answered, `history` remembers faults, `openapi` writes the contract down.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pybustcall.daemon.backends.files import FilesBackend
 from pybustcall.daemon.backends.memory import MemoryBackend
 from pybustcall.daemon.engine import Engine, IndexFull, Removal, UnknownStrategy
 from pybustcall.daemon.history import FaultHistory
+from pybustcall.daemon.idempotency import Idempotency, KeyReused
 from pybustcall.daemon.index import Index
 from pybustcall.daemon.serving import serve
 
@@ -29,8 +30,10 @@ __all__ = [
     "Engine",
     "FaultHistory",
     "FilesBackend",
+    "Idempotency",
     "Index",
     "IndexFull",
+    "KeyReused",
     "MemoryBackend",
     "RefusedKey",
     "Removal",

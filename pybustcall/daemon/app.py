@@ -1,13 +1,13 @@
 """The daemon over HTTP: who is let in, what is well formed, and how every refusal reads.
 
 This module decides the routes, the admission (host, origin, token) and the answers. Listening and draining are
-`serving`'s, and what a bust removes is the engine's to decide. Refusals are RFC 9457 problems, name the field to mend,
-and never repeat what was sent.
+`serving`'s, what a bust removes is the engine's to decide, and whether it was done already is `idempotency`'s. Refusals
+are RFC 9457 problems, name the field to mend, and never repeat what was sent.
 
 The order of the questions is fixed: is the daemon draining (503), is it this host (421), is it this origin (403), is
 it somebody known (401), does it expect what nobody does (417), is there such a route (404, 405), is it JSON (415) of a
-bearable size (413) that came in time (408), does it parse (400), does it say what the route needs (422), is there room
-(507). What is no HTTP at all comes before all of them (400).
+bearable size (413) that came in time (408), does it parse (400), does it say what the route needs (422), is its
+idempotency key its own (422), is there room (507). What is no HTTP at all comes before all of them (400).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, final
 
@@ -34,6 +35,7 @@ from pybustcall.daemon.backends import BackendFailure, RefusedKey
 from pybustcall.daemon.connections import Connection
 from pybustcall.daemon.engine import IndexFull, UnknownStrategy
 from pybustcall.daemon.history import FaultHistory
+from pybustcall.daemon.idempotency import Idempotency, KeyReused, fingerprint_of, name_of
 from pybustcall.daemon.openapi import openapi_document
 from pybustcall.errors import ConfigurationError
 from pybustcall.faults import CLEAN, TABLE, FaultKind
@@ -55,7 +57,7 @@ from pybustcall.models import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping
 
     from aiohttp.typedefs import Handler
 
@@ -71,6 +73,8 @@ _ROUTES: Final[Mapping[str, str]] = {
     "daemon.status": "/api/v1/status",
     "daemon.capabilities": "/api/v1/capabilities",
 }
+_IDEMPOTENT: Final = "cache.bust.idempotent"  # a header of busts, not a route
+_CAPABILITIES: Final[Mapping[str, str]] = {**_ROUTES, _IDEMPOTENT: _ROUTES["cache.bust"]}
 _BINDINGS_ROUTE: Final = "/api/v1/bindings/capabilities"
 _OPENAPI_ROUTE: Final = "/openapi.json"
 _OPEN_TO_ALL: Final = frozenset({_ROUTES["daemon.capabilities"], _BINDINGS_ROUTE, _OPENAPI_ROUTE})
@@ -82,6 +86,9 @@ _BROKEN: Final = TABLE[FaultKind.SERVER_ERROR].stage
 GRACE: Final = 0.25  # seconds for the last bytes of answers, and for handlers to end when cancelled
 
 _VISIBLE: Final = re.compile(r"[!-~]+")
+_KEY: Final = re.compile(r"[!-~]{1,255}")
+_KEY_HEADER: Final = "Idempotency-Key"
+_REPLAYED_HEADER: Final = "Idempotency-Replayed"
 _HOST_NAME: Final = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
 _HOST_HEADER: Final = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[^\[\]:@/\s]+)(?::[0-9]{1,5})?")
 _BINDING_NAME: Final = re.compile(r"[A-Za-z0-9._+@/-]{1,64}")
@@ -104,6 +111,8 @@ class DaemonSettings:
     - `max_connections`: at once; further ones are closed without an answer
     - `max_entries`: in the registry; a new one beyond it is refused
     - `drain`: seconds that requests under way have to finish when the daemon is told to stop
+    - `state`: file in which to remember idempotency keys (mode 0600, this daemon's alone), so that a restarted daemon
+      still knows them; without one they are forgotten at the end
     """
 
     host: str = "127.0.0.1"
@@ -116,6 +125,7 @@ class DaemonSettings:
     max_connections: int = 1000
     max_entries: int = 1_000_000
     drain: float = 10.0
+    state: str | os.PathLike[str] | None = None
 
 
 def check_settings(settings: DaemonSettings) -> None:
@@ -345,6 +355,21 @@ def _binding_of(document: object) -> str:
     return said if isinstance(said, str) and _BINDING_NAME.fullmatch(said) else "unknown"
 
 
+def _read_key(request: web.Request, binding: str) -> str | None:
+    """Read the idempotency key, if there is one. Raises the refusal of one that cannot be."""
+    given = request.headers.getall(_KEY_HEADER, [])
+    if not given:
+        return None
+    if len(given) != 1 or not _KEY.fullmatch(given[0]):
+        raise _Refusal(
+            400,
+            f"{_KEY_HEADER} must be there once, with 1 to 255 visible ASCII characters",
+            field_name=_KEY_HEADER,
+            binding=binding,
+        )
+    return given[0]
+
+
 def _validate(model: type[_Model], document: object) -> _Model:
     try:
         return model.model_validate(document)
@@ -361,10 +386,18 @@ def _validate(model: type[_Model], document: object) -> _Model:
 class Daemon:
     """The routes, and what is under way at them."""
 
-    def __init__(self, engine: Engine, settings: DaemonSettings, history: FaultHistory, version: str) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        settings: DaemonSettings,
+        history: FaultHistory,
+        idempotency: Idempotency,
+        version: str,
+    ) -> None:
         self._engine = engine
         self._settings = settings
         self._history = history
+        self._idempotency = idempotency
         self._version = version
         self._stopping = asyncio.Event()
         self._quiet = asyncio.Event()
@@ -434,7 +467,21 @@ class Daemon:
     async def bust(self, request: web.Request) -> web.Response:
         """POST /api/v1/bust."""
         started = time.monotonic()
-        asked, binding = await self._read(request, BustRequest)
+        document = await _read_document(request, self._settings)
+        binding = _binding_of(document)
+        key = _read_key(request, binding)
+        asked = _validate(BustRequest, document)
+        apply = partial(self._bust, asked, binding, started)
+        if key is None:
+            return _ok(await apply())
+        try:
+            answer = await self._idempotency.once(name_of(self._settings.token, key), fingerprint_of(asked), apply)
+        except KeyReused as error:
+            raise _Refusal(422, f"{_KEY_HEADER}: {error}", field_name=_KEY_HEADER, binding=binding) from None
+        return _ok(answer.body, {_REPLAYED_HEADER: "true"} if answer.replayed else None)
+
+    async def _bust(self, asked: BustRequest, binding: str, started: float) -> bytes:
+        """Have the engine do it; tell the body of the answer."""
         try:
             removal = await self._engine.bust(asked.target, asked.strategy)
         except UnknownStrategy as error:
@@ -444,7 +491,7 @@ class Daemon:
         except BackendFailure as error:
             _log.error("a bust was not applied in full: %s", error)
             raise _Refusal(500, f"the bust was not applied in full: {error}", stage=_BROKEN, binding=binding) from None
-        return web.json_response(
+        return json.dumps(
             {
                 "status": "success",
                 "cache_key": cache_key_of(asked.target),
@@ -453,7 +500,7 @@ class Daemon:
                 "execution_time_ms": int((time.monotonic() - started) * 1000),
                 "removed": removal.count,
             }
-        )
+        ).encode()
 
     async def register(self, request: web.Request) -> web.Response:
         """POST /api/v1/entries."""
@@ -490,20 +537,20 @@ class Daemon:
                 binding=BINDING,
                 version=self._version,
                 semverx=SEMVERX,
-                capabilities=tuple(_ROUTES),
+                capabilities=tuple(_CAPABILITIES),
                 endpoints=dict(_ROUTES),
                 supported_strategies=STRATEGIES,
                 limits=CapabilityLimits(
                     max_target_bytes=MAX_TARGET_BYTES, max_body_bytes=self._settings.max_body_bytes
                 ),
-                access={name: "public" if route in _OPEN_TO_ALL else guarded for name, route in _ROUTES.items()},
+                access={name: "public" if route in _OPEN_TO_ALL else guarded for name, route in _CAPABILITIES.items()},
             )
         )
 
     async def bindings(self, _request: web.Request) -> web.Response:
         """GET /api/v1/bindings/capabilities, in the form of the existing daemon."""
         entry = BindingCapabilities(
-            binding=BINDING, capabilities=tuple(_ROUTES), semverx=SEMVERX, stage="experimental", p2p_enabled=False
+            binding=BINDING, capabilities=tuple(_CAPABILITIES), semverx=SEMVERX, stage="experimental", p2p_enabled=False
         )
         return web.json_response({BINDING: entry.model_dump(mode="json")})
 
@@ -541,9 +588,22 @@ DAEMON: Final = web.AppKey("daemon", Daemon)
 
 
 def _json(model: BaseModel) -> web.Response:
-    return web.Response(
-        body=model.model_dump_json(exclude_none=True).encode(), content_type="application/json", charset="utf-8"
-    )
+    return _ok(model.model_dump_json(exclude_none=True).encode())
+
+
+def _ok(body: bytes, headers: Mapping[str, str] | None = None) -> web.Response:
+    return web.Response(body=body, headers=headers, content_type="application/json", charset="utf-8")
+
+
+def _remembering(idempotency: Idempotency) -> Callable[[web.Application], AsyncIterator[None]]:
+    """Make the memory part of an application's life: open before its first request, closed after its last."""
+
+    async def context(_app: web.Application) -> AsyncIterator[None]:
+        await idempotency.open()
+        yield
+        await idempotency.close()
+
+    return context
 
 
 @web.middleware
@@ -552,21 +612,32 @@ async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 def create_app(
-    engine: Engine, settings: DaemonSettings, *, history: FaultHistory | None = None, version: str | None = None
+    engine: Engine,
+    settings: DaemonSettings,
+    *,
+    history: FaultHistory | None = None,
+    idempotency: Idempotency | None = None,
+    version: str | None = None,
 ) -> web.Application:
     """Make the web application; `serve` runs it, and so does any other runner of aiohttp's.
 
-    Raises `ConfigurationError` as `check_settings` does. `version` is the installed pybustcall's unless given.
+    - `idempotency`: the memory of keys, opened and closed with the application; by default one in `settings.state`
+    - `version`: the installed pybustcall's unless given
+
+    Raises `ConfigurationError` as `check_settings` does. That a file of keys cannot be used is told when it starts.
     """
     check_settings(settings)
+    memory = Idempotency(settings.state) if idempotency is None else idempotency
     app = web.Application(middlewares=[_guard], client_max_size=settings.max_body_bytes)
     daemon = Daemon(
         engine,
         settings,
         FaultHistory() if history is None else history,
+        memory,
         VERSION if version is None else version,
     )
     app[DAEMON] = daemon
+    app.cleanup_ctx.append(_remembering(memory))
     app.on_response_prepare.append(_say_expectation)
     app.router.add_post(_ROUTES["cache.bust"], daemon.bust, expect_handler=_expect_later)
     app.router.add_post(_ROUTES["cache.register"], daemon.register, expect_handler=_expect_later)

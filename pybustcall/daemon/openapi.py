@@ -45,6 +45,28 @@ _WHY: Final = {
     503: "The daemon is stopping.",
     507: "The registry is full.",
 }
+_WHY_KEYED: Final = {
+    400: "The body is not JSON, or not UTF-8; or the Idempotency-Key cannot be one, which the problem names.",
+    422: (
+        "A field is missing, mistyped or out of range, or the Idempotency-Key was used for another request; the problem"
+        " names which."
+    ),
+}
+_KEY: Final = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": (
+        "One for each request, and the same for its repeats: for 10 minutes they are answered alike, and not applied."
+    ),
+    "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
+}
+_REPLAYED: Final = {
+    "Idempotency-Replayed": {
+        "description": "This is the answer to an earlier request with the same key; this one was not applied.",
+        "schema": {"type": "string", "const": "true"},
+    }
+}
 
 
 def openapi_document() -> dict[str, Any]:
@@ -73,7 +95,9 @@ def openapi_document() -> dict[str, Any]:
         },
         "paths": {
             "/api/v1/bust": {
-                "post": _operation("bust", "Have the old value of a target dropped.", _refer(BustReply), BustRequest)
+                "post": _keyed(
+                    _operation("bust", "Have the old value of a target dropped.", _refer(BustReply), BustRequest)
+                )
             },
             "/api/v1/entries": {
                 "post": _operation(
@@ -119,6 +143,16 @@ def _operation(
     if request is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _refer(request)}}}
     return operation
+
+
+def _keyed(operation: dict[str, Any]) -> dict[str, Any]:
+    """Add to an operation that it takes an idempotency key."""
+    responses = {
+        status: {**response, "description": _WHY_KEYED.get(int(status), response["description"])}
+        for status, response in operation["responses"].items()
+    }
+    responses["200"] = {**responses["200"], "headers": _REPLAYED}
+    return {**operation, "parameters": [_KEY], "responses": responses}
 
 
 def _refusals(statuses: Iterable[int], *, open_: bool) -> dict[str, Any]:
