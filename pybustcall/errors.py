@@ -24,6 +24,7 @@ __all__ = [
     "IncompatibleDaemon",
     "InvalidRequest",
     "NotAllowed",
+    "OutboxError",
     "Panic",
     "ProtocolViolation",
     "SlotTimeout",
@@ -139,3 +140,10 @@ class IncompatibleDaemon(BustFailed):
 
 class Panic(BustFailed):
     """The call was halted: going on could do harm, such as trusting a daemon with a false certificate."""
+
+
+class OutboxError(BustcallError):
+    """The outbox cannot keep what it was given: it is full, or its file cannot be read or written.
+
+    The text says which and what to do. `applied` tells, of a bust that was to be stored, whether it reached a cache.
+    """
