@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 LOCK   := .ci/requirements-dev.txt
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint types floors pytest openapi lock clean
+.PHONY: demo test lint types floors pytest simulate bench-failover bench-latency openapi lock clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,18 @@ floors: $(READY)
 
 pytest: $(READY)
 	$(BIN)/pytest --cov --cov-report=term
+
+# 10,000 seeded scenarios of delivery; a failure prints the seed that replays it.
+simulate: $(READY)
+	$(BIN)/python -m tests.simulator --scenarios 10000 --jobs 2
+
+# 100 kills and 100 black holes of the hub under load; table on the terminal, figures and plot in bench/results.
+bench-failover: $(READY)
+	$(BIN)/python bench/failover.py
+
+# Injected latency from 0 to 500 ms against the stage reached and the time taken.
+bench-latency: $(READY)
+	$(BIN)/python bench/latency_stages.py
 
 # One environment, pinned and hashed; made again only when the lock or the project's metadata change.
 $(READY): $(LOCK) pyproject.toml

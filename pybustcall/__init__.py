@@ -8,7 +8,8 @@ The supported surface is what this module, `pybustcall.errors` and `pybustcall.t
 
 from __future__ import annotations
 
-from pybustcall.bustcall_core import BustcallClient, ClientStatistics
+from pybustcall.background import ReplayReport
+from pybustcall.bustcall_core import BustcallClient, ClientOutbox, ClientStatistics
 from pybustcall.capabilities import SEMVERX, VERSION, DaemonCapabilities, advertisement
 from pybustcall.errors import (
     BustcallError,
@@ -21,15 +22,30 @@ from pybustcall.errors import (
     IncompatibleDaemon,
     InvalidRequest,
     NotAllowed,
+    OutboxError,
     Panic,
     ProtocolViolation,
     SlotTimeout,
 )
 from pybustcall.faults import Band, Fault, FaultKind
+from pybustcall.fleet import DaemonView, FleetView
 from pybustcall.models import CapabilityDocument, DaemonStatus, Timestamp
-from pybustcall.policies import Pool, Retry
-from pybustcall.results import Attempt, BustReport, BustResult
+from pybustcall.outbox import Outbox, OutboxCounts, OutboxRow, RowState, StoredBust
+from pybustcall.policies import Breaker, Budget, Failback, Hedge, Pool, Probes, Retry
+from pybustcall.results import Attempt, BustReport, BustResult, Delivery
 from pybustcall.session import TLS, PoolStatistics
+from pybustcall.telemetry import (
+    AttemptMade,
+    BreakerMoved,
+    BustDeferred,
+    BustReplayed,
+    Event,
+    FailedBack,
+    FailedOver,
+    FaultMet,
+    Hedged,
+    OutboxSetAside,
+)
 
 __version__ = VERSION
 
@@ -38,32 +54,58 @@ __all__ = [
     "TLS",
     "VERSION",
     "Attempt",
+    "AttemptMade",
     "Band",
+    "Breaker",
+    "BreakerMoved",
+    "Budget",
+    "BustDeferred",
     "BustFailed",
     "BustRejected",
+    "BustReplayed",
     "BustReport",
     "BustResult",
     "BustcallClient",
     "BustcallError",
     "CapabilityDocument",
     "ClientClosed",
+    "ClientOutbox",
     "ClientStatistics",
     "ConfigurationError",
     "DaemonCapabilities",
     "DaemonStatus",
+    "DaemonView",
     "DaemonsUnavailable",
     "DeadlineExceeded",
+    "Delivery",
+    "Event",
+    "Failback",
+    "FailedBack",
+    "FailedOver",
     "Fault",
     "FaultKind",
+    "FaultMet",
+    "FleetView",
+    "Hedge",
+    "Hedged",
     "IncompatibleDaemon",
     "InvalidRequest",
     "NotAllowed",
+    "Outbox",
+    "OutboxCounts",
+    "OutboxError",
+    "OutboxRow",
+    "OutboxSetAside",
     "Panic",
     "Pool",
     "PoolStatistics",
+    "Probes",
     "ProtocolViolation",
+    "ReplayReport",
     "Retry",
+    "RowState",
     "SlotTimeout",
+    "StoredBust",
     "Timestamp",
     "__version__",
     "advertisement",

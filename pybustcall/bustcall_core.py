@@ -1,30 +1,38 @@
 """`BustcallClient`: what users hold. Its lifecycle, its settings, and what a call's outcome means to the caller.
 
-It checks arguments before anything is sent, hands the job to the dispatcher, and turns the receipt into a result or an
-error. It is the one room that knows both the dispatcher and the daemon clients. It holds no cache logic at all: what a
-target or a strategy means is the daemon's affair.
+It checks arguments before anything is sent, hands the job to `delivery`, and decides whether the result raises. It is
+the one room that knows both the dispatcher and the daemon clients, and it puts together what belongs to one event loop:
+the fleet, the prober, the courier of the outbox. It holds no cache logic at all: what a target or a strategy means is
+the daemon's affair.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import re
+import secrets
+import uuid
 import warnings
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, final, get_args
 
 import aiohttp
 
+from pybustcall.background import Courier, Prober, ReplayReport
 from pybustcall.capabilities import DaemonCapabilities
 from pybustcall.config import settings_from_env, settings_from_toml
 from pybustcall.daemon_client import MAX_REPLY_BYTES, DaemonClient
-from pybustcall.dispatcher import Receipt, dispatch
-from pybustcall.errors import ConfigurationError, InvalidRequest
+from pybustcall.delivery import Delivered, Deliverer, DeliveryMode, Job
+from pybustcall.dispatcher import dispatch, reap
+from pybustcall.errors import ConfigurationError, InvalidRequest, OutboxError
 from pybustcall.faults import (
     AttemptFailed,
     Band,
@@ -35,6 +43,7 @@ from pybustcall.faults import (
     check_tolerance,
     raises,
 )
+from pybustcall.fleet import Fleet, FleetView, Policies
 from pybustcall.models import (
     DEFAULT_STRATEGY,
     DEFAULT_TOLERANCE,
@@ -44,19 +53,20 @@ from pybustcall.models import (
     bust_request,
     check_strategy,
 )
-from pybustcall.policies import Pool, Retry, check_seconds
+from pybustcall.outbox import Outbox, OutboxCounts, OutboxRow, OutboxStore
+from pybustcall.policies import Breaker, Budget, Failback, Hedge, Pool, Probes, Retry, check_seconds
 from pybustcall.results import Attempt, BustReport, BustResult, ReportBuilder, failure, summary
 from pybustcall.session import TLS, PoolStatistics, SessionManager
+from pybustcall.telemetry import BreakerMoved, Event, FailedBack, FailedOver, Hooks, OutboxSetAside
 from pybustcall.topology import DEFAULT_URL, DaemonAddress, Topology
 
 if TYPE_CHECKING:
-    import os
     from types import TracebackType
 
     from pybustcall.config import Settings
     from pybustcall.dispatcher import Ask
 
-__all__ = ["BustcallClient", "ClientStatistics"]
+__all__ = ["BustcallClient", "ClientOutbox", "ClientStatistics"]
 
 _log: Final = logging.getLogger("pybustcall")
 _log.addHandler(logging.NullHandler())
@@ -69,6 +79,10 @@ _LEVELS: Final = {
 }
 
 _TOKEN: Final = re.compile(r"[!-~]+")
+_KEY: Final = re.compile(r"[!-~]{1,255}")
+_MODES: Final = get_args(DeliveryMode)
+_FLUSH: Final = 1.0
+"""Seconds that `aclose` waits for hooks to be told the last events."""
 _DISABLED: Final = "disabled"
 _Reply = TypeVar("_Reply")
 
@@ -94,25 +108,244 @@ class _Options:
     timeout: float
     fault_tolerance: int
     retry: Retry | None
+    delivery: DeliveryMode
     reveal_targets: bool
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Core:
-    """What a client and its views share."""
+class ClientStatistics:
+    """A snapshot of what a client holds now and has done so far, in all event loops of this process.
 
-    topology: Topology
-    daemons: tuple[DaemonClient, ...]
-    sessions: SessionManager
+    - `pool`: its connections
+    - `calls`: busts begun; `attempts`: requests sent for them, replays included
+    - `retries`, `retries_denied`: second sends to one daemon, and those that the shared budget denied
+    - `hedges`: calls that asked a second daemon at the live p95; `overdue`: calls that left a silent daemon
+    - `incidents`: failures that counted against a daemon; `failovers`, `failbacks`: of the hub
+    - `probes`, `probes_missed`: of the daemons, in the background
+    - `deferred`, `replayed`, `refused`: busts stored in the outbox, delivered out of it, and set aside there
+    - `events_dropped`: events that slow hooks were not told
+    """
+
+    pool: PoolStatistics
+    calls: int = 0
+    attempts: int = 0
+    retries: int = 0
+    retries_denied: int = 0
+    hedges: int = 0
+    overdue: int = 0
+    incidents: int = 0
+    failovers: int = 0
+    failbacks: int = 0
+    probes: int = 0
+    probes_missed: int = 0
+    deferred: int = 0
+    replayed: int = 0
+    refused: int = 0
+    events_dropped: int = 0
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class ClientStatistics:
-    """A snapshot of what a client holds now and has done so far. `pool` tells of its connections."""
+class _Runtime:
+    """What belongs to a client in one event loop, beside its connections: what it knows, and what it does by itself."""
 
-    pool: PoolStatistics
+    def __init__(self, core: _Core, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._past = core.past
+        urls = [daemon.url for daemon in core.daemons]
+        self.fleet = Fleet(
+            urls,
+            core.policies,
+            client_id=core.client_id,
+            now=loop.time(),
+            random=random.random,
+            emit=core.emit,
+            wake=self._wake_prober,
+        )
+        self._prober = Prober(self.fleet, partial(_probe, core.daemons, core.policies.probes))
+        owner = f"{os.getpid()}-{secrets.token_hex(8)}"
+        self.deliverer: Deliverer[DaemonClient] = Deliverer(
+            _send,
+            core.daemons,
+            self.fleet,
+            random=random.random,
+            adopt=core.sessions.adopt,
+            store=core.store,
+            owner=f"{owner}-calls",
+            emit=core.emit,
+            wake=self._wake_courier,
+        )
+        self.courier: Courier | None = None
+        if core.store is not None and core.outbox is not None:
+            self.courier = Courier(
+                core.store,
+                core.outbox,
+                self.deliverer.replay,
+                available=self._available,
+                owner=f"{owner}-courier",
+                destinations=urls,
+                random=random.random,
+                emit=core.emit,
+                counts=self.fleet.counts,
+            )
+
+    def start(self) -> None:
+        """Begin what goes on in the background, if that was not done before."""
+        self._prober.start()
+        if self.courier is not None:
+            self.courier.start()
+
+    async def aclose(self) -> None:
+        """End it, and wait for that."""
+        try:
+            await self._prober.aclose()
+        finally:
+            if self.courier is not None:
+                await self.courier.aclose()
+            self._past.update(self.fleet.counts)
+            self.fleet.counts.clear()
+
+    def abandon(self) -> None:
+        """End it from wherever the client was dropped, without waiting."""
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self._prober.cancel)
+            if self.courier is not None:
+                self.loop.call_soon_threadsafe(self.courier.cancel)
+
+    def _available(self) -> bool:
+        now = self.loop.time()
+        return any(self.fleet.well(index, now) for index in range(len(self.fleet)))
+
+    def _wake_prober(self) -> None:
+        self._prober.wake()
+
+    def _wake_courier(self) -> None:
+        if self.courier is not None:
+            self.courier.wake()
+
+
+@final
+class _Core:
+    """What a client and its views share. It does not hold the client, so that one that is dropped can be noticed."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        sessions: Callable[[Callable[[asyncio.AbstractEventLoop], _Runtime]], SessionManager],
+        daemon: Callable[[DaemonAddress, SessionManager], DaemonClient],
+        *,
+        policies: Policies,
+        outbox: Outbox | None,
+        client_id: str | None,
+    ) -> None:
+        self.topology = topology
+        self.policies = policies
+        self.outbox = outbox
+        self.hooks = Hooks()
+        self.past: Counter[str] = Counter()
+        self._client_id = client_id
+        self._origin = secrets.token_hex(8)
+        self.store = OutboxStore(outbox, on_event=self._outbox_set_aside) if outbox is not None else None
+        self.sessions = sessions(partial(_Runtime, self))
+        self.daemons = tuple(daemon(address, self.sessions) for address in topology)
+
+    @property
+    def client_id(self) -> str:
+        """The name whose hash orders the ring: the given one, or one of this process's own, also after a fork."""
+        return self._client_id or f"{self._origin}-{os.getpid()}"
+
+    def runtime(self) -> _Runtime:
+        """Tell what belongs to the running loop, begun. Only inside `sessions.call()`."""
+        runtime = self.sessions.companion
+        assert isinstance(runtime, _Runtime)  # noqa: S101 - made with the loop's first call
+        runtime.start()
+        return runtime
+
+    def runtimes(self) -> list[_Runtime]:
+        """List what belongs to each running loop."""
+        return [runtime for runtime in self.sessions.companions() if isinstance(runtime, _Runtime)]
+
+    def emit(self, event: Event) -> None:
+        """Log what an operator wants to know, and tell the hooks."""
+        match event:
+            case FailedOver(hub=hub, daemon=daemon, reason=reason):
+                _log.warning("the hub %s is down, calls go to the ring, %s first: %s", hub, daemon, reason)
+            case FailedBack(daemon=daemon, share=share):
+                _log.info("%d %% of the calls go to the hub %s first again", round(share * 100), daemon)
+            case BreakerMoved(daemon=daemon, old=old, new=new, reason=reason):
+                level = logging.CRITICAL if new == "quarantined" and reason else logging.WARNING
+                _log.log(level, "the breaker of %s: %s, was %s%s", daemon, new, old, f" ({reason})" if reason else "")
+            case OutboxSetAside(text=text):
+                _log.error("%s", text)
+        self.hooks.emit(event)
+
+    def _outbox_set_aside(self, text: str) -> None:
+        self.emit(OutboxSetAside(daemon="", text=text))
+
+
+async def _send(
+    daemon: DaemonClient,
+    request: BustRequest,
+    /,
+    *,
+    key: str,
+    until: float,
+    deadline: float,
+    started: Callable[[], None],
+) -> BustReply:
+    return await daemon.bust(request, key=key, until=until, deadline=deadline, started=started)
+
+
+async def _probe(daemons: tuple[DaemonClient, ...], probes: Probes | None, index: int) -> Fault | None:
+    assert probes is not None  # noqa: S101 - for the type checker: nothing is probed without the policy
+    return await daemons[index].probe(until=asyncio.get_running_loop().time() + probes.timeout)
+
+
+@final
+class ClientOutbox:
+    """The outbox of a client: what waits there, and what can be done about it.
+
+    Every method raises `OutboxError` if the file cannot be read or written.
+    """
+
+    def __init__(self, core: _Core, store: OutboxStore, policy: Outbox) -> None:
+        self._core = core
+        self._store = store
+        self._policy = policy
+
+    @property
+    def path(self) -> str:
+        """The file."""
+        return os.fspath(self._policy.path)
+
+    async def rows(self, *, after: int = 0, limit: int = 1000) -> tuple[OutboxRow, ...]:
+        """List rows in the order of their numbers, those beyond `after`."""
+        return await self._store.rows(after=after, limit=limit)
+
+    async def counts(self) -> OutboxCounts:
+        """Count the rows that wait, that are being delivered, and that were set aside."""
+        return await self._store.counts()
+
+    async def replay(self) -> ReplayReport:
+        """Deliver now what can be delivered, whatever it was waiting for; tell what came of it."""
+        async with self._core.sessions.call():
+            courier = self._core.runtime().courier
+            assert courier is not None  # noqa: S101 - there is one wherever there is an outbox
+            return await courier.replay()
+
+    async def retry(self, ids: Iterable[int] | None = None) -> int:
+        """Let rows that were set aside be delivered again, as if they were new; None for all. Tell how many."""
+        return await self._store.retry(None if ids is None else tuple(ids))
+
+    async def purge(self, ids: Iterable[int] | None = None, *, aside_only: bool = True) -> int:
+        """Delete rows: those numbered, or all; by default only what was set aside. Tell how many.
+
+        What is deleted is never delivered: the caches keep the old value until it expires.
+        """
+        return await self._store.purge(None if ids is None else tuple(ids), aside_only=aside_only)
+
+    def __repr__(self) -> str:
+        return f"ClientOutbox({self.path!r})"
 
 
 @final
@@ -125,7 +358,14 @@ class BustcallClient:
     - `tls`: authorities and client certificate for https:// daemons
     - `timeout`: seconds that one call may take in all
     - `fault_tolerance`: 0 to 12; a call raises iff its stage is below 12 minus this
+    - `delivery`: how many daemons must acknowledge: "first" (whichever answers), "quorum" (more than half) or "all"
     - `retry`: how a call tries again; None for one attempt at each daemon
+    - `hedge`: when a second daemon is asked; None for never
+    - `breaker`: when a daemon is no longer asked; `budget`: what retries and hedges may cost; None for no limit
+    - `probes`: how daemons are probed in the background; None for not at all
+    - `failback`: how calls return to the hub; None for not before `reset`
+    - `outbox`: a file, or an `Outbox`, where busts are kept that nobody acknowledged; None: then an outage raises
+    - `client_id`: decides in what order this client asks the peers; by default each process has one of its own
     - `pool`: limits and times of the connections
     - `max_reply_bytes`: how much of a daemon's reply is read
     - `trust_env`: whether proxies from the environment are used
@@ -150,7 +390,15 @@ class BustcallClient:
         tls: TLS | None = None,
         timeout: float = 5.0,
         fault_tolerance: int = DEFAULT_TOLERANCE,
+        delivery: DeliveryMode = "first",
         retry: Retry | None = Retry(),  # noqa: B008 - frozen, and shown to the reader
+        hedge: Hedge | None = Hedge(),  # noqa: B008
+        breaker: Breaker | None = Breaker(),  # noqa: B008
+        budget: Budget | None = Budget(),  # noqa: B008
+        probes: Probes | None = Probes(),  # noqa: B008
+        failback: Failback | None = Failback(),  # noqa: B008
+        outbox: Outbox | str | os.PathLike[str] | None = None,
+        client_id: str | None = None,
         pool: Pool = Pool(),  # noqa: B008
         max_reply_bytes: int = MAX_REPLY_BYTES,
         trust_env: bool = False,
@@ -159,7 +407,8 @@ class BustcallClient:
         session: aiohttp.ClientSession | None = None,
     ) -> None:
         topology = Topology.parse(url, peers)
-        _check_types(tls=tls, retry=retry, pool=pool, session=session)
+        _check_types(tls=tls, pool=pool, session=session)
+        _check_types(retry=retry, hedge=hedge, breaker=breaker, budget=budget, probes=probes, failback=failback)
         proxied = trust_env or (session is not None and session.trust_env)
         _check_token(token, topology, allowed=allow_insecure_token, proxied=proxied)
         _check_session(session, topology, token=token, tls=tls, trust_env=trust_env)
@@ -168,12 +417,16 @@ class BustcallClient:
                 f"max_reply_bytes must be an integer of at least 1024, not {max_reply_bytes!r}",
                 setting="max_reply_bytes",
             )
-        self._options = _options(timeout, fault_tolerance, retry, reveal_targets)
-        sessions = SessionManager(pool=pool, tls=tls, trust_env=trust_env, session=session)
-        daemons = tuple(
-            DaemonClient(address, sessions, token=token, max_reply_bytes=max_reply_bytes) for address in topology
+        _check_client_id(client_id)
+        self._options = _options(timeout, fault_tolerance, retry, delivery, reveal_targets)
+        self._core = _Core(
+            topology,
+            lambda runtime: SessionManager(pool=pool, tls=tls, trust_env=trust_env, session=session, companion=runtime),
+            lambda address, sessions: DaemonClient(address, sessions, token=token, max_reply_bytes=max_reply_bytes),
+            policies=Policies(hedge=hedge, breaker=breaker, budget=budget, probes=probes, failback=failback),
+            outbox=_outbox(outbox),
+            client_id=client_id,
         )
-        self._core = _Core(topology, daemons, sessions)
         self._owner = True
 
     @classmethod
@@ -213,7 +466,15 @@ class BustcallClient:
             tls=tls,
             timeout=settings.timeout,
             fault_tolerance=settings.fault_tolerance,
+            delivery=settings.delivery,
             retry=settings.retry,
+            hedge=settings.hedge,
+            breaker=settings.breaker,
+            budget=settings.budget,
+            probes=settings.probes,
+            failback=settings.failback,
+            outbox=settings.outbox,
+            client_id=settings.client_id,
             pool=settings.pool,
             max_reply_bytes=settings.max_reply_bytes or MAX_REPLY_BYTES,
             trust_env=settings.trust_env,
@@ -227,7 +488,7 @@ class BustcallClient:
 
         It still checks arguments; a bust's result has status "disabled" and is ok.
         """
-        client = cls._view(None, _options(5.0, DEFAULT_TOLERANCE, Retry(), reveal_targets=False))
+        client = cls._view(None, _options(5.0, DEFAULT_TOLERANCE, Retry(), "first", reveal_targets=False))
         _log.info("the bustcall client is disabled: busts are not sent anywhere")
         return client
 
@@ -244,6 +505,7 @@ class BustcallClient:
         timeout: float | None = None,
         fault_tolerance: int | None = None,
         retry: Retry | Literal[_Kept.KEPT] | None = _KEPT,
+        delivery: DeliveryMode | None = None,
         reveal_targets: bool | None = None,
     ) -> BustcallClient:
         """Return a view with other options on the same connections.
@@ -258,6 +520,7 @@ class BustcallClient:
                 old.timeout if timeout is None else timeout,
                 old.fault_tolerance if fault_tolerance is None else fault_tolerance,
                 old.retry if retry is _KEPT else retry,
+                old.delivery if delivery is None else delivery,
                 old.reveal_targets if reveal_targets is None else reveal_targets,
             ),
         )
@@ -269,24 +532,35 @@ class BustcallClient:
         strategy: str = DEFAULT_STRATEGY,
         fault_tolerance: int | None = None,
         timeout: float | None = None,
+        delivery: DeliveryMode | None = None,
+        write_ahead: bool = False,
+        idempotency_key: str | None = None,
     ) -> BustResult:
-        """Have the old value of `target` dropped from the caches; return once a daemon has acknowledged it.
+        """Have the old value of `target` dropped from the caches; return once that is acknowledged, or stored.
 
         - `target`: 1 byte to 8 KiB of UTF-8 without control characters
         - `strategy`: sent verbatim; the reference daemon knows direct, dimensional and hybrid
         - `fault_tolerance`: 0 to 12 for this call; 12 never raises: ask the result's `ok`
         - `timeout`: seconds for this call, retries and peers included
+        - `delivery`: how many daemons must acknowledge: "first", "quorum" or "all"
+        - `write_ahead`: store it before the first attempt, so that not even a kill of this process loses it
+        - `idempotency_key`: 1 to 255 visible ASCII characters, the same on every attempt; by default one is made
 
-        Raises `InvalidRequest` before anything is sent, and `BustFailed` or a subclass of it if the call's stage is
-        below 12 - fault_tolerance; the error tells whether the bust was, was not or may have been applied.
+        Raises `InvalidRequest` before anything is sent, `OutboxError` if it was to be stored and could not be, and
+        `BustFailed` or a subclass of it if the call's stage is below 12 - fault_tolerance; the error tells whether the
+        bust was, was not or may have been applied. A cancellation stores the bust first if there is an outbox.
         """
         tolerance = self._tolerance(fault_tolerance)
         request = bust_request(target, strategy, tolerance)
         seconds = self._seconds(timeout)
-        result, receipt = await self._bust(request, seconds)
-        if receipt is not None and raises(result.stage, tolerance):
+        mode = self._options.delivery if delivery is None else _check_mode(delivery)
+        if write_ahead and self._core is not None and self._core.store is None:
+            raise InvalidRequest("write_ahead needs an outbox; nothing was sent", field="write_ahead")
+        delivered = await self._bust(request, seconds, mode, key=_check_key(idempotency_key), write_ahead=write_ahead)
+        result = delivered.result
+        if self._core is not None and raises(result.stage, tolerance):
             what = f"the bust of {result.label}"
-            raise failure(what, receipt.ending, result.causes, result.elapsed, result) from receipt.error
+            raise failure(what, delivered.ending, result.causes, result.elapsed, result) from delivered.error
         return result
 
     async def bust_many(
@@ -298,12 +572,14 @@ class BustcallClient:
         strategy: str = DEFAULT_STRATEGY,
         fault_tolerance: int | None = None,
         timeout: float | None = None,
+        delivery: DeliveryMode | None = None,
     ) -> BustReport:
         """Bust many targets, at most `concurrency` at once, in flat memory; never raises for a single target.
 
         - `targets`: any iterable, also an asynchronous one; it is read as the busts go on
         - `on_progress`: called with every result, in the order in which they end; what it raises ends the call
         - `timeout`: seconds for each target, from its turn
+        - the others: as in `bust`
 
         The report counts them and keeps the results that are not ok, a target that cannot be sent among them. Raises
         `InvalidRequest` for other arguments that cannot be used, before anything is sent.
@@ -311,6 +587,7 @@ class BustcallClient:
         tolerance = self._tolerance(fault_tolerance)
         check_strategy(strategy)
         seconds = self._seconds(timeout)
+        mode = self._options.delivery if delivery is None else _check_mode(delivery)
         if type(concurrency) is not int or concurrency < 1:
             raise InvalidRequest(
                 f"concurrency must be an integer of at least 1, not {concurrency!r}; nothing was sent",
@@ -333,7 +610,7 @@ class BustcallClient:
                 if started < concurrency:  # one more at work only when there was something to do
                     started += 1
                     workers.create_task(watched())
-                result = await self._bust_checked(target, strategy, tolerance, seconds)
+                result = await self._bust_checked(target, strategy, tolerance, seconds, mode)
                 builder.add(result)
                 if on_progress is not None:
                     on_progress(result)
@@ -407,8 +684,54 @@ class BustcallClient:
         return {url: next((task.result() for task in opened if task.result()), None) for url, opened in tasks.items()}
 
     def statistics(self) -> ClientStatistics:
-        """Take a snapshot of the client's state; views share it."""
-        return ClientStatistics(PoolStatistics() if self._core is None else self._core.sessions.statistics())
+        """Take a snapshot of the client's state and counts; views share it."""
+        if self._core is None:
+            return ClientStatistics(PoolStatistics())
+        counts = Counter(self._core.past)
+        for runtime in self._core.runtimes():
+            counts.update(runtime.fleet.counts)
+        known = {field.name for field in fields(ClientStatistics)}
+        return ClientStatistics(
+            self._core.sessions.statistics(),
+            events_dropped=self._core.hooks.dropped,
+            **{name: count for name, count in counts.items() if name in known},
+        )
+
+    def topology(self) -> FleetView:
+        """Take a snapshot of the daemons as the running event loop's calls know them, and of where calls go now.
+
+        Raises RuntimeError outside an event loop: what is known of daemons belongs to one.
+        """
+        loop = asyncio.get_running_loop()
+        if self._core is None:
+            return FleetView(route="star", hub_share=1.0, order=(), budget=1.0, daemons=())
+        runtime = self._core.sessions.companion
+        fleet = runtime.fleet if isinstance(runtime, _Runtime) else _Runtime(self._core, loop).fleet
+        return fleet.view(loop.time())
+
+    def on_event(self, hook: Callable[[Event], object]) -> Callable[[], None]:
+        """Have `hook` told what happens, as frozen records (`pybustcall.telemetry`); return what takes it away again.
+
+        Hooks run one after the other in a thread of their own. One that raises is logged; one that is slow delays no
+        call, but misses events once 10,000 are waiting.
+        """
+        if not callable(hook):
+            raise ConfigurationError(f"a hook must be callable, not {type(hook).__name__}", setting="hook")
+        return (lambda: None) if self._core is None else self._core.hooks.add(hook)
+
+    def reset(self) -> None:
+        """Forget every fault: close the breakers, end quarantines, and return to the hub at once, in every loop."""
+        for runtime in [] if self._core is None else self._core.runtimes():
+            if not runtime.loop.is_closed():
+                runtime.loop.call_soon_threadsafe(runtime.fleet.reset)
+
+    @property
+    def outbox(self) -> ClientOutbox:
+        """The outbox. Raises `ConfigurationError` if the client has none."""
+        core = self._core
+        if core is None or core.store is None or core.outbox is None:
+            raise ConfigurationError("this client has no outbox; give it one with outbox=PATH", setting="outbox")
+        return ClientOutbox(core, core.store, core.outbox)
 
     @property
     def fault_tolerance(self) -> int:
@@ -423,12 +746,22 @@ class BustcallClient:
     async def aclose(self) -> None:
         """Refuse further calls, wait for those under way (at most `pool.drain` seconds), close the connections.
 
-        Repeating it is harmless. A view closes nothing.
+        What is cut off then goes to the outbox, if there is one. A cancellation cuts the waiting short, but not the
+        closing, and arrives when that is done. Repeating it is harmless. A view closes nothing.
         """
-        if self._owner and self._core is not None:
-            await self._core.sessions.aclose()
+        if not self._owner or self._core is None:
+            return
+        closing = asyncio.ensure_future(_close(self._core))
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            await reap([closing])
+            raise
 
     async def __aenter__(self) -> Self:
+        if self._core is not None:
+            async with self._core.sessions.call():
+                self._core.runtime()  # what an earlier process left in the outbox waits for no first call
         return self
 
     async def __aexit__(
@@ -446,8 +779,14 @@ class BustcallClient:
         if self._owner and self._core is not None and not self._core.sessions.closed and self._core.sessions.is_open:
             told = f"{self!r} was dropped open; use `async with`, or aclose"
             warnings.warn(told, ResourceWarning, stacklevel=2, source=self)
+            for runtime in self._core.runtimes():
+                runtime.abandon()
+        if self._owner and self._core is not None:
+            self._core.hooks.close()
 
-    async def _bust_checked(self, target: object, strategy: str, tolerance: int, seconds: float) -> BustResult:
+    async def _bust_checked(
+        self, target: object, strategy: str, tolerance: int, seconds: float, mode: DeliveryMode
+    ) -> BustResult:
         """Bust one of many: a target that cannot be sent becomes a failed result."""
         try:
             request = bust_request(target, strategy, tolerance)
@@ -461,51 +800,42 @@ class BustcallClient:
                 attempts=(Attempt(fault.daemon, fault.stage, 0.0, fault),),
                 reveal=self._options.reveal_targets,
             )
-        result, _ = await self._bust(request, seconds)
-        return result
+        try:
+            return (await self._bust(request, seconds, mode, key=_check_key(None))).result
+        except OutboxError as error:
+            return BustResult(
+                target=request.target,
+                status="failed",
+                stage=call_stage(Outcome.FAILED, [] if error.stage is None else [error.stage]),
+                attempts=tuple(Attempt(cause.daemon, cause.stage, 0.0, cause) for cause in error.causes),
+                note=str(error),
+                reveal=self._options.reveal_targets,
+            )
 
     async def _bust(
-        self, request: BustRequest, seconds: float
-    ) -> tuple[BustResult, Receipt[DaemonClient, BustReply] | None]:
+        self, request: BustRequest, seconds: float, mode: DeliveryMode, *, key: str, write_ahead: bool = False
+    ) -> Delivered:
         reveal = self._options.reveal_targets
         if self._core is None:
             await asyncio.sleep(0)
-            return BustResult(request.target, _DISABLED, call_stage(Outcome.ACKNOWLEDGED, ()), reveal=reveal), None
-        now = asyncio.get_running_loop().time
-        begun = now()
-
-        async def ask(daemon: DaemonClient, /, *, until: float, deadline: float) -> BustReply:
-            return await daemon.bust(request, until=until, deadline=deadline)
-
+            stage = call_stage(Outcome.ACKNOWLEDGED, ())
+            result = BustResult(request.target, _DISABLED, stage, key=key, reveal=reveal)
+            return Delivered(result=result, ending="answered", error=None)
+        begun = asyncio.get_running_loop().time()
+        job = Job(
+            request=request,
+            key=key,
+            begun=begun,
+            deadline=begun + seconds,
+            mode=mode,
+            retry=self._options.retry,
+            write_ahead=write_ahead,
+            reveal=reveal,
+        )
         async with self._core.sessions.call():
-            receipt = await self._dispatch(self._core.daemons, ask, begun + seconds, self._options.retry)
-        stages = [cause.stage for cause in receipt.causes]
-        reply, daemon = receipt.reply, receipt.daemon
-        if reply is None or daemon is None:
-            result = BustResult(
-                target=request.target,
-                status="failed",
-                stage=call_stage(Outcome.FAILED, stages),
-                attempts=receipt.attempts,
-                elapsed=now() - begun,
-                reveal=reveal,
-            )
-        else:
-            result = BustResult(
-                target=request.target,
-                status="busted",
-                stage=call_stage(Outcome.ACKNOWLEDGED, stages),
-                daemon=daemon.url,
-                cache_key=reply.cache_key,
-                delegate=reply.delegate,
-                reported_stage=reply.fault_stage,
-                removed=reply.removed,
-                attempts=receipt.attempts,
-                elapsed=now() - begun,
-                reveal=reveal,
-            )
-        _tell(result)
-        return result, receipt
+            delivered = await self._core.runtime().deliverer.bust(job)
+        _tell(delivered.result)
+        return delivered
 
     async def _ask(
         self,
@@ -519,17 +849,14 @@ class BustcallClient:
         daemons = core.daemons if daemon is None else (_find(core, daemon),)
         now = asyncio.get_running_loop().time
         begun = now()
+        # What such a call meets speaks neither for nor against a daemon's busts: it goes by a fleet of its own.
+        urls = [candidate.url for candidate in daemons]
+        fleet = Fleet(urls, Policies(), client_id=core.client_id, now=begun, random=random.random)
         async with core.sessions.call():
-            receipt = await self._dispatch(daemons, ask, begun + seconds, retry=None)
+            receipt = await dispatch(ask, daemons, fleet, deadline=begun + seconds, retry=None, random=random.random)
         if receipt.reply is None:
             raise failure(what, receipt.ending, receipt.causes, now() - begun) from receipt.error
         return receipt.reply
-
-    @staticmethod
-    async def _dispatch(
-        daemons: tuple[DaemonClient, ...], ask: Ask[DaemonClient, _Reply], deadline: float, retry: Retry | None
-    ) -> Receipt[DaemonClient, _Reply]:
-        return await dispatch(ask, daemons, deadline=deadline, retry=retry, random=random.random)
 
     def _tolerance(self, fault_tolerance: int | None) -> int:
         return self._options.fault_tolerance if fault_tolerance is None else check_tolerance(fault_tolerance)
@@ -543,7 +870,25 @@ class BustcallClient:
             raise InvalidRequest(f"{error}; nothing was sent", field="timeout") from None
 
 
-def _options(timeout: float, fault_tolerance: int, retry: Retry | None, reveal_targets: bool) -> _Options:
+async def _close(core: _Core) -> None:
+    """Close in this order: the calls and connections, the outbox that the last of them may need, the hooks."""
+    try:
+        await core.sessions.aclose()
+    finally:
+        try:
+            if core.store is not None:
+                await core.store.aclose()
+            loop = asyncio.get_running_loop()
+            end = loop.time() + _FLUSH
+            while not core.hooks.flush(0) and loop.time() < end:  # noqa: ASYNC110 - it is a thread that is waited for
+                await asyncio.sleep(0.005)
+        finally:
+            core.hooks.close()
+
+
+def _options(
+    timeout: float, fault_tolerance: int, retry: Retry | None, delivery: DeliveryMode, reveal_targets: bool
+) -> _Options:
     try:
         tolerance = check_tolerance(fault_tolerance)
     except InvalidRequest:
@@ -551,12 +896,54 @@ def _options(timeout: float, fault_tolerance: int, retry: Retry | None, reveal_t
             f"fault_tolerance must be an integer from 0 to 12, not {fault_tolerance!r}", setting="fault_tolerance"
         ) from None
     _check_types(retry=retry)
-    return _Options(check_seconds(timeout, "timeout"), tolerance, retry, reveal_targets)
+    try:
+        mode = _check_mode(delivery)
+    except InvalidRequest as error:
+        raise ConfigurationError(str(error).removesuffix("; nothing was sent"), setting="delivery") from None
+    return _Options(check_seconds(timeout, "timeout"), tolerance, retry, mode, reveal_targets)
+
+
+def _outbox(outbox: Outbox | str | os.PathLike[str] | None) -> Outbox | None:
+    if isinstance(outbox, str | os.PathLike):
+        return Outbox(path=outbox)
+    if outbox is not None and not isinstance(outbox, Outbox):
+        raise ConfigurationError(f"outbox must be a path or Outbox, not {type(outbox).__name__}", setting="outbox")
+    return outbox
+
+
+def _check_mode(delivery: DeliveryMode) -> DeliveryMode:
+    if delivery not in _MODES:
+        raise InvalidRequest(
+            f"delivery must be one of {', '.join(_MODES)}, not {delivery!r}; nothing was sent", field="delivery"
+        )
+    return delivery
+
+
+def _check_client_id(client_id: object) -> None:
+    if client_id is not None and not (isinstance(client_id, str) and client_id):
+        raise ConfigurationError(f"client_id must be text, not {client_id!r}", setting="client_id")
+
+
+def _check_key(key: object) -> str:
+    """Return the idempotency key of a bust: the given one if a header can carry it, else a new one."""
+    if key is None:
+        return str(uuid.uuid4())
+    if not (isinstance(key, str) and _KEY.fullmatch(key)):
+        raise InvalidRequest(
+            "idempotency_key must be 1 to 255 visible ASCII characters without spaces; nothing was sent",
+            field="idempotency_key",
+        )
+    return key
 
 
 _TYPES: Final[dict[str, tuple[type, ...]]] = {
     "tls": (TLS, type(None)),
     "retry": (Retry, type(None)),
+    "hedge": (Hedge, type(None)),
+    "breaker": (Breaker, type(None)),
+    "budget": (Budget, type(None)),
+    "probes": (Probes, type(None)),
+    "failback": (Failback, type(None)),
     "pool": (Pool,),
     "session": (aiohttp.ClientSession, type(None)),
 }

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 from pydantic import SecretStr
 
-from pybustcall.bustcall_core import BustcallClient
+from pybustcall.bustcall_core import BustcallClient, ClientOutbox
 from pybustcall.capabilities import VERSION
 from pybustcall.config import settings_from_env, settings_from_toml
 from pybustcall.errors import (
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from click._termui_impl import ProgressBar
 
     from pybustcall.capabilities import DaemonCapabilities
+    from pybustcall.delivery import DeliveryMode
     from pybustcall.models import DaemonStatus
 
 __all__ = ["cli", "run"]
@@ -110,6 +111,7 @@ def _client_options(command: Callable[..., int]) -> Callable[..., int]:
     @click.option(
         "--token-file", type=click.Path(path_type=Path), help="File with the bearer token (or set BUSTCALL_TOKEN)."
     )
+    @click.option("--outbox", type=click.Path(path_type=Path), help="File to keep undelivered busts in.")
     @click.option("--config", type=click.Path(path_type=Path), help="TOML file with a table [pybustcall].")
     @wraps(command)
     def with_client(
@@ -118,12 +120,14 @@ def _client_options(command: Callable[..., int]) -> Callable[..., int]:
         peers: tuple[str, ...],
         timeout: float | None,
         token_file: Path | None,
+        outbox: Path | None,
         config: Path | None,
         **own: Any,
     ) -> int:
         try:
             settings = settings_from_env() if config is None else settings_from_toml(config)
             given: dict[str, Any] = {"url": url, "timeout": timeout}
+            given["outbox"] = None if outbox is None else str(outbox)
             given["peers"] = peers if peers or url is not None else None
             if token_file is not None:
                 given["token"] = SecretStr(_read_token(token_file))
@@ -152,6 +156,7 @@ def _read_token(path: Path) -> str:
 @click.argument("targets", nargs=-1, required=True, metavar="TARGET...")
 @click.option("--strategy", default=DEFAULT_STRATEGY, show_default=True, help="direct, dimensional or hybrid.")
 @click.option("--fault-tolerance", type=int, help="0 to 12; fails iff the stage is below 12 minus this.")
+@click.option("--delivery", type=click.Choice(["first", "quorum", "all"]), help="How many daemons must acknowledge.")
 @click.option("--concurrency", type=click.IntRange(1), default=64, show_default=True, help="Busts under way at once.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each target.")
 @_client_options
@@ -160,6 +165,7 @@ def bust(
     targets: tuple[str, ...],
     strategy: str,
     fault_tolerance: int | None,
+    delivery: DeliveryMode | None,
     concurrency: int,
     as_json: bool,
 ) -> int:
@@ -170,11 +176,18 @@ def bust(
         tolerance = client.fault_tolerance if fault_tolerance is None else check_tolerance(fault_tolerance)
     except InvalidRequest as error:
         raise _Failure(str(error), _USAGE) from error
-    return _run(_bust(client, targets, strategy, tolerance, concurrency, as_json=as_json))
+    return _run(_bust(client, targets, strategy, tolerance, delivery, concurrency, as_json=as_json))
 
 
 async def _bust(
-    client: BustcallClient, targets: tuple[str, ...], strategy: str, tolerance: int, concurrency: int, *, as_json: bool
+    client: BustcallClient,
+    targets: tuple[str, ...],
+    strategy: str,
+    tolerance: int,
+    delivery: DeliveryMode | None,
+    concurrency: int,
+    *,
+    as_json: bool,
 ) -> int:
     codes: set[int] = set()
     unwritten: list[OSError] = []
@@ -212,9 +225,11 @@ async def _bust(
                 on_progress=tell,
                 strategy=strategy,
                 fault_tolerance=tolerance,
+                delivery=delivery,
             )
     if report.total != 1 and not as_json:
-        click.echo(f"{report.busted} of {report.total} busted in {report.elapsed:.3f} s", err=True)
+        kept = f", {report.deferred + report.partial} kept for later" if report.deferred + report.partial else ""
+        click.echo(f"{report.busted} of {report.total} busted{kept} in {report.elapsed:.3f} s", err=True)
     if unwritten and not isinstance(unwritten[0], BrokenPipeError):
         click.echo(f"Error: not every result could be written: {unwritten[0].strerror}", err=True)
         codes.add(_REFUSED)
@@ -236,8 +251,9 @@ def _as_line(result: BustResult, *, tolerated: bool) -> str:
         after = f", after faults: {'; '.join(summary(result.causes))}" if result.causes else ""
         below = "" if tolerated else f"; stage {result.stage} is below the tolerance"
         return f"{result.status} {result.target}{where} in {result.elapsed:.3f} s{gone}{after}{below}"
-    reasons = "; ".join(summary(result.causes)) or "the deadline was over"
-    return f"failed {result.target!r} (stage {result.stage}, applied: {result.applied}): {reasons}"
+    reasons = "; ".join([*summary(result.causes), *([result.note] if result.note else [])]) or "the deadline was over"
+    told = f"{result.status} {result.target!r} (stage {result.stage}, applied: {result.applied})"
+    return f"{told}, in the outbox: {reasons}" if result.rows else f"{told}: {reasons}"
 
 
 def _as_dict(result: BustResult, *, tolerated: bool) -> dict[str, Any]:
@@ -255,6 +271,13 @@ def _as_dict(result: BustResult, *, tolerated: bool) -> dict[str, Any]:
         "reported_stage": result.reported_stage,
         "removed": result.removed,
         "elapsed": round(result.elapsed, 6),
+        "key": result.key,
+        "rows": result.rows,
+        "note": result.note,
+        "deliveries": [
+            {"daemon": delivery.daemon, "status": delivery.status, "stage": delivery.stage, "row": delivery.row}
+            for delivery in result.deliveries
+        ],
         "attempts": [
             {
                 "daemon": attempt.daemon,
@@ -374,6 +397,94 @@ async def _ask_each(
     return _REFUSED if _REFUSED in codes else max(codes)
 
 
+@cli.group()
+def outbox() -> None:
+    """See to the busts that are kept in an outbox: list, replay, retry or purge them.
+
+    The file is named by --outbox, by BUSTCALL_OUTBOX or in the file given with --config.
+    """
+
+
+@outbox.command("list")
+@click.option("--limit", type=click.IntRange(1), default=1000, show_default=True, help="Rows to list at most.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each row.")
+@_client_options
+def outbox_list(client: BustcallClient, limit: int, as_json: bool) -> int:
+    """List what is in the outbox, in the order of delivery."""
+
+    async def work(box: ClientOutbox) -> int:
+        for row in await box.rows(limit=limit):
+            shown = {
+                "row": row.id,
+                "state": row.state,
+                "target": row.bust.target,
+                "strategy": row.bust.strategy,
+                "destination": row.destination or "any",
+                "attempts": row.attempts,
+                "sent": row.sent,
+                "created": row.created,
+                "reason": row.reason,
+            }
+            line = f"{row.id} {row.state} {row.bust.target!r} for {shown['destination']}, attempts: {row.attempts}"
+            click.echo(json.dumps(shown) if as_json else _printable(f"{line}: {row.reason}" if row.reason else line))
+        counts = await box.counts()
+        if not as_json:
+            told = f"{counts.pending} pending, {counts.leased} being delivered, {counts.aside} set aside"
+            click.echo(
+                told if counts.oldest is None else f"{told}; the oldest waits for {counts.oldest:.0f} s", err=True
+            )
+        return 0
+
+    return _run(_with_outbox(client, work))
+
+
+@outbox.command("replay")
+@_client_options
+def outbox_replay(client: BustcallClient) -> int:
+    """Deliver now what can be delivered. Exits with 3 if something is left."""
+
+    async def work(box: ClientOutbox) -> int:
+        report = await box.replay()
+        click.echo(f"{report.delivered} delivered, {report.refused} refused and set aside, {report.left} left")
+        return 0 if report.ok else _UNAVAILABLE
+
+    return _run(_with_outbox(client, work))
+
+
+@outbox.command("retry")
+@click.argument("rows", nargs=-1, type=int, metavar="[ROW]...")
+@_client_options
+def outbox_retry(client: BustcallClient, rows: tuple[int, ...]) -> int:
+    """Let the ROWs that were set aside be delivered again; without a ROW, all of them."""
+
+    async def work(box: ClientOutbox) -> int:
+        click.echo(f"{await box.retry(rows or None)} will be delivered again")
+        return 0
+
+    return _run(_with_outbox(client, work))
+
+
+@outbox.command("purge")
+@click.argument("rows", nargs=-1, type=int, metavar="[ROW]...")
+@click.option("--all", "everything", is_flag=True, help="Also what waits for its delivery: it will never be delivered.")
+@_client_options
+def outbox_purge(client: BustcallClient, rows: tuple[int, ...], everything: bool) -> int:
+    """Delete the ROWs that were set aside; without a ROW, all of them."""
+
+    async def work(box: ClientOutbox) -> int:
+        click.echo(f"{await box.purge(rows or None, aside_only=not everything)} deleted")
+        return 0
+
+    return _run(_with_outbox(client, work))
+
+
+async def _with_outbox(client: BustcallClient, work: Callable[[ClientOutbox], Awaitable[int]]) -> int:
+    try:
+        return await work(client.outbox)
+    finally:
+        await client.aclose()
+
+
 def _printable(text: str) -> str:
     """Keep what a daemon said from steering the terminal."""
     return "".join(character if character.isprintable() else "?" for character in text)
@@ -392,6 +503,7 @@ def _printable(text: str) -> str:
 @click.option(
     "--token-file", type=click.Path(path_type=Path), help="File with the token to ask for (or BUSTCALL_TOKEN)."
 )
+@click.option("--state", type=click.Path(path_type=Path), help="File to remember idempotency keys in, over restarts.")
 @click.option("--drain", type=click.FloatRange(0, 3600), default=10.0, show_default=True, help="Seconds to finish in.")
 @click.option("--json", "as_json", is_flag=True, help="Say where it listens as a JSON object.")
 def daemon(
@@ -403,6 +515,7 @@ def daemon(
     register: Path | None,
     hosts: tuple[str, ...],
     token_file: Path | None,
+    state: Path | None,
     drain: float,
     as_json: bool,
 ) -> int:
@@ -424,7 +537,7 @@ def daemon(
     try:
         token = os.environ.get("BUSTCALL_TOKEN") or None if token_file is None else _read_token(token_file)
         settings = package.DaemonSettings(
-            host=host, port=port, socket=socket, token=token, allowed_hosts=hosts, drain=drain
+            host=host, port=port, socket=socket, token=token, allowed_hosts=hosts, drain=drain, state=state
         )
         package.check_settings(settings)
         index = package.Index()
@@ -441,7 +554,9 @@ def _run(work: Coroutine[Any, Any, _T]) -> _T:
     """Run a command's work; our own errors become one sentence and an exit code."""
     try:
         return asyncio.run(work)
-    except ConfigurationError:
+    except ConfigurationError as error:
+        if error.setting == "outbox":
+            raise _Failure(f"{error} (--outbox FILE here)", _USAGE) from error
         raise
     except InvalidRequest as error:
         raise _Failure(str(error), _USAGE) from error

@@ -12,13 +12,14 @@ import os
 import tomllib
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar, final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SecretStr, ValidationError
 
 from pybustcall.errors import ConfigurationError
 from pybustcall.models import DEFAULT_TOLERANCE
-from pybustcall.policies import Pool, Retry
+from pybustcall.outbox import Outbox  # noqa: TC001 - pydantic reads it
+from pybustcall.policies import Breaker, Budget, Failback, Hedge, Pool, Probes, Retry
 from pybustcall.topology import DEFAULT_URL
 
 if TYPE_CHECKING:
@@ -47,6 +48,15 @@ def _as_float(value: object) -> object:
 _Seconds = Annotated[float, BeforeValidator(_as_float)]
 
 
+def _off(value: object) -> object:
+    """Take `false` for None: TOML and the environment have no other word for a policy that is switched off."""
+    return None if value is False or value in ("off", "false") else value
+
+
+_Policy = TypeVar("_Policy")
+_Switchable = Annotated[_Policy | None, BeforeValidator(_off)]
+
+
 @final
 class Settings(_Table):
     """Every setting of a client that a document can hold; the names are those of `BustcallClient`'s arguments."""
@@ -57,7 +67,15 @@ class Settings(_Table):
     tls: TLSTable | None = None
     timeout: _Seconds = 5.0
     fault_tolerance: int = DEFAULT_TOLERANCE
-    retry: Retry = Retry()
+    delivery: Literal["first", "quorum", "all"] = "first"
+    retry: _Switchable[Retry] = Retry()
+    hedge: _Switchable[Hedge] = Hedge()
+    breaker: _Switchable[Breaker] = Breaker()
+    budget: _Switchable[Budget] = Budget()
+    probes: _Switchable[Probes] = Probes()
+    failback: _Switchable[Failback] = Failback()
+    outbox: str | Outbox | None = None
+    client_id: str | None = None
     pool: Pool = Pool()
     max_reply_bytes: int | None = None
     trust_env: bool = False
@@ -73,6 +91,10 @@ ENVIRONMENT: Final[Mapping[str, tuple[str, ...]]] = {
     "BUSTCALL_TIMEOUT": ("timeout",),
     "BUSTCALL_FAULT_TOLERANCE": ("fault_tolerance",),
     "BUSTCALL_RETRY_ATTEMPTS": ("retry", "attempts"),
+    "BUSTCALL_DELIVERY": ("delivery",),
+    "BUSTCALL_OUTBOX": ("outbox",),
+    "BUSTCALL_PROBES": ("probes",),
+    "BUSTCALL_CLIENT_ID": ("client_id",),
     "BUSTCALL_TLS_CA": ("tls", "ca"),
     "BUSTCALL_TLS_CERT": ("tls", "cert"),
     "BUSTCALL_TLS_KEY": ("tls", "key"),

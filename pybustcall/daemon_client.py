@@ -41,7 +41,7 @@ from pybustcall.models import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from pybustcall.errors import Applied
     from pybustcall.models import BustRequest
@@ -123,10 +123,22 @@ class DaemonClient:
     def __repr__(self) -> str:
         return f"DaemonClient({self.url})"
 
-    async def bust(self, request: BustRequest, *, until: float, deadline: float) -> BustReply:
-        """Ask the daemon to bust; return its reply, which is checked to belong to this target."""
+    async def bust(
+        self,
+        request: BustRequest,
+        *,
+        until: float,
+        deadline: float,
+        key: str | None = None,
+        started: Callable[[], None] | None = None,
+    ) -> BustReply:
+        """Ask the daemon to bust; return its reply, which is checked to belong to this target.
+
+        `key` is sent as Idempotency-Key; `started` is called when the request has its slot and begins.
+        """
         with self._redacting(request.target):
-            answer = await self._exchange("POST", _BUST, until, deadline, request.model_dump_json().encode())
+            body = request.model_dump_json().encode()
+            answer = await self._exchange("POST", _BUST, until, deadline, body=body, key=key, started=started)
             self._expect_success(answer)
             reply = self._read(BustReply, answer)
             if not reply.answers(request.target):
@@ -135,17 +147,19 @@ class DaemonClient:
                 )
             return reply
 
-    async def status(self, *, until: float, deadline: float) -> DaemonStatus:
+    async def status(self, *, until: float, deadline: float, started: Callable[[], None] | None = None) -> DaemonStatus:
         """Ask how the daemon is."""
         with self._redacting():
-            answer = await self._exchange("GET", _STATUS, until, deadline)
+            answer = await self._exchange("GET", _STATUS, until, deadline, started=started)
             self._expect_success(answer)
             return DaemonStatus.model_construct(daemon=self.url, **dict(self._read(StatusReply, answer)))
 
-    async def capabilities(self, *, until: float, deadline: float) -> DaemonCapabilities:
+    async def capabilities(
+        self, *, until: float, deadline: float, started: Callable[[], None] | None = None
+    ) -> DaemonCapabilities:
         """Ask what the daemon can do, on either route; a daemon with neither is taken as base-only."""
         with self._redacting():
-            answer = await self._exchange("GET", _CAPABILITIES, until, deadline)
+            answer = await self._exchange("GET", _CAPABILITIES, until, deadline, started=started)
             if answer.status != 404:
                 self._expect_success(answer)
                 return DaemonCapabilities(self.url, document=self._read(CapabilityDocument, answer))
@@ -175,8 +189,27 @@ class DaemonClient:
             failed.args = (str(failed.fault),)
             raise
 
+    async def probe(self, *, until: float) -> Fault | None:
+        """Ask, cheaply, whether the daemon is there; return what went wrong, or None. Raises nothing of its own."""
+        try:
+            with self._redacting():
+                answer = await self._exchange("GET", _CAPABILITIES, until, until)
+                if answer.status != 404:  # an older daemon serves another route, but it is there
+                    self._expect_success(answer)
+        except AttemptFailed as failed:
+            return failed.fault
+        return None
+
     async def _exchange(
-        self, method: str, path: str, until: float, deadline: float, body: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        until: float,
+        deadline: float,
+        *,
+        body: bytes | None = None,
+        key: str | None = None,
+        started: Callable[[], None] | None = None,
     ) -> _Answer:
         """Send one request and read its answer whole, under the time limit and the size limit.
 
@@ -194,8 +227,10 @@ class DaemonClient:
                     # The wait for a slot is our own load: the daemon still gets its time, from here on.
                     begun = asyncio.get_running_loop().time()
                     until = min(deadline, begun + until - now)
+                    if started is not None and not sent_before:
+                        started()
                     async with asyncio.timeout_at(until):
-                        return await self._send(lease, method, path, deadline - begun, body)
+                        return await self._send(lease, method, path, deadline - begun, body, key)
             except SlotTimeout as error:
                 raise self._failed(FaultKind.NO_SLOT, "no connection slot came free in time", unsent) from error
             except _TooLarge as error:
@@ -223,8 +258,12 @@ class DaemonClient:
             # answered; it goes neither into the chain nor into the context.
             raise failed
 
-    async def _send(self, lease: Lease, method: str, path: str, left: float, body: bytes | None) -> _Answer:
+    async def _send(
+        self, lease: Lease, method: str, path: str, left: float, body: bytes | None, key: str | None
+    ) -> _Answer:
         headers = {**self._headers, "Bustcall-Timeout-Ms": str(max(0, math.floor(left * 1000)))}
+        if key is not None:
+            headers["Idempotency-Key"] = key
         if body is not None:
             headers["Content-Type"] = _JSON
         try:

@@ -9,10 +9,11 @@ The laws of the algebra (docs/explanation/fault-model.md) are held by tests over
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, final
 
 from pybustcall.errors import InvalidRequest
 
@@ -28,6 +29,7 @@ __all__ = [
     "Band",
     "Fault",
     "FaultKind",
+    "Incidents",
     "Outcome",
     "Row",
     "Same",
@@ -185,7 +187,7 @@ TABLE: Final[Mapping[FaultKind, Row]] = MappingProxyType(
         FaultKind.REJECTED: Row(4, Same.NEVER, next=False, incident=False),
         FaultKind.NOT_THIS_SERVICE: Row(3, Same.NEVER, next=True),
         FaultKind.TOKEN_REFUSED: Row(3, Same.NEVER, next=True),
-        FaultKind.NOT_ALLOWED: Row(3, Same.NEVER, next=False),
+        FaultKind.NOT_ALLOWED: Row(3, Same.NEVER, next=False, incident=False),
         FaultKind.INCOMPATIBLE: Row(3, Same.NEVER, next=True, incident=False),
         FaultKind.CERTIFICATE: Row(1, Same.NEVER, next=False),
     }
@@ -234,7 +236,7 @@ class Fault:
     """One failed attempt: what happened, at which daemon, and whether the bust may have been applied there.
 
     `message` is one sentence without the target. `status` is the HTTP status, if one was read. `retry_after` is what
-    the daemon asked for, in seconds.
+    the daemon asked for, in seconds. `incidents` is how many incidents in a row the daemon had before this one.
     """
 
     kind: FaultKind
@@ -243,11 +245,25 @@ class Fault:
     applied: Applied
     status: int | None = None
     retry_after: float | None = None
+    incidents: int = 0
 
     @property
     def stage(self) -> int:
-        """The stage at which this kind of fault starts."""
-        return TABLE[self.kind].stage
+        """The stage of this fault: where its kind starts, escalated by the daemon's incidents before it."""
+        return escalate(TABLE[self.kind].stage, self.incidents)
+
+    @property
+    def is_incident(self) -> bool:
+        """Whether it speaks against the daemon's health. A 503 does; a 429 says only that we ask too much."""
+        return TABLE[self.kind].incident or (self.kind is FaultKind.THROTTLED and self.status == 503)
+
+    @property
+    def stage_for_call(self) -> int:
+        """How this fault counts towards its call: escalated, but PANIC only if its kind starts there.
+
+        A daemon that keeps failing is no reason to halt a call that others can serve.
+        """
+        return max(self.stage, min(TABLE[self.kind].stage, _LEAST_ESCALATED))
 
     @property
     def band(self) -> Band:
@@ -256,6 +272,48 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.daemon}: {self.message}"
+
+
+_LEAST_ESCALATED: Final = 3
+_FORGET: Final = 30.0
+"""Seconds without a failure after which one incident is forgotten."""
+
+
+@final
+class Incidents:
+    """Counts the incidents in a row of one daemon: what escalates its faults.
+
+    A failure is a new incident only if its attempt began after the last counted failure had ended, so that many
+    concurrent failures of one outage are one. A success sets the count to 0; otherwise it falls by 1 for each 30 s
+    without a failure, and never another way.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._ended = -math.inf
+        self._last = -math.inf
+
+    def count(self, now: float) -> int:
+        """Tell how many incidents in a row there are."""
+        if self._count:
+            forgotten = int((now - self._last) // _FORGET)
+            self._count = max(0, self._count - forgotten)
+            self._last += forgotten * _FORGET
+        return self._count
+
+    def failed(self, begun: float, now: float) -> tuple[int, bool]:
+        """Take in a failure of an attempt that began then; tell (incidents before it, whether it is a new one)."""
+        before = self.count(now)
+        self._last = now
+        if begun <= self._ended:
+            return max(0, before - 1), False
+        self._ended = now
+        self._count = before + 1
+        return before, True
+
+    def succeeded(self) -> None:
+        """Take in a success."""
+        self._count = 0
 
 
 class AttemptFailed(Exception):

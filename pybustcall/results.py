@@ -33,16 +33,21 @@ __all__ = [
     "BustReport",
     "BustResult",
     "BustStatus",
+    "Delivery",
+    "DeliveryStatus",
     "Ending",
     "applied_of",
     "error_class",
     "failure",
+    "stage_of",
     "summary",
 ]
 
-BustStatus = Literal["busted", "failed", "disabled"]
-Ending = Literal["answered", "halted", "exhausted", "deadline"]
-"""Why a call stopped: a daemon answered, a fault forbade going on, nobody was left to ask, or time was over."""
+BustStatus = Literal["busted", "partial", "deferred", "failed", "disabled"]
+DeliveryStatus = Literal["acknowledged", "owed", "missed"]
+Ending = Literal["answered", "halted", "exhausted", "deadline", "overtaken"]
+"""Why a call stopped: a daemon answered, a fault forbade going on, nobody was left to ask, time was over, or enough
+others had answered."""
 
 
 @final
@@ -57,15 +62,37 @@ class Attempt:
 
 
 @final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """What one daemon did with a bust that was meant for many.
+
+    - `status`: "acknowledged", "owed" (it is in the outbox, for this daemon: `row`) or "missed"
+    - `stage`: the meet of its faults; `error`: the last of them
+    - `removed`: how many entries went, if it says so
+    """
+
+    daemon: str
+    status: DeliveryStatus
+    stage: int
+    removed: int | None = None
+    error: Fault | None = None
+    row: int | None = None
+
+
+@final
 @dataclass(frozen=True, slots=True, repr=False)
 class BustResult:
     """What one bust came to.
 
-    - `status`: "busted" (a daemon acknowledged it), "failed", or "disabled" (the client is switched off)
+    - `status`: "busted" (acknowledged by as many daemons as were asked for), "partial" (by fewer; the others are owed
+      it), "deferred" (it is in the outbox, and will be delivered), "failed", or "disabled" (the client is switched off)
     - `stage`: 0 (worst) to 12 (clean), as this client saw it; `reported_stage` is the daemon's own word
     - `daemon`: URL of the daemon that acknowledged, or None
     - `cache_key`, `delegate`: what that daemon answered; `removed`: how many entries went, if it says so
     - `attempts`: every attempt, in order; `elapsed`: seconds from the call to its end
+    - `deliveries`: what each daemon did, if the bust was meant for many (delivery "quorum" or "all")
+    - `rows`: the numbers of its rows in the outbox; `key`: the idempotency key that it carried
+    - `note`: what else there is to say, such as that the budget for retries was spent
     - `target`: the whole target; the result's repr shows it redacted, unless `reveal` is set
     """
 
@@ -79,12 +106,16 @@ class BustResult:
     removed: int | None = None
     attempts: tuple[Attempt, ...] = ()
     elapsed: float = 0.0
+    deliveries: tuple[Delivery, ...] = ()
+    rows: tuple[int, ...] = ()
+    key: str | None = None
+    note: str = ""
     reveal: bool = field(default=False, compare=False)
 
     @property
     def ok(self) -> bool:
         """Whether the bust was acknowledged by all that it asked for (or the client is disabled)."""
-        return self.status != "failed"
+        return self.status in {"busted", "disabled"}
 
     @property
     def band(self) -> Band:
@@ -98,8 +129,10 @@ class BustResult:
 
     @property
     def applied(self) -> Applied:
-        """Whether the bust reached a cache: "yes", "no" or "maybe"."""
-        return "yes" if self.status == "busted" else applied_of(self.causes)
+        """Whether the bust reached a cache: "yes", "no" or "maybe"; of many daemons, whether it reached one."""
+        if self.status == "busted" or any(delivery.status == "acknowledged" for delivery in self.deliveries):
+            return "yes"
+        return applied_of(self.causes)
 
     @property
     def label(self) -> str:
@@ -179,7 +212,7 @@ def failure(
     """
     acknowledged = result is not None and result.status == "busted"
     chosen = BustFailed if acknowledged else error_class(ending, causes)
-    stage = result.stage if result is not None else call_stage(Outcome.FAILED, (cause.stage for cause in causes))
+    stage = result.stage if result is not None else stage_of(Outcome.FAILED, causes)
     applied: Applied = result.applied if result is not None else "no"
     verdict = {
         "yes": "it was applied",
@@ -192,8 +225,10 @@ def failure(
     }.get(chosen, f"{what} failed")
     told = f"{head} (stage {stage}, {band_of(stage)}, after {elapsed:.3f} s)"
     if result is not None:
-        told += f"; {verdict}"
+        told += f"; {_who_has_it(result) or verdict}"
     reasons = "; ".join(summary(causes)) or "no attempt could be made"
+    if result is not None and result.note:
+        reasons += f" ({result.note})"
     return chosen(
         f"{told}: {reasons}. {_ADVICE[chosen]}",
         result=result,
@@ -204,6 +239,21 @@ def failure(
         causes=causes,
         target=result.target if result is not None else None,
     )
+
+
+def stage_of(outcome: Outcome, causes: Iterable[Fault]) -> int:
+    """Tell the stage of a call with these faults."""
+    return call_stage(outcome, (cause.stage_for_call for cause in causes))
+
+
+def _who_has_it(result: BustResult) -> str:
+    """Say which daemons have acknowledged and which have not, if it was meant for many."""
+    if not result.deliveries:
+        return ""
+    have = [delivery.daemon for delivery in result.deliveries if delivery.status == "acknowledged"]
+    lack = [delivery.daemon for delivery in result.deliveries if delivery.status != "acknowledged"]
+    told = f"applied at {', '.join(have)}" if have else "acknowledged by none"
+    return f"{told}; not acknowledged by {', '.join(lack)}" if lack else told
 
 
 def summary(causes: Iterable[Fault]) -> Iterable[str]:
@@ -220,11 +270,14 @@ _KEPT: Final = 1000
 class BustReport:
     """What many busts came to: counts, and those that are not ok (at most 1,000 kept, `unkept` more were seen).
 
+    `deferred` counts those that are in the outbox, `partial` those that some daemons have and others are owed.
     `elapsed` is in seconds for all of them together; `worst_stage` is the meet of every result's stage.
     """
 
     total: int = 0
     busted: int = 0
+    partial: int = 0
+    deferred: int = 0
     failed: int = 0
     elapsed: float = 0.0
     worst_stage: int = CLEAN
@@ -234,10 +287,14 @@ class BustReport:
     @property
     def ok(self) -> bool:
         """Whether every one of them was acknowledged."""
-        return self.failed == 0
+        return self.busted == self.total
 
     def __repr__(self) -> str:
-        return f"BustReport({self.busted} of {self.total} busted, {self.failed} failed, elapsed={self.elapsed:.3f})"
+        others = "".join(
+            f", {count} {what}" for count, what in ((self.partial, "partial"), (self.deferred, "deferred")) if count
+        )
+        told = f"{self.busted} of {self.total} busted{others}, {self.failed} failed"
+        return f"BustReport({told}, elapsed={self.elapsed:.3f})"
 
 
 @final
@@ -257,7 +314,9 @@ class ReportBuilder:
             report,
             total=report.total + 1,
             busted=report.busted + result.ok,
-            failed=report.failed + (not result.ok),
+            partial=report.partial + (result.status == "partial"),
+            deferred=report.deferred + (result.status == "deferred"),
+            failed=report.failed + (result.status == "failed"),
             worst_stage=min(report.worst_stage, result.stage),
         )
 
@@ -267,7 +326,7 @@ class ReportBuilder:
             self._report,
             elapsed=elapsed,
             failures=tuple(self._failures),
-            unkept=self._report.failed - len(self._failures),
+            unkept=self._report.total - self._report.busted - len(self._failures),
         )
 
 

@@ -31,10 +31,18 @@ from pybustcall.errors import ClientClosed, ConfigurationError, SlotTimeout
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
+    from typing import Protocol
 
     from pybustcall.errors import Applied
     from pybustcall.policies import Pool
     from pybustcall.topology import DaemonAddress
+
+    class Companion(Protocol):
+        """What belongs to one event loop beside its sessions: it is made with its first call, and ends before them."""
+
+        async def aclose(self) -> None:
+            """End, and wait for that."""
+
 
 __all__ = ["TLS", "DaemonPoolStatistics", "Exchange", "Lease", "PoolStatistics", "SessionManager"]
 
@@ -266,6 +274,7 @@ class _LoopState:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, pool: Pool, forget: Callable[[_LoopState], None]) -> None:
         self.loop = loop
+        self.companion: Companion | None = None
         self.pool = pool
         self.forget = forget
         self.gate = _Gate(pool)
@@ -275,6 +284,7 @@ class _LoopState:
         self.refreshed = 0
         self.closed = False
         self.cleanup: set[asyncio.Task[None]] = set()
+        self.adopted: set[asyncio.Task[object]] = set()
         self.quiet = asyncio.Event()
         self.quiet.set()
         self.guard = self._stand_guard()
@@ -285,14 +295,16 @@ class _LoopState:
         try:
             yield
         finally:
+            if self.companion is not None:
+                await self.companion.aclose()
             self.closed = True
             pooled_ones = [*self.sessions.values(), *self.retired]
             self.sessions.clear()
             self.retired.clear()
             for pooled in pooled_ones:
                 await pooled.session.close()
-            if self.cleanup:
-                await asyncio.wait(self.cleanup)
+            if left := self.cleanup | self.adopted:
+                await asyncio.wait(left)
             self.forget(self)
 
     async def close(self) -> None:
@@ -314,12 +326,27 @@ class _LoopState:
             raise
 
     async def _close(self) -> None:
+        await self._wait_quiet(self.pool.drain)
+        await self.guard.aclose()
+        await self._wait_quiet(_GRACE)  # calls that were cut off have something to store, perhaps
+
+    async def _wait_quiet(self, seconds: float) -> None:
         try:
-            async with asyncio.timeout(self.pool.drain):
+            async with asyncio.timeout(seconds):
                 await self.quiet.wait()
         except TimeoutError:
             pass
-        await self.guard.aclose()
+
+    def adopt(self, task: asyncio.Task[object], linger: float) -> None:
+        """Own a task for its last moments."""
+        timer = self.loop.call_later(linger, task.cancel)
+        self.adopted.add(task)
+
+        def over(task: asyncio.Task[object]) -> None:
+            timer.cancel()
+            self.adopted.discard(task)
+
+        task.add_done_callback(over)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run cleanup that must not wait for its caller; the guard waits for it."""
@@ -354,6 +381,7 @@ class SessionManager:
     - `tls`: for https:// daemons; loaded at once, so that a bad file is a `ConfigurationError` here
     - `trust_env`: whether proxies from the environment are used
     - `session`: an aiohttp session to use instead of own ones; it is never closed here
+    - `companion`: makes what else belongs to each event loop; it is closed before the loop's sessions
     """
 
     def __init__(
@@ -363,12 +391,14 @@ class SessionManager:
         tls: TLS | None = None,
         trust_env: bool = False,
         session: aiohttp.ClientSession | None = None,
+        companion: Callable[[asyncio.AbstractEventLoop], Companion] | None = None,
     ) -> None:
         self._pool = pool
         self._ssl: ssl.SSLContext | bool = tls.make_context() if tls is not None else True
         self._trust_env = trust_env
         self._timeout = aiohttp.ClientTimeout(total=None, connect=pool.connect)
         self._given = session
+        self._make_companion = companion
         self._given_loop: asyncio.AbstractEventLoop | None = None
         self._states: dict[asyncio.AbstractEventLoop, _LoopState] = {}
         self._lock = threading.Lock()  # for the table alone: loops in other threads enter themselves there
@@ -447,6 +477,24 @@ class SessionManager:
         finally:
             state.gate.release(address.url)
 
+    def adopt(self, task: asyncio.Task[object], linger: float) -> None:
+        """Own a task that outlives its call: cancel it after `linger` seconds, and wait for it when closing."""
+        state = self._states.get(task.get_loop())
+        if state is None:  # the loop is ending, and its state has gone
+            task.cancel()
+        else:
+            state.adopt(task, linger)
+
+    def companions(self) -> list[Companion]:
+        """List what the running event loops have beside their sessions."""
+        return [state.companion for state in self._snapshot() if state.companion is not None]
+
+    @property
+    def companion(self) -> Companion | None:
+        """What the running event loop has beside its sessions, once it made a call."""
+        state = self._states.get(asyncio.get_running_loop())
+        return state.companion if state is not None else None
+
     @staticmethod
     def retire(lease: Lease) -> None:
         """Say that the connections of this lease's session are stale: later leases get a session with fresh ones."""
@@ -512,6 +560,8 @@ class SessionManager:
             with self._lock:
                 self._states[loop] = state
             await anext(state.guard)  # never suspends; from here on the loop knows the guard
+            if self._make_companion is not None:
+                state.companion = self._make_companion(loop)
         return state
 
     def _forget(self, state: _LoopState) -> None:

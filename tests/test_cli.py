@@ -425,3 +425,74 @@ def test_many_targets_show_a_progress_bar_on_a_terminal(fake: FakeDaemon) -> Non
     assert "3/3" in shown
     assert "3 of 3 busted" in shown
     assert done.stdout == b""
+
+
+def test_an_outage_is_kept_listed_and_replayed(fake: FakeDaemon, tmp_path: Path) -> None:
+    """A bust that nobody takes: exit code 0, since it is on disk; the outbox's commands see to it."""
+    box = ["--outbox", str(tmp_path / "outbox.db")]
+    code, out, err = call("bust", "p/1", "p/2", "--url", DOWN, *box)
+    assert (code, out) == (0, "")
+    assert err.count("deferred 'p/") == 2
+    assert "0 of 2 busted, 2 kept for later" in err
+    code, out, err = call("outbox", "list", *box)
+    assert code == 0
+    assert out.count(" pending 'p/") == 2
+    assert "2 pending, 0 being delivered, 0 set aside" in err
+    code, out, _ = call("outbox", "list", "--json", "--limit", "1", *box)
+    line = json.loads(out)
+    assert (line["state"], line["destination"], line["target"][:2]) == ("pending", "any", "p/")
+    code, out, _ = call("outbox", "replay", "--url", DOWN, *box)
+    assert code == 3
+    assert "0 delivered" in out
+    code, out, _ = call("outbox", "replay", "--url", fake.url, *box)
+    assert (code, out) == (0, "2 delivered, 0 refused and set aside, 0 left\n")
+    assert sorted(request.target for request in fake.requests) == ["p/1", "p/2"]
+    code, out, err = call("outbox", "list", *box)
+    assert (out, err) == ("", "0 pending, 0 being delivered, 0 set aside\n")
+
+
+def test_what_was_set_aside_is_retried_or_purged(fake: FakeDaemon, tmp_path: Path) -> None:
+    """By number, or all of it; what still waits goes only with --all."""
+    box = ["--outbox", str(tmp_path / "outbox.db"), "--url", fake.url]
+    call("bust", "a", "--outbox", str(tmp_path / "outbox.db"), "--url", DOWN)
+    fake.plan.append(Answer.problem(422, detail="no such thing"))
+    code, out, _ = call("outbox", "replay", *box)
+    assert (code, out) == (0, "0 delivered, 1 refused and set aside, 0 left\n")
+    _, out, _ = call("outbox", "list", *box)
+    assert "aside 'a' for any" in out
+    assert "no such thing" in out
+    assert call("outbox", "retry", "1", *box)[1] == "1 will be delivered again\n"
+    assert call("outbox", "purge", *box)[1].endswith(" deleted\n")
+    call("bust", "b", "--outbox", str(tmp_path / "outbox.db"), "--url", DOWN)
+    assert call("outbox", "purge", "--all", "--outbox", str(tmp_path / "outbox.db"), "--url", DOWN)[1] == "2 deleted\n"
+
+
+def test_without_an_outbox_its_commands_say_how_to_name_one() -> None:
+    """Exit code 2, and no traceback; a file that cannot be used is exit code 1."""
+    code, _, err = call("outbox", "list")
+    assert code == 2
+    assert "--outbox FILE" in err
+    code, _, err = call("outbox", "list", "--outbox", "/nowhere/outbox.db")
+    assert code == 1
+    assert "/nowhere" in err
+
+
+def test_a_partial_delivery_is_told(fake: FakeDaemon, tmp_path: Path) -> None:
+    """Who has it and who is owed it, as JSON."""
+    code, out, _ = call(
+        "bust",
+        "a",
+        "--url",
+        fake.url,
+        "--peer",
+        DOWN,
+        "--delivery",
+        "all",
+        "--json",
+        "--outbox",
+        str(tmp_path / "o.db"),
+    )
+    line = json.loads(out)
+    assert code == 0
+    assert (line["status"], line["ok"], line["tolerated"]) == ("partial", False, True)
+    assert [delivery["status"] for delivery in line["deliveries"]] == ["acknowledged", "owed"]

@@ -27,6 +27,13 @@ base = 1
 [pybustcall.pool]
 per_daemon = 5
 
+[pybustcall.failback]
+hold = 5
+
+[pybustcall.outbox]
+path = "outbox.db"
+rows = 10
+
 [pybustcall.tls]
 key_password = "hush"
 """
@@ -51,6 +58,10 @@ def test_the_environment_sets_every_setting_it_names() -> None:
             "BUSTCALL_ALLOW_INSECURE_TOKEN": "1",
             "BUSTCALL_REVEAL_TARGETS": "true",
             "BUSTCALL_DISABLED": "off",
+            "BUSTCALL_DELIVERY": "quorum",
+            "BUSTCALL_OUTBOX": "outbox.db",
+            "BUSTCALL_PROBES": "off",
+            "BUSTCALL_CLIENT_ID": "web-1",
             "PATH": "/bin",
         }
     )
@@ -65,6 +76,12 @@ def test_the_environment_sets_every_setting_it_names() -> None:
     assert settings.allow_insecure_token
     assert settings.reveal_targets
     assert not settings.disabled
+    assert (settings.delivery, settings.outbox, settings.probes, settings.client_id) == (
+        "quorum",
+        "outbox.db",
+        None,
+        "web-1",
+    )
 
 
 def test_every_variable_has_a_setting() -> None:

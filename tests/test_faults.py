@@ -13,9 +13,11 @@ from pybustcall.errors import InvalidRequest
 from pybustcall.faults import (
     CLEAN,
     TABLE,
+    AttemptFailed,
     Band,
     Fault,
     FaultKind,
+    Incidents,
     Outcome,
     Same,
     band_of,
@@ -186,16 +188,23 @@ def test_every_kind_of_failure_has_the_row_of_the_model(kind: FaultKind) -> None
 
 
 def test_what_says_nothing_of_a_daemons_health_is_no_incident() -> None:
-    """Slowness, slots, 429, refused requests and incompatibility neither escalate nor feed a breaker."""
+    """Slowness, slots, 429, refused or forbidden requests and incompatibility neither escalate nor feed a breaker."""
     harmless = {kind for kind, row in TABLE.items() if not row.incident}
     assert harmless == {
         FaultKind.SLOW,
         FaultKind.NO_SLOT,
         FaultKind.THROTTLED,
         FaultKind.REJECTED,
+        FaultKind.NOT_ALLOWED,
         FaultKind.INCOMPATIBLE,
         FaultKind.BREAKER_OPEN,
     }
+
+
+@pytest.mark.parametrize(("status", "incident"), [(503, True), (429, False), (425, False)])
+def test_503_speaks_against_a_daemon_and_429_does_not(status: int, incident: bool) -> None:
+    """It is unavailable, or we ask too much of it."""
+    assert Fault(FaultKind.THROTTLED, "d", "m", "no", status=status).is_incident is incident
 
 
 STATUSES = {
@@ -237,3 +246,81 @@ def test_every_http_status_has_a_kind(status: int, kind: FaultKind | None) -> No
 def test_every_status_there_is_can_be_classified() -> None:
     """No status makes the classification fail, and 200 alone is no fault."""
     assert [status for status in range(1000) if kind_of_status(status) is None] == [200]
+
+
+# Incidents in a row of one daemon
+
+
+@pytest.mark.parametrize("kind", FaultKind)
+@pytest.mark.parametrize("before", range(13))
+def test_an_escalated_fault_makes_a_call_panic_only_if_it_starts_there(kind: FaultKind, before: int) -> None:
+    """Of the daemon it tells the whole escalation, of the call no lower than 3."""
+    met = Fault(kind, "http://d", "m", "no", incidents=before)
+    base = TABLE[kind].stage
+    assert met.stage == max(0, base - before)
+    assert met.band is band_of(met.stage)
+    assert met.stage_for_call == (max(met.stage, 3) if base >= 3 else base)
+    assert (band_of(met.stage_for_call) is Band.PANIC) is (base < 3)
+
+
+def test_a_fault_tells_its_daemon_and_what_happened() -> None:
+    """As text."""
+    met = Fault(FaultKind.SLOW, "http://d", "it was slow", "no")
+    assert str(met) == str(AttemptFailed(met)) == "http://d: it was slow"
+    assert AttemptFailed(met).fault is met
+
+
+def test_concurrent_failures_of_one_outage_are_one_incident() -> None:
+    """Fifty attempts under way when the daemon dies: one; the next that begins after it: another."""
+    one = Incidents()
+    assert one.failed(0.0, 1.0) == (0, True)
+    assert [one.failed(0.0 + number / 50, 1.0 + number / 100) for number in range(49)] == [(0, False)] * 49
+    assert one.count(2.0) == 1
+    assert one.failed(1.0, 2.0) == (0, False), "it began when the counted one ended, not after"
+    assert one.failed(1.1, 2.0) == (1, True)
+    assert one.failed(1.2, 2.1) == (1, False)
+    assert one.count(2.1) == 2
+
+
+def test_a_success_forgets_all_incidents_and_half_a_minute_forgets_one() -> None:
+    """The count falls by 1 per 30 s without a failure, even one that is not counted; never below 0."""
+    one = Incidents()
+    assert one.count(0.0) == 0
+    for number in range(4):
+        one.failed(number + 0.5, number + 1.0)
+    assert one.count(33.9) == 4
+    assert one.count(34.0) == 3
+    assert one.count(63.9) == 3
+    assert one.failed(0.0, 63.9) == (2, False)
+    assert one.count(93.8) == 3
+    assert one.count(93.9) == 2
+    assert one.failed(94.0, 95.0) == (2, True)
+    assert one.count(1e6) == 0
+    one.failed(1e6 + 1, 1e6 + 2)
+    one.succeeded()
+    assert one.count(1e6 + 2) == 0
+    assert one.failed(1e6 + 1.5, 1e6 + 2) == (0, False), "of an outage that was over"
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["fails", "succeeds", "looks"]), st.floats(0, 70), st.floats(0, 100)), max_size=60
+    )
+)
+def test_incidents_are_counted_as_the_model_says(steps: list[tuple[str, float, float]]) -> None:
+    """Against the plainest possible model: the count, when it was counted last, and when a failure was met last."""
+    one, now = Incidents(), 0.0
+    count, ended, since = 0, float("-inf"), 0.0
+    for what, pause, age in steps:
+        now += pause
+        while count and now - since >= 30:
+            count, since = count - 1, since + 30
+        if what == "succeeds":
+            one.succeeded()
+            count = 0
+        elif what == "fails":
+            new = now - age > ended
+            expected = count if new else max(0, count - 1)
+            assert one.failed(now - age, now) == (expected, new)
+            count, ended, since = count + new, now if new else ended, now
+        assert one.count(now) == count

@@ -1,0 +1,503 @@
+"""Delivery: one bust to as many daemons as were asked for; what is not acknowledged goes to the outbox.
+
+This module decides what a call's receipts amount to: a result with its status and stage, and which daemon is owed
+what. It sends through the dispatcher and stores through the outbox; whether a result raises is decided above. It knows
+neither HTTP nor SQLite.
+
+The promise (docs/explanation/resilience.md): "busted" was acknowledged by as many as were asked for; "deferred" and
+"partial" are on disk for whoever has not, before the call returns. A call that is cancelled stores its bust first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Generic, Literal, Protocol, TypeVar, final
+
+from pybustcall.dispatcher import Daemon, dispatch, dispatch_each
+from pybustcall.errors import ClientClosed, OutboxError
+from pybustcall.faults import TABLE, AttemptFailed, Band, Fault, FaultKind, Outcome, band_of
+from pybustcall.models import bust_request
+from pybustcall.outbox import ANY, OutboxRow, StoredBust
+from pybustcall.results import Attempt, BustResult, BustStatus, Delivery, Ending, applied_of, stage_of
+from pybustcall.telemetry import BustDeferred
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+
+    from pybustcall.dispatcher import Adopt, Ask, Receipt
+    from pybustcall.errors import Applied
+    from pybustcall.fleet import Fleet
+    from pybustcall.models import BustReply, BustRequest
+    from pybustcall.outbox import OutboxStore
+    from pybustcall.policies import Retry
+    from pybustcall.telemetry import Event
+
+__all__ = ["RESERVE", "Delivered", "Deliverer", "DeliveryMode", "Job", "Replay", "Send", "keeps"]
+
+DeliveryMode = Literal["first", "quorum", "all"]
+"""How many daemons must acknowledge a bust: the first that answers, more than half, or every one."""
+
+RESERVE: Final = 0.25
+"""Seconds that attempts end before the deadline, where there is an outbox to store into, and that a cancelled call may
+take to store its bust."""
+
+_STORED_FROM: Final = 6
+"""The least fault tolerance whose calls are stored: at 6 a WARNING is good enough."""
+
+_REPLAY_TIME: Final = 5.0
+"""Seconds that one delivery out of the outbox may take."""
+
+_Daemon = TypeVar("_Daemon", bound=Daemon)
+_Daemon_contra = TypeVar("_Daemon_contra", bound=Daemon, contravariant=True)
+_Any = TypeVar("_Any")
+
+
+class Send(Protocol[_Daemon_contra]):
+    """One attempt to bust at one daemon; raises `AttemptFailed` with the fault, and nothing else."""
+
+    async def __call__(
+        self,
+        daemon: _Daemon_contra,
+        request: BustRequest,
+        /,
+        *,
+        key: str,
+        until: float,
+        deadline: float,
+        started: Callable[[], None],
+    ) -> BustReply:
+        """Send, and return the reply."""
+        ...
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One bust to be delivered.
+
+    - `request`: what is sent; `key`: the idempotency key that every attempt carries
+    - `begun`, `deadline`: absolute, by the running loop's clock
+    - `mode`: how many must acknowledge; `retry`: how to try again
+    - `write_ahead`: whether it is stored before the first attempt
+    """
+
+    request: BustRequest
+    key: str
+    begun: float
+    deadline: float
+    mode: DeliveryMode
+    retry: Retry | None
+    write_ahead: bool = False
+    reveal: bool = False
+
+    @property
+    def stored(self) -> StoredBust:
+        """What the outbox keeps of it."""
+        return StoredBust(
+            target=self.request.target,
+            strategy=self.request.strategy,
+            fault_tolerance=self.request.fault_tolerance,
+            key=self.key,
+        )
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivered:
+    """What a delivery came to: the result, why it ended, and the error of the last attempt, for the chain of causes."""
+
+    result: BustResult
+    ending: Ending
+    error: BaseException | None
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """What became of a row of the outbox that was sent again.
+
+    - `verdict`: "delivered"; "refused" (no daemon will ever take it); "later"
+    - `causes`: the faults met; `paused`: daemons that refuse us, and not the bust
+    """
+
+    verdict: Literal["delivered", "refused", "later"]
+    causes: tuple[Fault, ...] = ()
+
+    @property
+    def paused(self) -> frozenset[str]:
+        """The daemons that take nothing from us until somebody mends a token, a certificate or an address."""
+        return frozenset(cause.daemon for cause in self.causes if cause.kind in _PAUSES)
+
+    @property
+    def sent(self) -> bool:
+        """Whether the bust may have reached a daemon."""
+        return any(cause.applied != "no" for cause in self.causes)
+
+
+_PAUSES: Final = frozenset(
+    {
+        FaultKind.TOKEN_REFUSED,
+        FaultKind.NOT_ALLOWED,
+        FaultKind.NOT_THIS_SERVICE,
+        FaultKind.INCOMPATIBLE,
+        FaultKind.CERTIFICATE,
+    }
+)
+
+
+def keeps(causes: Sequence[Fault], tolerance: int) -> bool:
+    """Decide whether a bust that failed so is stored: its tolerance accepts that, and no daemon refused it for good."""
+    refused = any(cause.kind in {FaultKind.REJECTED, FaultKind.NOT_ALLOWED} for cause in causes)
+    panicked = any(band_of(TABLE[cause.kind].stage) is Band.PANIC for cause in causes)
+    return tolerance >= _STORED_FROM and not refused and not panicked
+
+
+@final
+class Deliverer(Generic[_Daemon]):
+    """Delivers busts to one client's daemons, in one event loop.
+
+    - `send`: makes one attempt at one daemon
+    - `daemons`: as the fleet numbers them, the hub first
+    - `store`: the outbox, or None; `owner`: the name under which its rows are leased
+    - `adopt`: takes over tasks that may go on for a moment after their call
+    - `emit`: is told of what is deferred; `wake`: is called when there is something to deliver later
+    """
+
+    def __init__(
+        self,
+        send: Send[_Daemon],
+        daemons: Sequence[_Daemon],
+        fleet: Fleet,
+        *,
+        random: Callable[[], float],
+        adopt: Adopt,
+        store: OutboxStore | None = None,
+        owner: str = "",
+        emit: Callable[[Event], object] = lambda _: None,
+        wake: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._send = send
+        self._daemons = daemons
+        self._fleet = fleet
+        self._random = random
+        self._adopt = adopt
+        self._store = store
+        self._owner = owner
+        self._emit = emit
+        self._wake = wake
+
+    async def bust(self, job: Job) -> Delivered:
+        """Deliver one bust, and store what is owed.
+
+        Raises `OutboxError` if it cannot be stored, and `ClientClosed` if the client was closed under it without an
+        outbox. A cancellation stores the bust first, for at most 0.25 s, and then arrives.
+        """
+        tolerated = self._store is not None and job.request.fault_tolerance >= _STORED_FROM
+        ahead: tuple[int, ...] = ()
+        if job.write_ahead and self._store is not None:
+            ahead = await self._write_ahead(self._store, job)
+        try:
+            legs = await self._attempt(job, tolerated=tolerated)
+        except asyncio.CancelledError:
+            if tolerated:
+                await self._outlast(lambda: self._keep_cancelled(job, ahead))
+            elif ahead:
+                await self._outlast(lambda: self._take_back(ahead))
+            raise
+        except ClientClosed as closed:
+            if not tolerated:
+                await self._take_back(ahead)
+                raise
+            causes = (*closed.causes, Fault(FaultKind.DISCONNECTED, _HERE, "the client was closed", closed.applied))
+            legs = [_Leg(None, tuple(Attempt(cause.daemon, cause.stage, 0.0, cause) for cause in causes), "exhausted")]
+        owed = self._owed(job, legs)
+        rows = await self._store_owed(job, owed, ahead) if owed or ahead else {}
+        return self._delivered(job, legs, rows)
+
+    async def replay(self, row: OutboxRow, paused: frozenset[str] = frozenset()) -> Replay:
+        """Send a row of the outbox again: to the daemon that is owed, or to one after the other until one answers."""
+        loop = asyncio.get_running_loop()
+        request = _request_of(row.bust)
+        causes: list[Fault] = []
+        for index in self._fleet.order(loop.time()):
+            daemon = self._daemons[index]
+            if daemon.url in paused or row.destination not in {ANY, daemon.url}:
+                continue
+            receipt = await dispatch(
+                self._ask(request, row.bust.key),
+                self._daemons,
+                self._fleet,
+                deadline=loop.time() + _REPLAY_TIME,
+                retry=None,
+                random=self._random,
+                only=index,
+            )
+            if receipt.reply is not None:
+                return Replay(verdict="delivered", causes=tuple(causes))
+            causes += receipt.causes
+            if any(cause.kind is FaultKind.REJECTED for cause in receipt.causes):
+                return Replay(verdict="refused", causes=tuple(causes))
+        return Replay(verdict="later", causes=tuple(causes))
+
+    def _ask(self, request: BustRequest, key: str) -> Ask[_Daemon, BustReply]:
+        async def ask(daemon: _Daemon, /, *, until: float, deadline: float, started: Callable[[], None]) -> BustReply:
+            return await self._send(daemon, request, key=key, until=until, deadline=deadline, started=started)
+
+        return ask
+
+    async def _attempt(self, job: Job, *, tolerated: bool) -> list[_Leg]:
+        """Dispatch to one daemon or to all of them; return a leg for each receipt."""
+        seconds = job.deadline - job.begun
+        deadline = job.deadline - (min(RESERVE, seconds / 4) if tolerated else 0.0)
+        ask = self._ask(job.request, job.key)
+        if job.mode == "first":
+            receipt = await dispatch(
+                ask,
+                self._daemons,
+                self._fleet,
+                deadline=deadline,
+                retry=job.retry,
+                random=self._random,
+                adopt=self._adopt,
+            )
+            daemon = receipt.daemon.url if receipt.daemon is not None else None
+            return [_leg(receipt, daemon)]
+        receipts = await dispatch_each(
+            ask,
+            self._daemons,
+            self._fleet,
+            needed=self._needed(job.mode),
+            deadline=deadline,
+            retry=job.retry,
+            random=self._random,
+        )
+        return [_leg(receipt, daemon.url) for receipt, daemon in zip(receipts, self._daemons, strict=True)]
+
+    def _needed(self, mode: DeliveryMode) -> int:
+        return {"first": 1, "quorum": len(self._daemons) // 2 + 1, "all": len(self._daemons)}[mode]
+
+    def _owed(self, job: Job, legs: list[_Leg]) -> list[_Leg]:
+        """Decide whose bust is to be stored."""
+        lack = [leg for leg in legs if leg.reply is None]
+        enough = len(legs) - len(lack) >= self._needed(job.mode)
+        if self._store is None or (enough and job.mode == "first"):
+            return []
+        return lack if enough or keeps(_causes(legs), job.request.fault_tolerance) else []
+
+    async def _store_owed(self, job: Job, owed: list[_Leg], ahead: tuple[int, ...]) -> dict[str, int]:
+        """Store what is owed, a row for each destination; return their numbers. What was written ahead is resolved.
+
+        Once begun this is finished, although the call is cancelled.
+        """
+        storing = asyncio.create_task(self._store_rows(job, owed, ahead))
+        try:
+            rows = await asyncio.shield(storing)
+        except asyncio.CancelledError:
+            await self._outlast(lambda: self._store_rows(job, owed, ahead), storing)
+            raise
+        except OutboxError as error:
+            raise _told(error, job, owed) from error.__cause__
+        return rows
+
+    async def _store_rows(self, job: Job, owed: list[_Leg], ahead: tuple[int, ...]) -> dict[str, int]:
+        assert self._store is not None  # noqa: S101 - for the type checker: only then is anything owed
+        destinations = [leg.daemon or ANY for leg in owed]
+        sent = any(cause.applied != "no" for cause in _causes(owed))
+        if ahead:
+            written = dict(zip(self._destinations(job.mode), ahead, strict=True))
+            rows = {destination: written[destination] for destination in destinations}
+            await self._store.done(self._owner, [row for row in ahead if row not in rows.values()])
+            rows = await self._give_back(self._store, job, rows, sent=sent, reason=_reason(owed))
+        else:
+            stored = await self._store.put(job.stored, destinations, sent=sent, reason=_reason(owed))
+            rows = dict(zip(destinations, stored, strict=True))
+        self._tell_deferred(job, rows)
+        return rows
+
+    def _delivered(self, job: Job, legs: list[_Leg], rows: dict[str, int]) -> Delivered:
+        have = [leg for leg in legs if leg.reply is not None]
+        lack = [leg for leg in legs if leg.reply is None]
+        enough = len(have) >= self._needed(job.mode)
+        outcome = Outcome.ACKNOWLEDGED if enough else Outcome.KEPT if rows else Outcome.FAILED
+        status: BustStatus = "busted" if enough else "failed" if not rows else "partial" if have else "deferred"
+        reply = have[0].reply if have else None
+        removed = [leg.reply.removed for leg in have if leg.reply is not None and leg.reply.removed is not None]
+        result = BustResult(
+            target=job.request.target,
+            status=status,
+            stage=stage_of(outcome, _causes(legs)),
+            daemon=have[0].daemon if have else None,
+            cache_key=reply.cache_key if reply is not None else None,
+            delegate=reply.delegate if reply is not None else None,
+            reported_stage=reply.fault_stage if reply is not None else None,
+            removed=sum(removed) if removed else None,
+            attempts=tuple(attempt for leg in legs for attempt in leg.attempts),
+            elapsed=asyncio.get_running_loop().time() - job.begun,
+            deliveries=() if job.mode == "first" else tuple(_delivery(leg, rows) for leg in legs),
+            rows=tuple(rows.values()),
+            key=job.key,
+            note=_BUDGET_SPENT if any(leg.budget_spent for leg in lack) else "",
+            reveal=job.reveal,
+        )
+        ending: Ending = "answered" if enough else _ending(lack)
+        error = next((leg.error for leg in reversed(lack) if leg.error is not None), None)
+        return Delivered(result=result, ending=ending, error=error)
+
+    def _destinations(self, mode: DeliveryMode) -> list[str]:
+        return [ANY] if mode == "first" else [daemon.url for daemon in self._daemons]
+
+    async def _write_ahead(self, store: OutboxStore, job: Job) -> tuple[int, ...]:
+        writing = asyncio.ensure_future(
+            store.put(job.stored, self._destinations(job.mode), sent=False, owner=self._owner)
+        )
+        try:
+            return await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            await self._outlast(lambda: self._let_go(store, job, writing))
+            raise
+
+    async def _let_go(self, store: OutboxStore, job: Job, writing: asyncio.Future[tuple[int, ...]]) -> None:
+        """Release what a cancelled call has written ahead: it is to be delivered."""
+        if writing.cancelled():  # the loop is ending: written or not, nobody can tell any more
+            await store.put(job.stored, self._destinations(job.mode), sent=False, reason=_CANCELLED)
+        else:
+            rows = await asyncio.shield(writing)
+            await store.release(self._owner, rows, sent=False, reason=_CANCELLED, attempted=False)
+        self._wake()
+
+    async def _keep_cancelled(self, job: Job, ahead: tuple[int, ...]) -> None:
+        assert self._store is not None  # noqa: S101 - for the type checker: only then is anything kept
+        destinations = self._destinations(job.mode)
+        if ahead:
+            written = dict(zip(destinations, ahead, strict=True))
+            rows = await self._give_back(self._store, job, written, sent=True, reason=_CANCELLED)
+        else:
+            stored = await self._store.put(job.stored, destinations, sent=True, reason=_CANCELLED)
+            rows = dict(zip(destinations, stored, strict=True))
+        self._tell_deferred(job, rows)
+
+    async def _give_back(
+        self, store: OutboxStore, job: Job, rows: dict[str, int], *, sent: bool, reason: str
+    ) -> dict[str, int]:
+        """Release rows that were written ahead; store anew what is no longer ours.
+
+        Its lease ended and another took it over, or its file was set aside meanwhile: a row too many costs one miss.
+        """
+        if await store.release(self._owner, list(rows.values()), sent=sent, reason=reason) == len(rows):
+            return rows
+        return dict(zip(rows, await store.put(job.stored, list(rows), sent=sent, reason=reason), strict=True))
+
+    async def _take_back(self, ahead: tuple[int, ...]) -> None:
+        if ahead and self._store is not None:
+            await self._store.done(self._owner, ahead)
+
+    def _tell_deferred(self, job: Job, rows: dict[str, int]) -> None:
+        for destination, row in rows.items():
+            self._emit(BustDeferred(daemon=destination, row=row, target=job.request.target))
+        if rows:
+            self._fleet.counts["deferred"] += 1
+            self._wake()
+
+    async def _outlast(
+        self, work: Callable[[], Coroutine[object, object, _Any]], begun: asyncio.Task[_Any] | None = None
+    ) -> None:
+        """Let the work finish although the call is cancelled, again and again if need be; wait 0.25 s for it at most.
+
+        `begun` is the work if it is under way. At its end a loop cancels every task, this one too; then the work is
+        begun anew: a row too many is one miss too many, a row too few a bust lost. What takes longer goes on without
+        us, and is waited for when the client is closed.
+        """
+        loop = asyncio.get_running_loop()
+        task = begun or loop.create_task(work())
+        end = loop.time() + RESERVE
+        while (not task.done() or task.cancelled()) and (left := end - loop.time()) > 0:
+            if task.cancelled():
+                task = loop.create_task(work())
+            try:
+                await asyncio.wait({task}, timeout=max(0.001, left))
+            except asyncio.CancelledError:
+                continue  # our caller raises the one that brought us here
+        if not task.done():
+            self._adopt(task, _REPLAY_TIME)
+        task.add_done_callback(_seen)
+
+
+def _seen(task: asyncio.Future[_Any]) -> None:
+    """Take notice of an error that can be told to nobody, since it is the cancellation that arrives."""
+    if not task.cancelled():
+        task.exception()
+
+
+_HERE: Final = "this client"
+_CANCELLED: Final = "the call was cancelled"
+_BUDGET_SPENT: Final = "no further attempt: the budget that all calls share for retries is spent"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Leg:
+    """What one daemon, or the race of them, came to."""
+
+    reply: BustReply | None
+    attempts: tuple[Attempt, ...]
+    ending: Ending
+    daemon: str | None = None
+    error: AttemptFailed | None = None
+    budget_spent: bool = False
+
+
+def _leg(receipt: Receipt[_Daemon, BustReply], daemon: str | None) -> _Leg:
+    return _Leg(receipt.reply, receipt.attempts, receipt.ending, daemon, receipt.error, receipt.budget_spent)
+
+
+def _causes(legs: Sequence[_Leg]) -> tuple[Fault, ...]:
+    """List the faults, those of a leg that was halted last: they say what must be mended first."""
+    ordered = sorted(legs, key=lambda leg: leg.reply is None and leg.ending == "halted")
+    return tuple(attempt.error for leg in ordered for attempt in leg.attempts if attempt.error is not None)
+
+
+def _ending(lack: Sequence[_Leg]) -> Ending:
+    endings = {leg.ending for leg in lack}
+    if "halted" in endings:
+        return "halted"
+    return "deadline" if endings == {"deadline"} else "exhausted"
+
+
+def _delivery(leg: _Leg, rows: dict[str, int]) -> Delivery:
+    daemon = leg.daemon or ""
+    causes = _causes([leg])
+    acknowledged = leg.reply is not None
+    return Delivery(
+        daemon=daemon,
+        status="acknowledged" if acknowledged else "owed" if daemon in rows else "missed",
+        stage=stage_of(Outcome.ACKNOWLEDGED if acknowledged else Outcome.FAILED, causes),
+        removed=leg.reply.removed if leg.reply is not None else None,
+        error=causes[-1] if causes and not acknowledged else None,
+        row=rows.get(daemon),
+    )
+
+
+def _reason(legs: Sequence[_Leg]) -> str:
+    """Say in one line why a row is in the outbox."""
+    causes = _causes(legs)
+    return str(causes[-1]) if causes else "no attempt could be made in time"
+
+
+def _told(error: OutboxError, job: Job, owed: Sequence[_Leg]) -> OutboxError:
+    """Say of a bust that could not be stored what was tried before."""
+    causes = _causes(owed)
+    applied: Applied = applied_of(causes)
+    return OutboxError(
+        f"{error}; before that: {_reason(owed)}",
+        daemon=causes[-1].daemon if causes else None,
+        stage=stage_of(Outcome.FAILED, causes),
+        band=band_of(stage_of(Outcome.FAILED, causes)),
+        applied=applied,
+        causes=causes,
+        target=job.request.target,
+    )
+
+
+def _request_of(bust: StoredBust) -> BustRequest:
+    return bust_request(bust.target, bust.strategy, bust.fault_tolerance)

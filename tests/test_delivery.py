@@ -1,0 +1,487 @@
+"""Delivery under virtual time: scripted daemons and a real outbox; what a call promises, and what it owes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from pybustcall.delivery import RESERVE, Delivered, Deliverer, DeliveryMode, Job, Replay
+from pybustcall.errors import ClientClosed, OutboxError
+from pybustcall.faults import FaultKind
+from pybustcall.fleet import Fleet
+from pybustcall.models import BustReply, BustRequest, bust_request, cache_key_of
+from pybustcall.outbox import ANY, Outbox, OutboxRow, OutboxStore, RowState
+from pybustcall.policies import Probes, Retry
+from pybustcall.results import failure
+from pybustcall.telemetry import BustDeferred, Event
+from tests.conftest import virtual_time
+from tests.scripted import NEVER, Scripted, daemon, fleet_of
+
+
+class Inline(Executor):
+    """Runs at once what it is given: virtual time does not wait for threads."""
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run it."""
+        done: Future[Any] = Future()
+        try:
+            done.set_result(work(*args, **kwargs))
+        except Exception as error:  # noqa: BLE001 - handed to whoever waits
+            done.set_exception(error)
+        return done
+
+
+@dataclass
+class Bench:
+    """A deliverer with what stands around it."""
+
+    deliverer: Deliverer[Scripted]
+    fleet: Fleet
+    store: OutboxStore | None
+    daemons: tuple[Scripted, ...]
+    events: list[Event] = field(default_factory=list)
+    keys: list[tuple[str, str]] = field(default_factory=list)
+    woken: int = 0
+    adopted: list[asyncio.Task[object]] = field(default_factory=list)
+
+    async def bust(self, target: str = "a", tolerance: int = 6, timeout: float = 5.0, **how: Any) -> Delivered:
+        """Deliver one bust."""
+        begun = asyncio.get_running_loop().time()
+        mode: DeliveryMode = how.pop("mode", "first")
+        return await self.deliverer.bust(
+            Job(
+                request=bust_request(target, "direct", tolerance),
+                key=how.pop("key", f"key-of-{target}"),
+                begun=begun,
+                deadline=begun + timeout,
+                mode=mode,
+                retry=Retry(),
+                **how,
+            )
+        )
+
+    async def rows(self) -> list[tuple[str, str, RowState, bool]]:
+        """List the outbox: target, destination, state, sent."""
+        assert self.store is not None
+        return [(row.bust.target, row.destination, row.state, row.sent) for row in await self.store.rows()]
+
+
+@asynccontextmanager
+async def bench(*daemons: Scripted, outbox: Path | None = None, rows: int = 100) -> AsyncIterator[Bench]:
+    """Put a deliverer together over scripted daemons."""
+    fleet = fleet_of(daemons, chance=0.5)
+    store = None
+    if outbox is not None:
+        store = OutboxStore(Outbox(path=outbox, rows=rows), executor=Inline())
+
+    async def send(
+        one: Scripted, request: BustRequest, /, *, key: str, until: float, deadline: float, started: Callable[[], None]
+    ) -> BustReply:
+        made.keys.append((one.url, key))
+        assert until <= deadline
+        await one.answer(until, started)
+        return BustReply(status="success", cache_key=cache_key_of(request.target), removed=1)
+
+    def wake() -> None:
+        made.woken += 1
+
+    def adopt(task: asyncio.Task[object], _linger: float) -> None:
+        made.adopted.append(task)
+
+    events: list[Event] = []
+    deliverer = Deliverer(
+        send,
+        daemons,
+        fleet,
+        random=lambda: 0.5,
+        adopt=adopt,
+        store=store,
+        owner="calls",
+        emit=events.append,
+        wake=wake,
+    )
+    made = Bench(deliverer, fleet, store, daemons, events)
+    try:
+        yield made
+    finally:
+        for task in made.adopted:
+            task.cancel()
+        await asyncio.gather(*made.adopted, return_exceptions=True)
+        if store is not None:
+            await store.aclose()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the outbox lies."""
+    return tmp_path / "outbox.db"
+
+
+OK = (0.01, "ok")
+REFUSED = (0.0, FaultKind.UNREACHABLE)
+
+
+def hub_peer(*lines: tuple[float, FaultKind | str]) -> tuple[Scripted, Scripted]:
+    """Script a hub, and a peer that does as it should."""
+    return daemon("hub", *lines), daemon("peer", OK)
+
+
+@pytest.mark.requirement("IMP-03")
+@pytest.mark.parametrize(
+    ("daemons", "stage"),
+    [
+        ([daemon("hub", REFUSED, OK)], 9),
+        (hub_peer((NEVER, "late")), 9),
+        (hub_peer((0.0, FaultKind.TOKEN_REFUSED)), 9),
+    ],
+    ids=["refused-then-ok", "hub-times-out", "hub-401"],
+)
+@virtual_time
+async def test_acknowledged_after_faults_is_stage_nine(daemons: list[Scripted], stage: int, path: Path) -> None:
+    """The worked cases of the fault model: busted, 9, and nothing in the outbox."""
+    async with bench(*daemons, outbox=path) as made:
+        result = (await made.bust(tolerance=0)).result
+        assert (result.status, result.stage, result.ok, result.applied) == ("busted", stage, True, "yes")
+        assert await made.rows() == []
+    for one in daemons:
+        one.asked.clear()
+
+
+@pytest.mark.requirement("IMP-03")
+@pytest.mark.parametrize("tolerance", range(13))
+@virtual_time
+async def test_an_outage_is_stored_from_tolerance_six(tolerance: int, path: Path) -> None:
+    """503 three times, alone: t < 6: 5 failed, not stored; t >= 6: 6 deferred."""
+    async with bench(daemon("hub", (0.0, FaultKind.THROTTLED)), outbox=path) as made:
+        result = (await made.bust(tolerance=tolerance)).result
+        if tolerance < 6:
+            assert (result.status, result.stage, result.rows) == ("failed", 5, ())
+            assert await made.rows() == []
+        else:
+            assert (result.status, result.stage, result.ok) == ("deferred", 6, False)
+            assert await made.rows() == [("a", ANY, RowState.PENDING, False)]
+            assert made.events == [BustDeferred(daemon=ANY, row=result.rows[0], target="a")]
+            assert made.woken == 1
+
+
+@pytest.mark.requirement("IMP-03")
+@virtual_time
+async def test_without_an_outbox_an_outage_is_stage_five() -> None:
+    """503 three times, alone, no outbox."""
+    async with bench(daemon("hub", (0.0, FaultKind.THROTTLED))) as made:
+        delivered = await made.bust(tolerance=12)
+        assert (delivered.result.status, delivered.result.stage) == ("failed", 5)
+        assert delivered.ending in {"exhausted", "deadline"}
+
+
+@pytest.mark.requirement("IMP-03")
+@pytest.mark.parametrize(
+    ("kind", "stage"), [(FaultKind.REJECTED, 4), (FaultKind.NOT_ALLOWED, 3), (FaultKind.CERTIFICATE, 1)]
+)
+@virtual_time
+async def test_what_was_refused_for_good_is_never_stored(kind: FaultKind, stage: int, path: Path) -> None:
+    """422, 403 and a false certificate: it would be refused again."""
+    async with bench(daemon("hub", (0.0, kind)), outbox=path) as made:
+        result = (await made.bust(tolerance=12)).result
+        assert (result.status, result.stage) == ("failed", stage)
+        assert await made.rows() == []
+
+
+@virtual_time
+async def test_an_escalated_fault_never_makes_a_call_panic(path: Path) -> None:
+    """A daemon that keeps failing is quarantined, but the call is EXCEPTION at worst, or stored."""
+    async with bench(daemon("hub", REFUSED)) as made:
+        made.fleet.policies = replace(made.fleet.policies, probes=Probes())
+        for _ in range(20):
+            await asyncio.sleep(1.1)
+            result = (await made.bust(tolerance=12)).result
+            assert 3 <= result.stage <= 5
+        assert made.fleet.view(asyncio.get_running_loop().time()).daemons[0].breaker == "quarantined"
+
+
+@virtual_time
+async def test_attempts_end_in_time_to_store(path: Path) -> None:
+    """A black hole: the attempts end a quarter of a second before the deadline, and the call within it."""
+    async with bench(daemon("hub", (NEVER, "late")), outbox=path) as made:
+        result = (await made.bust(timeout=3.0)).result
+        assert result.status == "deferred"
+        assert 3.0 - RESERVE <= result.elapsed <= 3.0
+        assert await made.rows() == [("a", ANY, RowState.PENDING, True)]  # sent: it accepts no joiners
+
+
+@virtual_time
+async def test_every_attempt_carries_the_same_key() -> None:
+    """On retries, and at the next daemon."""
+    async with bench(daemon("hub", REFUSED), daemon("peer", REFUSED, OK)) as made:
+        await made.bust(key="one")
+        assert len(made.keys) > 2
+        assert {key for _, key in made.keys} == {"one"}
+
+
+@pytest.mark.requirement("IMP-03")
+@virtual_time
+async def test_all_with_one_down_is_partial_and_the_missing_one_is_owed(path: Path) -> None:
+    """6..8 partial; its row is for that daemon alone, and the deliveries name who has it."""
+    async with bench(daemon("hub", OK), daemon("b", REFUSED), daemon("c", OK), outbox=path) as made:
+        result = (await made.bust(mode="all")).result
+        assert (result.status, result.ok, result.applied) == ("partial", False, "yes")
+        assert 6 <= result.stage <= 8
+        assert [delivery.status for delivery in result.deliveries] == ["acknowledged", "owed", "acknowledged"]
+        assert result.removed == 2
+        assert await made.rows() == [("a", "b", RowState.PENDING, False)]
+        assert result.deliveries[1].row == result.rows[0]
+
+
+@pytest.mark.requirement("IMP-03")
+@virtual_time
+async def test_all_with_one_down_and_no_outbox_fails_and_names_it() -> None:
+    """5 failed, applied = yes."""
+    async with bench(daemon("hub", OK), daemon("b", REFUSED), daemon("c", OK)) as made:
+        delivered = await made.bust(mode="all")
+        result = delivered.result
+        assert (result.status, result.stage, result.applied) == ("failed", 5, "yes")
+        error = failure("the bust", delivered.ending, result.causes, result.elapsed, result)
+        assert "applied at hub, c; not acknowledged by b" in str(error)
+        assert error.applied == "yes"
+
+
+@virtual_time
+async def test_a_quorum_is_enough_and_the_rest_is_owed(path: Path) -> None:
+    """Two of three acknowledge: busted; the third gets it later. Without an outbox it is named as missed."""
+    async with bench(daemon("hub", OK), daemon("b", OK), daemon("c", REFUSED), outbox=path) as made:
+        result = (await made.bust(mode="quorum")).result
+        assert (result.status, result.ok) == ("busted", True)
+        assert await made.rows() == [("a", "c", RowState.PENDING, False)]
+    async with bench(daemon("hub", OK), daemon("b", OK), daemon("c", REFUSED)) as made:
+        result = (await made.bust(mode="quorum")).result
+        assert [delivery.status for delivery in result.deliveries] == ["acknowledged", "acknowledged", "missed"]
+
+
+@virtual_time
+async def test_all_down_is_deferred_for_each(path: Path) -> None:
+    """A row for each daemon."""
+    async with bench(daemon("hub", REFUSED), daemon("b", REFUSED), outbox=path) as made:
+        result = (await made.bust(mode="all")).result
+        assert result.status == "deferred"
+        assert [row[1] for row in await made.rows()] == ["hub", "b"]
+
+
+@virtual_time
+async def test_a_daemon_known_to_be_down_is_owed_at_once(path: Path) -> None:
+    """It is not waited for: the call takes as long as the others."""
+    b = daemon("b", (NEVER, "late"))
+    async with bench(daemon("hub", OK), b, outbox=path) as made:
+        for _ in range(6):
+            await made.bust(mode="all", timeout=1.0)
+            await asyncio.sleep(0.1)
+        asked = len(b.asked)
+        result = (await made.bust("z", mode="all", timeout=1.0)).result
+        assert result.status == "partial"
+        assert result.elapsed == pytest.approx(0.01, abs=0.005)
+        assert len(b.asked) == asked
+
+
+@pytest.mark.requirement("IMP-03")
+@virtual_time
+async def test_a_leg_that_panics_halts_alone_but_is_not_stored(path: Path) -> None:
+    """All: a false certificate at one; the others acknowledge; the call fails at stage 1 and says who has it."""
+    async with bench(daemon("hub", (0.0, FaultKind.CERTIFICATE)), daemon("b", OK), outbox=path) as made:
+        delivered = await made.bust(mode="all")
+        result = delivered.result
+        assert (result.status, result.stage, result.applied) == ("failed", 1, "yes")
+        assert delivered.ending == "halted"
+        assert await made.rows() == []
+        assert made.fleet.view(asyncio.get_running_loop().time()).daemons[0].breaker == "quarantined"
+
+
+@pytest.mark.parametrize("at", [0.0, 0.005, 0.5, 2.5])
+@virtual_time
+async def test_a_cancelled_call_is_stored_first(at: float, path: Path) -> None:
+    """Wherever the cancellation finds it; then it arrives."""
+    async with bench(daemon("hub", REFUSED, (NEVER, "late")), daemon("b", (NEVER, "late")), outbox=path) as made:
+        call = asyncio.create_task(made.bust())
+        await asyncio.sleep(at)
+        await asyncio.sleep(0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert await made.rows() == [("a", ANY, RowState.PENDING, True)]
+        assert len(made.events) == 1
+
+
+@virtual_time
+async def test_a_cancelled_call_that_does_not_tolerate_storing_is_not_stored(path: Path) -> None:
+    """T < 6 says that stored is not good enough."""
+    async with bench(daemon("hub", (NEVER, "late")), outbox=path) as made:
+        call = asyncio.create_task(made.bust(tolerance=5, write_ahead=True))
+        await asyncio.sleep(0.5)
+        assert await made.rows() == [("a", ANY, RowState.LEASED, False)]
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert await made.rows() == []
+
+
+@virtual_time
+async def test_an_anyio_scope_that_cancels_again_and_again_finds_it_stored(path: Path) -> None:
+    """Under FastAPI a cancellation is delivered in every await of the clean-up, too."""
+    async with bench(daemon("hub", (NEVER, "late")), outbox=path) as made:
+        with anyio.move_on_after(0.5) as scope:
+            await made.bust()
+        assert scope.cancelled_caught
+        assert await made.rows() == [("a", ANY, RowState.PENDING, True)]
+
+
+@virtual_time
+async def test_a_client_closed_under_a_call_defers_it(path: Path) -> None:
+    """Its connections went; the bust is in the outbox."""
+    hub = daemon("hub", OK)
+    async with bench(hub, outbox=path) as made:
+
+        async def closed(until: float, started: Callable[[], None]) -> str:
+            started()
+            raise ClientClosed("closed", applied="maybe")
+
+        hub.answer = closed  # type: ignore[method-assign]
+        result = (await made.bust()).result
+        assert (result.status, result.applied) == ("deferred", "maybe")
+        with pytest.raises(ClientClosed):
+            await made.bust(tolerance=5)
+        with pytest.raises(ClientClosed):
+            await made.bust(tolerance=5, write_ahead=True)
+        assert len(await made.rows()) == 1
+
+
+@virtual_time
+async def test_write_ahead_is_on_disk_before_the_first_attempt_and_gone_after_the_acknowledgement(path: Path) -> None:
+    """Nobody else may send it meanwhile."""
+    async with bench(daemon("hub", (0.5, "ok")), outbox=path) as made:
+        call = asyncio.create_task(made.bust(write_ahead=True))
+        await asyncio.sleep(0.2)
+        assert await made.rows() == [("a", ANY, RowState.LEASED, False)]
+        assert made.store is not None
+        assert await made.store.lease("another", [], 10) == ()
+        assert (await call).result.status == "busted"
+        assert await made.rows() == []
+
+
+@virtual_time
+async def test_write_ahead_of_what_fails_is_released_or_taken_back(path: Path) -> None:
+    """Deferred where that is tolerated; deleted where it is not, or where a daemon refuses it for good."""
+    async with bench(daemon("hub", REFUSED), outbox=path) as made:
+        assert (await made.bust(write_ahead=True)).result.status == "deferred"
+        assert [row[:3] for row in await made.rows()] == [("a", ANY, RowState.PENDING)]
+        assert (await made.bust("b", tolerance=5, write_ahead=True)).result.status == "failed"
+        assert len(await made.rows()) == 1
+    async with bench(daemon("hub", (0.0, FaultKind.REJECTED)), outbox=path) as made:
+        assert (await made.bust("c", write_ahead=True)).result.status == "failed"
+        assert len(await made.rows()) == 1
+
+
+@virtual_time
+async def test_a_written_row_that_is_no_longer_ours_is_stored_anew(path: Path) -> None:
+    """It was purged, or its file set aside, while the call went on: a row too many is better than one too few."""
+    async with bench(daemon("hub", (NEVER, "late")), outbox=path) as made:
+        call = asyncio.create_task(made.bust(write_ahead=True, timeout=1.0))
+        await asyncio.sleep(0.5)
+        assert made.store is not None
+        await made.store.purge(aside_only=False)
+        result = (await call).result
+        assert result.status == "deferred"
+        assert [row.id for row in await made.store.rows()] == list(result.rows)
+
+
+@virtual_time
+async def test_write_ahead_to_all_keeps_only_what_is_owed(path: Path) -> None:
+    """A row for each daemon before; the ones that acknowledged lose theirs."""
+    async with bench(daemon("hub", (0.3, "ok")), daemon("b", REFUSED), outbox=path) as made:
+        call = asyncio.create_task(made.bust(mode="all", write_ahead=True))
+        await asyncio.sleep(0.05)
+        assert [row[1] for row in await made.rows()] == ["hub", "b"]
+        result = (await call).result
+        assert result.status == "partial"
+        assert [row[:3] for row in await made.rows()] == [("a", "b", RowState.PENDING)]
+
+
+@virtual_time
+async def test_a_cancelled_write_ahead_call_leaves_its_row_to_be_delivered(path: Path) -> None:
+    """The lease is given back, so that it need not run out."""
+    async with bench(daemon("hub", (NEVER, "late")), outbox=path) as made:
+        call = asyncio.create_task(made.bust(write_ahead=True))
+        await asyncio.sleep(0.5)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert [row[:3] for row in await made.rows()] == [("a", ANY, RowState.PENDING)]
+
+
+@virtual_time
+async def test_a_full_outbox_fails_the_call_and_says_what_was_tried(path: Path) -> None:
+    """OutboxError: nothing is dropped in silence."""
+    async with bench(daemon("hub", (NEVER, "late")), outbox=path, rows=1) as made:
+        await made.bust("first", timeout=0.5)
+        with pytest.raises(OutboxError, match="full") as caught:
+            await made.bust("second", timeout=0.5)
+        assert caught.value.applied == "maybe"
+        assert caught.value.target == "second"
+        assert "second" not in str(caught.value)
+        assert [cause.kind for cause in caught.value.causes] == [FaultKind.TIMED_OUT]
+
+
+async def replayed(made: Bench, paused: frozenset[str] = frozenset()) -> tuple[OutboxRow, Replay]:
+    """Lease the first row and send it again."""
+    assert made.store is not None
+    (row,) = await made.store.lease("courier", [one.url for one in made.daemons], 1)
+    return row, await made.deliverer.replay(row, paused)
+
+
+@virtual_time
+async def test_a_row_for_anybody_goes_to_whoever_answers(path: Path) -> None:
+    """The hub refuses our token: the peer takes it, and the hub is paused. It is the very key that was stored."""
+    hub, peer = daemon("hub", REFUSED), daemon("peer", REFUSED)
+    async with bench(hub, peer, outbox=path) as made:
+        await made.bust(key="the-key")
+        hub.script.append((0.0, FaultKind.TOKEN_REFUSED))
+        hub.script.popleft()
+        peer.script.append(OK)
+        peer.script.popleft()
+        made.keys.clear()
+        _, replay = await replayed(made)
+        assert replay.verdict == "delivered"
+        assert replay.paused == {"hub"}
+        assert {key for _, key in made.keys} == {"the-key"}
+
+
+@virtual_time
+async def test_an_owed_row_goes_to_its_daemon_alone(path: Path) -> None:
+    """Never elsewhere, whoever else would answer."""
+    b = daemon("b", REFUSED)
+    async with bench(daemon("hub", OK), b, outbox=path) as made:
+        await made.bust(mode="all")
+        made.keys.clear()
+        _, replay = await replayed(made)
+        assert (replay.verdict, replay.sent) == ("later", False)
+        assert {url for url, _ in made.keys} == {"b"}
+        assert (await made.deliverer.replay(_, frozenset({"b"}))).verdict == "later"
+
+
+@virtual_time
+async def test_a_refused_row_is_known_as_such(path: Path) -> None:
+    """422 by one is 422 by all: nobody else is asked."""
+    hub, peer = daemon("hub", REFUSED), daemon("peer", REFUSED)
+    async with bench(hub, peer, outbox=path) as made:
+        await made.bust()
+        hub.script.append((0.0, FaultKind.REJECTED))
+        hub.script.popleft()
+        made.keys.clear()
+        _, replay = await replayed(made)
+        assert replay.verdict == "refused"
+        assert [url for url, _ in made.keys] == ["hub"]
