@@ -31,11 +31,11 @@ simulate: $(READY)
 
 # 100 kills and 100 black holes of the hub under load; table on the terminal, figures and plot in bench/results.
 bench-failover: $(READY)
-	$(BIN)/python bench/failover.py
+	$(BIN)/python -m bench.failover
 
 # Injected latency from 0 to 500 ms against the stage reached and the time taken.
 bench-latency: $(READY)
-	$(BIN)/python bench/latency_stages.py
+	$(BIN)/python -m bench.latency_stages
 
 # One environment, pinned and hashed; made again only when the lock or the project's metadata change.
 $(READY): $(LOCK) pyproject.toml

@@ -255,7 +255,7 @@ class _Race(Generic[_Daemon, _Reply]):
         flight, begun = self._boarded.pop(task)
         winner, now = self._daemons[flight.daemon], self._loop.time()
         self._note_losers(FaultKind.SLOW, f"it was slower than {winner.url}, which was asked as well")
-        self._attempts.append(Attempt(winner.url, CLEAN, now - begun))
+        self._attempts.append(_acknowledged(winner.url, now - begun, slow=flight.slow))
         return self._receipt("answered", winner, task.result())
 
     def _give_up(self, ending: Ending) -> Receipt[_Daemon, _Reply]:
@@ -277,6 +277,13 @@ class _Race(Generic[_Daemon, _Reply]):
         self, ending: Ending, daemon: _Daemon | None = None, reply: _Reply | None = None
     ) -> Receipt[_Daemon, _Reply]:
         return Receipt(ending, tuple(self._attempts), daemon, reply, self._last, self._plan.budget_spent)
+
+
+def _acknowledged(daemon: str, elapsed: float, *, slow: bool) -> Attempt:
+    if not slow:
+        return Attempt(daemon, CLEAN, elapsed)
+    fault = Fault(FaultKind.SLOW, daemon, "it acknowledged, but took far longer than it usually does", "yes")
+    return Attempt(daemon, fault.stage, elapsed, fault)
 
 
 async def dispatch(

@@ -24,7 +24,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, final
 
-from pybustcall.faults import TABLE, Band, Fault, FaultKind, Incidents, band_of
+from pybustcall.faults import CLEAN, TABLE, Band, Fault, FaultKind, Incidents, band_of
 from pybustcall.policies import BreakerState, Circuit, HedgeAllowance, Latency, SharedBudget
 from pybustcall.telemetry import AttemptMade, BreakerMoved, Event, FailedBack, FailedOver, FaultMet, Hedged
 from pybustcall.topology import Route, StarRing, ring_order
@@ -69,6 +69,7 @@ class Flight:
     trial: bool
     hedge: bool = False
     sent: bool = False
+    slow: bool = False
 
 
 @final
@@ -300,8 +301,9 @@ class Fleet:
         self.counts["attempts"] += 1
 
     def answered(self, flight: Flight, now: float) -> None:
-        """Take in that a request was acknowledged."""
+        """Take in that a request was acknowledged; note in its flight whether that took far longer than usual."""
         known = self._land(flight)
+        flight.slow = now - flight.begun >= self._patience(known)
         known.heard = now
         known.suspect = False
         known.incidents.succeeded()
@@ -309,7 +311,10 @@ class Fleet:
         self._watched(known, lambda: known.circuit.succeeded(now, trial=flight.trial))
         if flight.daemon == 0:
             self._route.hub_good(now)
-        self._emit(AttemptMade(daemon=known.url, stage=12, elapsed=now - flight.begun, hedge=flight.hedge))
+        if flight.slow:
+            self._probe_soon(known, now)
+        stage = TABLE[FaultKind.SLOW].stage if flight.slow else CLEAN
+        self._emit(AttemptMade(daemon=known.url, stage=stage, elapsed=now - flight.begun, hedge=flight.hedge))
 
     def failed(self, flight: Flight, fault: Fault, now: float) -> Fault:
         """Take in that a request failed; return the fault escalated by the daemon's incidents before it."""

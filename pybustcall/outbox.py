@@ -94,7 +94,7 @@ class Outbox:
     - `path`: the file, on a local disk. Its directory must exist; beside it lie `-wal`, `-shm` and `.lock`
     - `rows`: the most rows that are kept, those set aside included; beyond that a call fails with `OutboxError`
     - `age`: seconds after which a row that could not be delivered is set aside
-    - `lease`: seconds for which a deliverer holds a row; a delivery that takes longer renews it
+    - `lease`: seconds for which a deliverer holds a row; one that takes longer may be repeated, under the same key
     - `replay`: the most deliveries a second
     """
 

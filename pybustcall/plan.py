@@ -85,9 +85,9 @@ class CallPlan:
     in flight, the next is: the daemon it stays with; the first untried; the open one that may be asked soonest. It
     stays with a daemon that failed in a way that a second attempt often mends (a refused connection is often a
     restart, and its backoff is short), but only while the fault is of the WARNING band, and where others could be
-    asked instead, only once and only one call at a time: the rest go on. A second send to a daemon costs budget, the first
-    is free. A wait that would reach the deadline is no wait at all: that candidate is passed over, and if none is left
-    the call ends at once instead of sleeping through the time of a caller who could do something better with it.
+    asked instead, only once and only one call at a time: the rest go on. A second send to a daemon costs budget, the
+    first is free. A wait that would reach the deadline is no wait at all: that candidate is passed over, and if none is
+    left the call ends at once instead of sleeping through the time of a caller who could do something better with it.
 
     While an attempt is in flight, its daemon's usual latency decides: slower than that, and the next daemon that is
     well is asked too (a hedge, within its allowance); overdue, and the call moves on to it in any case. The answers of

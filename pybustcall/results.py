@@ -53,7 +53,7 @@ others had answered."""
 @final
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One attempt at one daemon. `elapsed` is in seconds; `error` is None for the attempt that was acknowledged."""
+    """One attempt at one daemon. `elapsed` is in seconds; `error` is None if it was acknowledged in good time."""
 
     daemon: str
     stage: int

@@ -437,7 +437,7 @@ async def test_retry_after_comes_with_the_fault() -> None:
             assert (await fault_of(bust(client))).retry_after == 7.0
 
 
-def soon() -> dict[str, float]:
+def soon() -> dict[str, Any]:
     """Times for an attempt that should succeed."""
     now = asyncio.get_running_loop().time()
     return {"until": now + PATIENCE, "deadline": now + PATIENCE}

@@ -412,3 +412,15 @@ async def test_reaping_goes_on_however_often_it_is_cancelled() -> None:
     with pytest.raises(asyncio.CancelledError):
         await reaper
     assert ended
+
+
+@virtual_time
+async def test_an_acknowledgement_that_took_far_too_long_is_stage_ten() -> None:
+    """Nobody else could be asked; it is clean but for that, and a probe of the daemon is scheduled."""
+    hub = daemon("hub", (0.5, "done"))
+    receipt, _ = await run(hub, fleet=await known((hub,), 0.1))
+    assert receipt.daemon is hub
+    assert [(attempt.stage, attempt.error.kind) for attempt in receipt.attempts if attempt.error] == [
+        (10, FaultKind.SLOW)
+    ]
+    assert receipt.causes[0].applied == "yes"

@@ -667,7 +667,7 @@ async def test_a_lease_costs_what_it_takes_and_not_what_is_stored(path: Path) ->
             stored = bust("hot" if index % 2 else str(index))
             destination = B if index % 3 else ANY
             line = outbox._line_of(destination, stored)
-            ident = outbox._insert(db, time.time(), store._policy, stored, destination, line, True, None)
+            ident = outbox._insert(db, time.time(), store._policy, stored, destination, line, True, None, "")
             if not index % 5:
                 db.execute("UPDATE busts SET state = 1, not_before = not_before + 500 WHERE id = ?", (ident,))
         db.execute("COMMIT")

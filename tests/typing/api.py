@@ -5,23 +5,54 @@ from __future__ import annotations
 from typing import assert_type
 
 import pybustcall
-from pybustcall import BustcallClient, BustReport, BustResult, DaemonCapabilities, DaemonStatus, Pool, Retry
+from pybustcall import (
+    BustcallClient,
+    BustReport,
+    BustResult,
+    ClientStatistics,
+    DaemonCapabilities,
+    DaemonStatus,
+    Event,
+    Failback,
+    FailedOver,
+    FleetView,
+    Outbox,
+    OutboxCounts,
+    Pool,
+    ReplayReport,
+    Retry,
+)
 from pybustcall.errors import BustFailed, DeadlineExceeded
 
 
 async def use() -> None:
     """Use every call once."""
     client = BustcallClient("http://127.0.0.1:8989", peers=["http://10.0.0.2:8989"], retry=None, pool=Pool(total=5))
+    BustcallClient(hedge=None, failback=Failback(hold=5), outbox=Outbox(path="outbox.db", rows=10), delivery="all")
     async with client as same:
         assert_type(same, BustcallClient)
         assert_type(await same.bust("cdn/main.css", fault_tolerance=12, timeout=1), BustResult)
         assert_type(await same.bust_many(["a", "b"], on_progress=print), BustReport)
         assert_type(await same.status(), DaemonStatus)
         assert_type(await same.capabilities(daemon="http://10.0.0.2:8989"), DaemonCapabilities)
-        assert_type(same.with_options(retry=Retry(attempts=1)), BustcallClient)
+        assert_type(same.with_options(retry=Retry(attempts=1), delivery="quorum"), BustcallClient)
+        assert_type(await same.bust("a", delivery="all", write_ahead=True, idempotency_key="k"), BustResult)
+        assert_type(await same.outbox.replay(), ReplayReport)
+        assert_type(await same.outbox.counts(), OutboxCounts)
+        assert_type(same.topology(), FleetView)
+        assert_type(same.statistics(), ClientStatistics)
+        same.on_event(hook)()
+        same.reset()
     try:
         await client.bust("a")
     except DeadlineExceeded as error:
         assert_type(error.applied, pybustcall.errors.Applied)
     except BustFailed as error:
         assert_type(error.result, BustResult | None)
+
+
+def hook(event: Event) -> None:
+    """Tell one kind of event from the others."""
+    match event:
+        case FailedOver(hub=hub, reason=reason):
+            assert_type((hub, reason), tuple[str, str])
