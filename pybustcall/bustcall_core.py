@@ -87,10 +87,6 @@ _DISABLED: Final = "disabled"
 _Reply = TypeVar("_Reply")
 
 
-class _StrayCancellation(Exception):
-    """A CancelledError out of the caller's iterable or callback, on its way through a task group."""
-
-
 class _Kept(Enum):
     """Says that an option is left as it is, where None means something."""
 
@@ -596,47 +592,36 @@ class BustcallClient:
         source = _each(targets)
         turn = asyncio.Lock()
         builder = ReportBuilder()
-        now = asyncio.get_running_loop().time
-        begun = now()
-        started = 1
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        workers: set[asyncio.Task[None]] = set()
 
         async def work() -> None:
-            nonlocal started
             while True:
                 async with turn:
                     target = await anext(source, _KEPT)
                 if target is _KEPT:
                     return
-                if started < concurrency:  # one more at work only when there was something to do
-                    started += 1
-                    workers.create_task(watched())
+                if len(workers) < concurrency:  # one more at work only when there was something to do
+                    workers.add(loop.create_task(work()))
                 result = await self._bust_checked(target, strategy, tolerance, seconds, mode)
                 builder.add(result)
                 if on_progress is not None:
                     on_progress(result)
 
-        async def watched() -> None:
-            """Work; a cancellation that nobody asked of this task came out of the caller's own code, and is an error.
-
-            A task group would take it for the end of the work, and the targets that are left would be lost in silence.
-            """
+        # Not a task group: it would take a CancelledError out of the caller's own iterable or callback for the end of
+        # the work, and lose the targets that are left in silence.
+        async with aclosing(source):
+            workers.add(loop.create_task(work()))
             try:
-                await work()
-            except asyncio.CancelledError as error:
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
-                    raise
-                raise _StrayCancellation from error
-
-        try:
-            async with aclosing(source), asyncio.TaskGroup() as workers:
-                workers.create_task(watched())
-        except BaseExceptionGroup as group:  # what the caller's own iterable or callback raised, or a closed client
-            first = group.exceptions[0]
-            if isinstance(first, _StrayCancellation) and first.__cause__ is not None:
-                first = first.__cause__
-            raise first from first.__cause__
-        return builder.finish(now() - begun)
+                while left := {worker for worker in workers if not worker.done()}:
+                    await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+                    for worker in workers:
+                        if worker.done():
+                            worker.result()  # raises what the caller's own iterable or callback did, or a closed client
+            finally:
+                await reap(workers)
+        return builder.finish(loop.time() - begun)
 
     async def status(self, *, daemon: str | None = None, timeout: float | None = None) -> DaemonStatus:
         """Tell how the first daemon that answers is, the hub asked first, or how `daemon` is (one of the URLs).

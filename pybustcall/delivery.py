@@ -358,13 +358,16 @@ class Deliverer(Generic[_Daemon]):
             raise
 
     async def _let_go(self, store: OutboxStore, job: Job, writing: asyncio.Future[tuple[int, ...]]) -> None:
-        """Release what a cancelled call has written ahead: it is to be delivered."""
+        """Release what a cancelled call has written ahead, to be delivered; or take it back, if so is its tolerance."""
+        tolerated = job.request.fault_tolerance >= _STORED_FROM
         if writing.cancelled():  # the loop is ending: written or not, nobody can tell any more
-            await store.put(job.stored, self._destinations(job.mode), sent=False, reason=_CANCELLED)
+            if tolerated:
+                await store.put(job.stored, self._destinations(job.mode), sent=False, reason=_CANCELLED)
+        elif tolerated:
+            rows = dict(zip(self._destinations(job.mode), await asyncio.shield(writing), strict=True))
+            self._tell_deferred(job, await self._give_back(store, job, rows, sent=False, reason=_CANCELLED))
         else:
-            rows = await asyncio.shield(writing)
-            await store.release(self._owner, rows, sent=False, reason=_CANCELLED, attempted=False)
-        self._wake()
+            await self._take_back(await asyncio.shield(writing))
 
     async def _keep_cancelled(self, job: Job, ahead: tuple[int, ...]) -> None:
         assert self._store is not None  # noqa: S101 - for the type checker: only then is anything kept

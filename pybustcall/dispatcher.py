@@ -107,7 +107,8 @@ async def reap(tasks: Iterable[asyncio.Task[_Result]]) -> None:
 
     Under an anyio scope a cancellation is delivered again and again; a task left behind would outlive its owner.
     """
-    left = {task for task in tasks if not task.done()}
+    ours = list(tasks)
+    left = {task for task in ours if not task.done()}
     for task in left:
         task.cancel()
     interrupted: asyncio.CancelledError | None = None
@@ -117,6 +118,9 @@ async def reap(tasks: Iterable[asyncio.Task[_Result]]) -> None:
         except asyncio.CancelledError as error:
             interrupted = error
             left = {task for task in left if not task.done()}
+    for task in ours:
+        if not task.cancelled():
+            task.exception()  # whoever wanted to know of it has looked before
     if interrupted is not None:
         raise interrupted
 
@@ -196,7 +200,8 @@ class _Race(Generic[_Daemon, _Reply]):
 
     def _sent(self, flight: Flight) -> None:
         self._fleet.sent(flight, self._loop.time())
-        self._ring()
+        if self._plan.races:  # from here on its daemon may be slow
+            self._ring()
 
     def _landed(self, flight: Flight, task: asyncio.Task[_Reply]) -> None:
         """Tell the fleet how an attempt ended, be it in the race or in its last moments after it."""

@@ -116,6 +116,11 @@ class CallPlan:
         self.passed_over: list[Fault] = []
         self.budget_spent = False
 
+    @property
+    def races(self) -> bool:
+        """Whether another daemon could be asked while an attempt is in flight."""
+        return len(self._candidates) > 1
+
     def next_step(self, now: float) -> Step:
         """Tell what to do now."""
         if self._halted:

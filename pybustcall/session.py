@@ -527,19 +527,28 @@ class SessionManager:
         """
         self._closed = True
         here = asyncio.get_running_loop()
-        for state in self._snapshot():
-            if state.loop is here:
-                await state.close()
-            elif state.loop.is_running():
-                await self._close_elsewhere(state)
+        interrupted: asyncio.CancelledError | None = None
+        # Our own loop first: where the others end, or their threads hang, is beyond us.
+        for state in sorted(self._snapshot(), key=lambda state: state.loop is not here):
+            try:
+                if state.loop is here:
+                    await state.close()
+                elif state.loop.is_running():
+                    await self._close_elsewhere(state, wait=interrupted is None)
+            except asyncio.CancelledError as error:
+                interrupted = error
+        if interrupted is not None:
+            raise interrupted
 
-    async def _close_elsewhere(self, state: _LoopState) -> None:
+    async def _close_elsewhere(self, state: _LoopState, *, wait: bool) -> None:
         """Have another thread's loop close its sessions, as long as it runs and answers."""
         closing = state.close()
         try:
             elsewhere = asyncio.run_coroutine_threadsafe(closing, state.loop)
         except RuntimeError:  # it ended in this moment, and closed them itself
             closing.close()
+            return
+        if not wait:
             return
         ourselves = asyncio.current_task()
         try:

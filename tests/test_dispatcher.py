@@ -12,7 +12,7 @@ from pybustcall.dispatcher import LINGER, ORDER, Receipt, dispatch, dispatch_eac
 from pybustcall.errors import ClientClosed
 from pybustcall.faults import Fault, FaultKind
 from pybustcall.fleet import Fleet, Policies
-from pybustcall.policies import Budget, Hedge, Latency, Retry
+from pybustcall.policies import Breaker, Budget, Hedge, Latency, Retry
 from tests.conftest import virtual_time
 from tests.scripted import DEFAULTS, NEVER, Scripted, daemon, fleet_of
 
@@ -172,8 +172,67 @@ async def test_an_unexpected_error_is_not_hidden() -> None:
 
 
 def test_the_order_of_the_policies_is_declared() -> None:
-    """From the outside in; what wraps what is no accident."""
+    """From the outside in; the tests below show each to lie around the next."""
     assert ORDER == ("deadline", "failover", "hedge", "breaker", "budget", "retry", "attempt")
+
+
+@virtual_time
+async def test_the_deadline_lies_around_failover() -> None:
+    """It ends the call although a daemon is untried."""
+    daemons = [daemon(name, (NEVER, "late")) for name in ("hub", "b", "c", "d", "e", "f")]
+    receipt, elapsed = await run(*daemons, timeout=0.2)
+    assert receipt.ending == "deadline"
+    assert elapsed < 0.25
+    assert not daemons[-1].asked
+
+
+@virtual_time
+async def test_failover_lies_around_the_hedge_and_the_hedge_around_the_breaker() -> None:
+    """A hedge goes to the next in the order of failover whose breaker lets it through."""
+    hub, b, c = daemon("hub", (0.3, "late")), daemon("b", (0.01, "b")), daemon("c", (0.01, "c"))
+    fleet = await known((hub, b, c), 0.1)
+    assert (await run(hub, b, c, fleet=fleet))[0].daemon is b
+    fleet._daemons[1].circuit.quarantine("for this test")
+    assert (await run(hub, b, c, fleet=fleet))[0].daemon is c
+
+
+@virtual_time
+async def test_the_breaker_lies_around_the_budget() -> None:
+    """A retry that an open breaker refuses costs nothing."""
+    hub = daemon("hub", (0, FaultKind.UNREACHABLE))
+    fleet = fleet_of((hub,), Policies(breaker=Breaker(incidents=1), budget=Budget(reserve=5, per_second=0)))
+    before = fleet.view(0).budget
+    receipt, _ = await run(hub, fleet=fleet)
+    assert len(hub.asked) <= 2  # one call a second passes
+    assert [attempt.error.kind for attempt in receipt.attempts if attempt.error][-1] is FaultKind.BREAKER_OPEN
+    spent = fleet.counts["retries"]
+    assert fleet.view(0).budget == pytest.approx(before - spent / 5, abs=0.03)
+    await run(hub, fleet=fleet)
+    assert fleet.counts["retries"] == spent
+
+
+@virtual_time
+async def test_the_budget_lies_around_the_retry_and_the_retry_around_the_attempt() -> None:
+    """Without budget there is one attempt; with it each attempt has its own 2 seconds."""
+    hub = daemon("hub", (NEVER, "late"))
+    receipt, elapsed = await run(hub, fleet=fleet_of((hub,), Policies(budget=Budget(reserve=0, per_second=0))))
+    assert (len(hub.asked), receipt.budget_spent) == (1, True)
+    assert elapsed == pytest.approx(2.0, abs=0.05)
+    other = daemon("hub", (NEVER, "late"))
+    receipt, elapsed = await run(other, fleet=fleet_of((other,), Policies()))
+    assert len(other.asked) == 3
+    assert elapsed == pytest.approx(5.0, abs=0.05)
+
+
+@virtual_time
+async def test_the_bare_call_is_the_identity() -> None:
+    """With every policy off, a call is one attempt at its daemon, under its deadline."""
+    hub = daemon("hub", (0, FaultKind.UNREACHABLE), (0, "never asked"))
+    loop = asyncio.get_running_loop()
+    receipt = await dispatch(
+        ask, (hub,), fleet_of((hub,), Policies()), deadline=loop.time() + 5, retry=None, random=lambda: 0
+    )
+    assert (receipt.ending, len(hub.asked)) == ("exhausted", 1)
 
 
 @virtual_time
