@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -287,6 +287,28 @@ async def test_a_daemon_known_to_be_down_is_owed_at_once(path: Path) -> None:
         assert result.status == "partial"
         assert result.elapsed == pytest.approx(0.01, abs=0.005)
         assert len(b.asked) == asked
+
+
+@pytest.mark.requirement("IMP-03")
+@virtual_time
+async def test_a_panic_releases_in_reverse_order(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row, trial, request were taken; request, trial, row are given back: nothing is left of the halted call."""
+    hub = daemon("hub", (0.1, FaultKind.CERTIFICATE))
+    async with bench(hub, outbox=path) as made:
+        assert made.store is not None
+        done = made.store.done
+        seen: list[tuple[int, int]] = []
+
+        async def noted(owner: str, ids: Sequence[int]) -> int:
+            view = made.fleet.view(asyncio.get_running_loop().time()).daemons[0]
+            seen.append((hub.under_way, view.in_flight))
+            return await done(owner, ids)
+
+        monkeypatch.setattr(made.store, "done", noted)
+        delivered = await made.bust(write_ahead=True)
+        assert (delivered.ending, delivered.result.stage, delivered.result.applied) == ("halted", 1, "no")
+        assert seen == [(0, 0)]
+        assert await made.rows() == []
 
 
 @pytest.mark.requirement("IMP-03")
