@@ -31,7 +31,7 @@ from pybustcall.faults import Band, Fault, FaultKind
 from pybustcall.fleet import DaemonView, FleetView
 from pybustcall.models import CapabilityDocument, DaemonStatus, Timestamp
 from pybustcall.outbox import Outbox, OutboxCounts, OutboxRow, RowState, StoredBust
-from pybustcall.policies import Breaker, Budget, Failback, Hedge, Pool, Probes, Retry
+from pybustcall.policies import Breaker, BreakerState, Budget, Failback, Hedge, Pool, Probes, Retry
 from pybustcall.results import Attempt, BustReport, BustResult, Delivery
 from pybustcall.session import TLS, PoolStatistics
 from pybustcall.telemetry import (
@@ -46,6 +46,7 @@ from pybustcall.telemetry import (
     Hedged,
     OutboxSetAside,
 )
+from pybustcall.topology import Route
 
 __version__ = VERSION
 
@@ -58,6 +59,7 @@ __all__ = [
     "Band",
     "Breaker",
     "BreakerMoved",
+    "BreakerState",
     "Budget",
     "BustDeferred",
     "BustFailed",
@@ -103,6 +105,7 @@ __all__ = [
     "ProtocolViolation",
     "ReplayReport",
     "Retry",
+    "Route",
     "RowState",
     "SlotTimeout",
     "StoredBust",

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, final
 
 from pybustcall.dispatcher import reap
-from pybustcall.errors import OutboxError
+from pybustcall.errors import ClientClosed, InvalidRequest, OutboxError
+from pybustcall.outbox import ANY
 from pybustcall.telemetry import BustReplayed
 
 if TYPE_CHECKING:
@@ -53,15 +54,16 @@ class _Bell:
     def ring(self) -> None:
         self._rung.set()
 
-    async def wait(self, until: float) -> None:
-        """Wait until it was rung since the last time, or until then."""
+    async def wait(self, until: float) -> bool:
+        """Wait until it was rung since the last time, or until then; tell whether it was."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout_at(max(until, loop.time() + 0.001)):
                 await self._rung.wait()
         except TimeoutError:
-            pass
+            return False
         self._rung.clear()
+        return True
 
 
 def _begin(work: Coroutine[object, object, None], name: str) -> asyncio.Task[None]:
@@ -114,7 +116,11 @@ class Prober:
             await self._bell.wait(min(self._fleet.next_probe(), loop.time() + 3600.0))
 
     async def _probe_one(self, index: int) -> None:
-        fault = await self._probe(index)
+        fault: Fault | None = None
+        try:
+            fault = await self._probe(index)
+        except Exception:  # noqa: BLE001 - logged; a daemon that is never probed again would never be trusted again
+            _log.exception("an unexpected error while a daemon was probed")
         self._fleet.probed(index, fault, asyncio.get_running_loop().time())
         self._bell.ring()
 
@@ -139,7 +145,7 @@ class Courier:
     """Delivers what is in the outbox: in order for each target, at most `replay` a second, with jitter.
 
     - `deliver`: sends one row again; the set holds the daemons that are paused
-    - `available`: whether any daemon is worth asking
+    - `ready`: tells the URLs of the daemons that are well; nothing is sent to the others, except by `replay`
     - `owner`: the name under which rows are leased; `destinations`: the URLs of our daemons
     """
 
@@ -149,7 +155,7 @@ class Courier:
         policy: Outbox,
         deliver: Callable[[OutboxRow, frozenset[str]], Awaitable[Replay]],
         *,
-        available: Callable[[], bool],
+        ready: Callable[[], frozenset[str]],
         owner: str,
         destinations: Collection[str],
         random: Callable[[], float],
@@ -159,7 +165,7 @@ class Courier:
         self._store = store
         self._policy = policy
         self._deliver = deliver
-        self._available = available
+        self._ready = ready
         self._owner = owner
         self._destinations = tuple(destinations)
         self._random = random
@@ -167,7 +173,7 @@ class Courier:
         self._counts = counts
         self._bell = _Bell()
         self._task: asyncio.Task[None] | None = None
-        self._holds = False
+        self._holds = self._closed = False
         self._paused: dict[str, float] = {}
         self._next_send = 0.0
         self._turn = asyncio.Lock()
@@ -188,6 +194,7 @@ class Courier:
 
     async def aclose(self) -> None:
         """End, wait for that, and give back what was leased, so that another process need not wait for it."""
+        self._closed = True
         try:
             if self._task is not None:
                 await reap([self._task])
@@ -196,12 +203,12 @@ class Courier:
 
     async def _give_back(self, reason: str) -> None:
         """Release whatever is leased in our name: a lease that was cancelled under way never told us its rows."""
-        holds, self._holds = self._holds, False
-        if holds:
+        if self._holds:
             try:
                 await self._store.release(self._owner, None, sent=True, reason=reason, attempted=False)
             except OutboxError as error:
                 _log.warning("what was leased in the outbox could not be given back: %s", error)
+            self._holds = False  # only now: a cancellation may have come between
 
     async def replay(self) -> ReplayReport:
         """Deliver everything that is due, in one go, whoever is thought to be down; tell what came of it.
@@ -211,10 +218,12 @@ class Courier:
         delivered, refused = self._counts["replayed"], self._counts["refused"]
         self._paused.clear()
         await self._store.hasten()
+        seen: set[int] = set()
         while True:
-            left, full = await self._round(everything=True)
-            if left or not full:
+            tried, _ = await self._round(self._destinations)
+            if tried <= seen:  # nothing new: what is left has failed once, and waits
                 break
+            seen |= tried
         counts = await self._store.counts()
         return ReplayReport(
             delivered=self._counts["replayed"] - delivered,
@@ -223,44 +232,68 @@ class Courier:
         )
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        failures = 0
+        failures = delivered = 0
+        before: frozenset[str] = frozenset()
         while True:
             pause = _POLL
             try:
-                if self._available():
-                    left, full = await self._round()
-                    failures = failures + 1 if left else 0
-                    pause = 0.0 if full and not left else _POLL
+                ready = self._ready()
+                if ready - before:  # what waits for these in a backoff waits for nothing any more
+                    await self._store.hasten(sorted((ready - before) | (frozenset() if before else frozenset({ANY}))))
+                    failures = 0
+                before = ready
+                now = asyncio.get_running_loop().time()
+                paused = {url for url, until in self._paused.items() if until > now}
+                if ready - paused:
+                    count = self._counts["replayed"]
+                    tried, left = await self._round(sorted(ready - paused))
+                    delivered += self._counts["replayed"] - count
+                    failures = failures + 1 if tried and left == len(tried) else 0
+                    pause = 0.0 if tried and not failures else _POLL
+                    if not tried and delivered:
+                        _log.info("busts that had waited in the outbox were delivered: %d", delivered)
+                        delivered = 0
                 else:
                     pause = 1.0
             except OutboxError as error:
                 failures += 1
                 _log.warning("the outbox cannot be worked on: %s", error)
+            except Exception:  # noqa: BLE001 - logged; a courier that ends delivers nothing any more
+                failures += 1
+                _log.exception("an unexpected error while the outbox was delivered; it goes on")
             if failures:
                 pause = min(_LONGEST_ROUND, 0.5 * 2 ** min(failures, 10))
-            if pause:
-                await self._bell.wait(loop.time() + pause * (0.5 + self._random() / 2))
+            await self._rest(pause * (0.5 + self._random() / 2), before)
 
-    async def _round(self, *, everything: bool = False) -> tuple[int, bool]:
-        """Lease a batch and deliver it; tell how many could not be delivered now, and whether there may be more."""
+    async def _rest(self, seconds: float, before: frozenset[str]) -> None:
+        """Wait so long, or until somebody rings, or a daemon is well that was not before (looked for every second)."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while (left := end - loop.time()) > 0:
+            if await self._bell.wait(loop.time() + min(1.0, left)) or self._ready() - before:
+                return
+
+    async def _round(self, destinations: Collection[str]) -> tuple[set[int], int]:
+        """Lease a batch and deliver it; tell which rows those were, and how many could not be delivered now."""
         async with self._turn:
+            if self._closed:
+                raise ClientClosed("the client is closed; what is in the outbox stays there")
             await self._give_back("its delivery was broken off")
             self._holds = True
-            rows = await self._store.lease(self._owner, self._destinations, _BATCH)
+            rows = await self._store.lease(self._owner, destinations, self._batch)
             if not rows:
                 self._holds = False
-                return 0, False
+                return set(), 0
             queue = list(reversed(rows))
             verdicts: list[str] = []
-            failures: list[OutboxError] = []
+            failures: list[Exception] = []
 
             async def work() -> None:
                 while queue and not failures:
                     row = queue.pop()
                     try:
                         verdicts.append(await self._one(row))
-                    except OutboxError as error:  # raised below, and not in a group, which nobody above expects
+                    except Exception as error:  # noqa: BLE001 - raised below, and not in a group, which nobody expects
                         failures.append(error)
 
             async with asyncio.TaskGroup() as workers:
@@ -269,29 +302,39 @@ class Courier:
             if failures:
                 raise failures[0]
             self._holds = False
-            return verdicts.count("later"), everything or len(rows) == _BATCH
+            return {row.id for row in rows}, verdicts.count("later")
+
+    @property
+    def _batch(self) -> int:
+        """How many rows to lease at once: no more than are sent, at our pace, in a part of the lease."""
+        return max(1, min(_BATCH, int(self._policy.replay * self._policy.lease / 4)))
 
     async def _one(self, row: OutboxRow) -> str:
         """Deliver one row, and resolve it in the store."""
         await self._pace()
         now = asyncio.get_running_loop().time()
         paused = frozenset(url for url, until in self._paused.items() if until > now)
-        replay = await self._deliver(row, paused)
+        try:
+            replay = await self._deliver(row, paused)
+        except InvalidRequest as error:  # nobody could send it: it was not us who stored it
+            await self._store.set_aside(self._owner, [row.id], str(error))
+            return "refused"
         for url in replay.paused:
             self._paused[url] = asyncio.get_running_loop().time() + _PAUSE
-        reason = str(replay.causes[-1]) if replay.causes else "its daemon takes nothing from us now"
+        reason = str(replay.causes[-1]) if replay.causes else "no daemon that could take it takes anything from us now"
         if replay.verdict == "delivered":
-            await self._store.done(self._owner, [row.id])
+            if not await self._store.done(self._owner, [row.id]):
+                return replay.verdict  # our lease ended, and another took it over: it is theirs to count
         elif replay.verdict == "refused":
             _log.warning("a bust in the outbox (row %d) was refused and is set aside: %s", row.id, reason)
             await self._store.set_aside(self._owner, [row.id], reason)
         else:
-            delay = self._random() * min(_LONGEST_BACKOFF, 2.0 ** min(row.attempts, 10))
+            delay = (0.5 + self._random() / 2) * min(_LONGEST_BACKOFF, 2.0 ** min(row.attempts, 10))
             await self._store.release(self._owner, [row.id], sent=replay.sent, reason=reason, delay=delay)
-        if replay.verdict != "later":
-            self._counts["replayed" if replay.verdict == "delivered" else "refused"] += 1
-            daemon, ok = row.destination, replay.verdict == "delivered"
-            self._emit(BustReplayed(daemon=daemon, row=row.id, target=row.bust.target, ok=ok))
+            return replay.verdict
+        self._counts["replayed" if replay.verdict == "delivered" else "refused"] += 1
+        daemon, ok = row.destination, replay.verdict == "delivered"
+        self._emit(BustReplayed(daemon=daemon, row=row.id, target=row.bust.target, ok=ok))
         return replay.verdict
 
     async def _pace(self) -> None:

@@ -9,11 +9,13 @@ the daemon's affair.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import os
 import random
 import re
 import secrets
+import time
 import uuid
 import warnings
 from collections import Counter
@@ -58,7 +60,7 @@ from pybustcall.policies import Breaker, Budget, Failback, Hedge, Pool, Probes, 
 from pybustcall.results import Attempt, BustReport, BustResult, ReportBuilder, failure, summary
 from pybustcall.session import TLS, PoolStatistics, SessionManager
 from pybustcall.telemetry import BreakerMoved, Event, FailedBack, FailedOver, Hooks, OutboxSetAside
-from pybustcall.topology import DEFAULT_URL, DaemonAddress, Topology
+from pybustcall.topology import DEFAULT_URL, DaemonAddress, Route, Topology
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -81,6 +83,9 @@ _LEVELS: Final = {
 _TOKEN: Final = re.compile(r"[!-~]+")
 _KEY: Final = re.compile(r"[!-~]{1,255}")
 _MODES: Final = get_args(DeliveryMode)
+_DIGEST: Final = 10.0
+"""Seconds in which calls of one status are logged once: an outage is one piece of news, however many calls meet it."""
+
 _FLUSH: Final = 1.0
 """Seconds that `aclose` waits for hooks to be told the last events."""
 _DISABLED: Final = "disabled"
@@ -148,7 +153,7 @@ class _Runtime:
     def __init__(self, core: _Core, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._past = core.past
-        urls = [daemon.url for daemon in core.daemons]
+        urls = self._urls = [daemon.url for daemon in core.daemons]
         self.fleet = Fleet(
             urls,
             core.policies,
@@ -177,7 +182,7 @@ class _Runtime:
                 core.store,
                 core.outbox,
                 self.deliverer.replay,
-                available=self._available,
+                ready=self._ready,
                 owner=f"{owner}-courier",
                 destinations=urls,
                 random=random.random,
@@ -208,9 +213,9 @@ class _Runtime:
             if self.courier is not None:
                 self.loop.call_soon_threadsafe(self.courier.cancel)
 
-    def _available(self) -> bool:
+    def _ready(self) -> frozenset[str]:
         now = self.loop.time()
-        return any(self.fleet.well(index, now) for index in range(len(self.fleet)))
+        return frozenset(url for index, url in enumerate(self._urls) if self.fleet.well(index, now))
 
     def _wake_prober(self) -> None:
         self._prober.wake()
@@ -218,6 +223,47 @@ class _Runtime:
     def _wake_courier(self) -> None:
         if self.courier is not None:
             self.courier.wake()
+
+
+@final
+class _Digest:
+    """Logs calls that were not clean: of each status one in ten seconds in full, and how many there were beside it.
+
+    A call that raises is not logged: its error says all of it, to whoever asked.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[str, tuple[float, int]] = {}
+
+    def tell(self, result: BustResult) -> None:
+        """Log a result, or count it."""
+        if not result.causes and not result.note:
+            return
+        now = time.monotonic()
+        silent_until, passed = self._counts.get(result.status, (0.0, 0))
+        if now < silent_until:
+            self._counts[result.status] = silent_until, passed + 1
+            return
+        self._counts[result.status] = now + _DIGEST, 0
+        _log.log(
+            _LEVELS[result.band],
+            "bust of %s: %s, stage %d (%s), attempts: %d, in %.3f s: %s%s",
+            result.label,
+            result.status,
+            result.stage,
+            result.band,
+            len(result.attempts),
+            result.elapsed,
+            "; ".join([*summary(result.causes), *([result.note] if result.note else [])]),
+            f" (and {passed} more {result.status} since the last such line)" if passed else "",
+        )
+
+    def close(self) -> None:
+        """Log what was only counted."""
+        for status, (_, passed) in self._counts.items():
+            if passed:
+                _log.log(logging.INFO if status == "busted" else logging.WARNING, "%d more busts: %s", passed, status)
+        self._counts.clear()
 
 
 @final
@@ -238,6 +284,7 @@ class _Core:
         self.policies = policies
         self.outbox = outbox
         self.hooks = Hooks()
+        self.digest = _Digest()
         self.past: Counter[str] = Counter()
         self._client_id = client_id
         self._origin = secrets.token_hex(8)
@@ -270,6 +317,7 @@ class _Core:
                 _log.info("%d %% of the calls go to the hub %s first again", round(share * 100), daemon)
             case BreakerMoved(daemon=daemon, old=old, new=new, reason=reason):
                 level = logging.CRITICAL if new == "quarantined" and reason else logging.WARNING
+                level = logging.INFO if new in {"closed", "half-open"} else level
                 _log.log(level, "the breaker of %s: %s, was %s%s", daemon, new, old, f" ({reason})" if reason else "")
             case OutboxSetAside(text=text):
                 _log.error("%s", text)
@@ -331,14 +379,14 @@ class ClientOutbox:
 
     async def retry(self, ids: Iterable[int] | None = None) -> int:
         """Let rows that were set aside be delivered again, as if they were new; None for all. Tell how many."""
-        return await self._store.retry(None if ids is None else tuple(ids))
+        return await self._store.retry(ids)
 
     async def purge(self, ids: Iterable[int] | None = None, *, aside_only: bool = True) -> int:
         """Delete rows: those numbered, or all; by default only what was set aside. Tell how many.
 
         What is deleted is never delivered: the caches keep the old value until it expires.
         """
-        return await self._store.purge(None if ids is None else tuple(ids), aside_only=aside_only)
+        return await self._store.purge(ids, aside_only=aside_only)
 
     def __repr__(self) -> str:
         return f"ClientOutbox({self.path!r})"
@@ -376,6 +424,7 @@ class BustcallClient:
 
     _core: _Core | None = None  # so that a client whose making failed can be dropped
     _owner = False
+    _whole: BustcallClient | None = None  # of a view, the client that it must keep alive
 
     def __init__(
         self,
@@ -510,7 +559,7 @@ class BustcallClient:
         when the client is closed, so are its views.
         """
         old = self._options
-        return self._view(
+        view = self._view(
             self._core,
             _options(
                 old.timeout if timeout is None else timeout,
@@ -520,6 +569,8 @@ class BustcallClient:
                 old.reveal_targets if reveal_targets is None else reveal_targets,
             ),
         )
+        view._whole = self._whole or self  # noqa: SLF001 - our own
+        return view
 
     async def bust(
         self,
@@ -550,13 +601,24 @@ class BustcallClient:
         request = bust_request(target, strategy, tolerance)
         seconds = self._seconds(timeout)
         mode = self._options.delivery if delivery is None else _check_mode(delivery)
+        if type(write_ahead) is not bool:
+            raise InvalidRequest(f"write_ahead must be true or false, not {write_ahead!r}; nothing was sent")
         if write_ahead and self._core is not None and self._core.store is None:
             raise InvalidRequest("write_ahead needs an outbox; nothing was sent", field="write_ahead")
-        delivered = await self._bust(request, seconds, mode, key=_check_key(idempotency_key), write_ahead=write_ahead)
+        key = _check_key(idempotency_key)
+        try:
+            delivered = await self._bust(request, seconds, mode, key=key, write_ahead=write_ahead)
+        except OutboxError as error:
+            unstored = self._unstored(request.target, key, error)
+            if raises(unstored.stage, tolerance):
+                raise
+            return unstored
         result = delivered.result
         if self._core is not None and raises(result.stage, tolerance):
             what = f"the bust of {result.label}"
             raise failure(what, delivered.ending, result.causes, result.elapsed, result) from delivered.error
+        if self._core is not None:
+            self._core.digest.tell(result)
         return result
 
     async def bust_many(
@@ -689,7 +751,7 @@ class BustcallClient:
         """
         loop = asyncio.get_running_loop()
         if self._core is None:
-            return FleetView(route="star", hub_share=1.0, order=(), budget=1.0, daemons=())
+            return FleetView(route=Route.STAR, hub_share=1.0, order=(), budget=1.0, daemons=())
         runtime = self._core.sessions.companion
         fleet = runtime.fleet if isinstance(runtime, _Runtime) else _Runtime(self._core, loop).fleet
         return fleet.view(loop.time())
@@ -700,8 +762,7 @@ class BustcallClient:
         Hooks run one after the other in a thread of their own. One that raises is logged; one that is slow delays no
         call, but misses events once 10,000 are waiting.
         """
-        if not callable(hook):
-            raise ConfigurationError(f"a hook must be callable, not {type(hook).__name__}", setting="hook")
+        _check_hook(hook)
         return (lambda: None) if self._core is None else self._core.hooks.add(hook)
 
     def reset(self) -> None:
@@ -746,6 +807,8 @@ class BustcallClient:
     async def __aenter__(self) -> Self:
         if self._core is not None:
             async with self._core.sessions.call():
+                if self._core.store is not None:
+                    await self._core.store.open()  # a file that cannot be used is known now, and not in an outage
                 self._core.runtime()  # what an earlier process left in the outbox waits for no first call
         return self
 
@@ -785,17 +848,26 @@ class BustcallClient:
                 attempts=(Attempt(fault.daemon, fault.stage, 0.0, fault),),
                 reveal=self._options.reveal_targets,
             )
+        key = _check_key(None)
         try:
-            return (await self._bust(request, seconds, mode, key=_check_key(None))).result
+            result = (await self._bust(request, seconds, mode, key=key)).result
         except OutboxError as error:
-            return BustResult(
-                target=request.target,
-                status="failed",
-                stage=call_stage(Outcome.FAILED, [] if error.stage is None else [error.stage]),
-                attempts=tuple(Attempt(cause.daemon, cause.stage, 0.0, cause) for cause in error.causes),
-                note=str(error),
-                reveal=self._options.reveal_targets,
-            )
+            result = self._unstored(request.target, key, error)
+        if self._core is not None:
+            self._core.digest.tell(result)
+        return result
+
+    def _unstored(self, target: str, key: str, error: OutboxError) -> BustResult:
+        """Make the result of a bust that could not be stored."""
+        return BustResult(
+            target=target,
+            status="failed",
+            stage=call_stage(Outcome.FAILED, [] if error.stage is None else [error.stage]),
+            attempts=tuple(Attempt(cause.daemon, cause.stage, 0.0, cause) for cause in error.causes),
+            key=key,
+            note=str(error),
+            reveal=self._options.reveal_targets,
+        )
 
     async def _bust(
         self, request: BustRequest, seconds: float, mode: DeliveryMode, *, key: str, write_ahead: bool = False
@@ -818,9 +890,7 @@ class BustcallClient:
             reveal=reveal,
         )
         async with self._core.sessions.call():
-            delivered = await self._core.runtime().deliverer.bust(job)
-        _tell(delivered.result)
-        return delivered
+            return await self._core.runtime().deliverer.bust(job)
 
     async def _ask(
         self,
@@ -860,6 +930,7 @@ async def _close(core: _Core) -> None:
     try:
         await core.sessions.aclose()
     finally:
+        core.digest.close()
         try:
             if core.store is not None:
                 await core.store.aclose()
@@ -904,9 +975,15 @@ def _check_mode(delivery: DeliveryMode) -> DeliveryMode:
     return delivery
 
 
+def _check_hook(hook: object) -> None:
+    if not callable(hook) or inspect.iscoroutinefunction(hook):
+        what = "an async function, which nobody would await" if callable(hook) else type(hook).__name__
+        raise ConfigurationError(f"a hook must be a plain callable, not {what}", setting="hook")
+
+
 def _check_client_id(client_id: object) -> None:
-    if client_id is not None and not (isinstance(client_id, str) and client_id):
-        raise ConfigurationError(f"client_id must be text, not {client_id!r}", setting="client_id")
+    if client_id is not None and not (isinstance(client_id, str) and client_id.isprintable() and client_id):
+        raise ConfigurationError(f"client_id must be printable text, not {client_id!r}", setting="client_id")
 
 
 def _check_key(key: object) -> str:
@@ -1003,19 +1080,3 @@ async def _each(targets: Any) -> AsyncGenerator[object, None]:
             yield target
     else:
         raise InvalidRequest(f"targets must be an iterable of strings, not {type(targets).__name__}", field="targets")
-
-
-def _tell(result: BustResult) -> None:
-    """Log what a call met on its way: nothing for a clean success, else at the level of its band."""
-    if result.causes:
-        _log.log(
-            _LEVELS[result.band],
-            "bust of %s: %s, stage %d (%s), attempts: %d, in %.3f s: %s",
-            result.label,
-            result.status,
-            result.stage,
-            result.band,
-            len(result.attempts),
-            result.elapsed,
-            "; ".join(summary(result.causes)),
-        )

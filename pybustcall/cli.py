@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 import threading
+from collections import Counter
 from concurrent.futures import CancelledError
 from functools import partial, wraps
 from itertools import repeat
@@ -38,6 +39,7 @@ from pybustcall.errors import (
 )
 from pybustcall.faults import check_tolerance, raises
 from pybustcall.models import DEFAULT_STRATEGY, MAX_TARGET_BYTES, check_target
+from pybustcall.outbox import RowState
 from pybustcall.results import BustResult, error_class, summary
 
 if TYPE_CHECKING:
@@ -102,8 +104,14 @@ def cli() -> None:
     """
 
 
-def _client_options(command: Callable[..., int]) -> Callable[..., int]:
+def _asking_options(command: Callable[..., int]) -> Callable[..., int]:
+    """Give a command that only asks the same options, but for the outbox: it has no use for one."""
+    return _client_options(command, outbox=False)
+
+
+def _client_options(command: Callable[..., int], *, outbox: bool = True) -> Callable[..., int]:
     """Give a command the options that say which daemons to ask, and the client made of them."""
+    has_outbox = outbox
 
     @click.option("--url", help="The hub's URL: http://, https:// or unix:///path/of.sock.")
     @click.option("--peer", "peers", multiple=True, help="A peer's URL; repeat it for more.")
@@ -111,7 +119,6 @@ def _client_options(command: Callable[..., int]) -> Callable[..., int]:
     @click.option(
         "--token-file", type=click.Path(path_type=Path), help="File with the bearer token (or set BUSTCALL_TOKEN)."
     )
-    @click.option("--outbox", type=click.Path(path_type=Path), help="File to keep undelivered busts in.")
     @click.option("--config", type=click.Path(path_type=Path), help="TOML file with a table [pybustcall].")
     @wraps(command)
     def with_client(
@@ -120,13 +127,15 @@ def _client_options(command: Callable[..., int]) -> Callable[..., int]:
         peers: tuple[str, ...],
         timeout: float | None,
         token_file: Path | None,
-        outbox: Path | None,
         config: Path | None,
+        outbox: Path | None = None,
         **own: Any,
     ) -> int:
         try:
             settings = settings_from_env() if config is None else settings_from_toml(config)
             given: dict[str, Any] = {"url": url, "timeout": timeout}
+            if not has_outbox:
+                settings = settings.model_copy(update={"outbox": None})
             given["outbox"] = None if outbox is None else str(outbox)
             given["peers"] = peers if peers or url is not None else None
             if token_file is not None:
@@ -140,6 +149,9 @@ def _client_options(command: Callable[..., int]) -> Callable[..., int]:
             raise _Failure(str(error), _USAGE) from error
         return command(client, **own)
 
+    if has_outbox:
+        outbox_option = click.option("--outbox", type=click.Path(path_type=Path), help="File of undelivered busts.")
+        return outbox_option(with_client)
     return with_client
 
 
@@ -338,7 +350,7 @@ async def _lines() -> AsyncIterable[str]:
 
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each daemon.")
-@_client_options
+@_asking_options
 def status(client: BustcallClient, as_json: bool) -> int:
     """Tell how each daemon is. Exits with 0 only if every one of them answered."""
 
@@ -353,7 +365,7 @@ def status(client: BustcallClient, as_json: bool) -> int:
 
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each daemon.")
-@_client_options
+@_asking_options
 def capabilities(client: BustcallClient, as_json: bool) -> int:
     """Tell what each daemon can do. Exits with 0 only if every one of them answered."""
 
@@ -439,27 +451,50 @@ def outbox_list(client: BustcallClient, limit: int, as_json: bool) -> int:
 
 
 @outbox.command("replay")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @_client_options
-def outbox_replay(client: BustcallClient) -> int:
-    """Deliver now what can be delivered. Exits with 3 if something is left."""
+def outbox_replay(client: BustcallClient, as_json: bool) -> int:
+    """Deliver now what can be delivered. Exits with 3 if something is left, and says why it is."""
 
     async def work(box: ClientOutbox) -> int:
         report = await box.replay()
-        click.echo(f"{report.delivered} delivered, {report.refused} refused and set aside, {report.left} left")
+        told = {"delivered": report.delivered, "refused": report.refused, "left": report.left}
+        text = f"{report.delivered} delivered, {report.refused} refused and set aside, {report.left} left"
+        click.echo(json.dumps(told) if as_json else text)
+        if not report.ok:
+            await _tell_left(client, box)
         return 0 if report.ok else _UNAVAILABLE
 
     return _run(_with_outbox(client, work))
 
 
+async def _tell_left(client: BustcallClient, box: ClientOutbox) -> None:
+    """Say why rows are left: each reason once, and how often."""
+    reasons: Counter[str] = Counter()
+    for row in await box.rows():
+        if row.state is RowState.ASIDE:
+            continue
+        if row.destination not in {"", *client.daemons}:
+            reasons[f"for {row.destination}, which is none of the daemons here (see --url and --peer)"] += 1
+        elif row.state is RowState.LEASED:
+            reasons["another process is delivering it, or was killed while it did: its lease has to end"] += 1
+        else:
+            reasons[row.reason or "its turn has not come"] += 1
+    for reason, times in reasons.most_common(5):
+        click.echo(_printable(f"{times} left: {reason}"), err=True)
+
+
 @outbox.command("retry")
 @click.argument("rows", nargs=-1, type=int, metavar="[ROW]...")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @_client_options
-def outbox_retry(client: BustcallClient, rows: tuple[int, ...]) -> int:
+def outbox_retry(client: BustcallClient, rows: tuple[int, ...], as_json: bool) -> int:
     """Let the ROWs that were set aside be delivered again; without a ROW, all of them."""
 
     async def work(box: ClientOutbox) -> int:
-        click.echo(f"{await box.retry(rows or None)} will be delivered again")
-        return 0
+        count = await box.retry(rows or None)
+        click.echo(json.dumps({"retried": count}) if as_json else f"{count} will be delivered again")
+        return _all_of_them(rows, count, "not every ROW was set aside; see pybustcall outbox list")
 
     return _run(_with_outbox(client, work))
 
@@ -467,20 +502,33 @@ def outbox_retry(client: BustcallClient, rows: tuple[int, ...]) -> int:
 @outbox.command("purge")
 @click.argument("rows", nargs=-1, type=int, metavar="[ROW]...")
 @click.option("--all", "everything", is_flag=True, help="Also what waits for its delivery: it will never be delivered.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @_client_options
-def outbox_purge(client: BustcallClient, rows: tuple[int, ...], everything: bool) -> int:
+def outbox_purge(client: BustcallClient, rows: tuple[int, ...], everything: bool, as_json: bool) -> int:
     """Delete the ROWs that were set aside; without a ROW, all of them."""
 
     async def work(box: ClientOutbox) -> int:
-        click.echo(f"{await box.purge(rows or None, aside_only=not everything)} deleted")
-        return 0
+        count = await box.purge(rows or None, aside_only=not everything)
+        click.echo(json.dumps({"purged": count}) if as_json else f"{count} deleted")
+        return _all_of_them(rows, count, "not every ROW was set aside; --all deletes those that still wait, too")
 
     return _run(_with_outbox(client, work))
 
 
+def _all_of_them(rows: tuple[int, ...], count: int, hint: str) -> int:
+    """Tell the exit code of a command for certain rows, and the hint if it did not find them all."""
+    if count >= len(set(rows)):
+        return 0
+    click.echo(hint, err=True)
+    return _REFUSED
+
+
 async def _with_outbox(client: BustcallClient, work: Callable[[ClientOutbox], Awaitable[int]]) -> int:
     try:
-        return await work(client.outbox)
+        box = client.outbox
+        if not Path(box.path).exists():  # noqa: ASYNC240 - before anything else runs in this loop
+            raise _Failure(f"there is no outbox at {box.path}", _USAGE)
+        return await work(box)
     finally:
         await client.aclose()
 

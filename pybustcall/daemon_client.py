@@ -183,6 +183,7 @@ class DaemonClient:
                 message = hide(message, self._token, "***")
             if target is not None:
                 message = hide(message, target, redact(target))
+            message = "".join(character if character.isprintable() else "?" for character in message)
             if len(message) > _MAX_MESSAGE:
                 message = message[:_MAX_MESSAGE] + "…"
             failed.fault = replace(failed.fault, message=message)
@@ -308,7 +309,8 @@ class DaemonClient:
         elif kind is FaultKind.REJECTED:
             message = f"it refused the request (HTTP {answer.status}){said}"
         else:
-            message = f"it answered HTTP {answer.status}{said}"
+            wait = "" if answer.retry_after is None else f", and asks to wait {answer.retry_after:g} s"
+            message = f"it answered HTTP {answer.status}{wait}{said}"
         raise self._failed(kind, message, _APPLIED.get(kind, "no"), answer)
 
     def _read(self, model: type[_Model], answer: _Answer) -> _Model:
@@ -451,7 +453,10 @@ def hide(text: str, secret: str, shown: str) -> str:
         html.escape(secret),
         ascii(secret)[1:-1],
     }
+    lower = text.lower()
     for form in sorted(forms, key=len, reverse=True):
+        if form[: _TELLING + 1].lower() not in lower:
+            continue  # neither it nor its beginning is there, which is most often so
         pattern = re.escape(form) if len(form) >= 2 * _TELLING else rf"(?<!\w){re.escape(form)}(?!\w)"
         text = re.sub(pattern, lambda _: shown, text, flags=re.IGNORECASE)
         for length in range(min(len(form) - 1, len(text)), _TELLING, -1):

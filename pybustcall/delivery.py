@@ -11,11 +11,12 @@ The promise (docs/explanation/resilience.md): "busted" was acknowledged by as ma
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Generic, Literal, Protocol, TypeVar, final
 
 from pybustcall.dispatcher import Daemon, dispatch, dispatch_each
-from pybustcall.errors import ClientClosed, OutboxError
+from pybustcall.errors import ClientClosed, InvalidRequest, OutboxError
 from pybustcall.faults import TABLE, AttemptFailed, Band, Fault, FaultKind, Outcome, band_of
 from pybustcall.models import bust_request
 from pybustcall.outbox import ANY, OutboxRow, StoredBust
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RESERVE", "Delivered", "Deliverer", "DeliveryMode", "Job", "Replay", "Send", "keeps"]
 
+_log: Final = logging.getLogger("pybustcall")
+
 DeliveryMode = Literal["first", "quorum", "all"]
 """How many daemons must acknowledge a bust: the first that answers, more than half, or every one."""
 
@@ -44,6 +47,9 @@ take to store its bust."""
 
 _STORED_FROM: Final = 6
 """The least fault tolerance whose calls are stored: at 6 a WARNING is good enough."""
+
+_MARGIN: Final = 1.0
+"""Seconds beyond its deadline for which a call holds what it wrote ahead: if it was killed, others deliver it then."""
 
 _REPLAY_TIME: Final = 5.0
 """Seconds that one delivery out of the outbox may take."""
@@ -210,9 +216,12 @@ class Deliverer(Generic[_Daemon]):
                 await self._take_back(ahead)
                 raise
             causes = (*closed.causes, Fault(FaultKind.DISCONNECTED, _HERE, "the client was closed", closed.applied))
-            legs = [_Leg(None, tuple(Attempt(cause.daemon, cause.stage, 0.0, cause) for cause in causes), "exhausted")]
+            attempts = tuple(Attempt(cause.daemon, cause.stage, 0.0, cause) for cause in causes)
+            legs = [_Leg(None, attempts, "exhausted", None if job.mode == "first" else self._daemons[0].url)]
+            if job.mode != "first":
+                legs += [_Leg(None, (), "exhausted", daemon.url) for daemon in self._daemons[1:]]
         owed = self._owed(job, legs)
-        rows = await self._store_owed(job, owed, ahead) if owed or ahead else {}
+        rows = await self._store_owed(job, legs, owed, ahead) if owed or ahead else {}
         return self._delivered(job, legs, rows)
 
     async def replay(self, row: OutboxRow, paused: frozenset[str] = frozenset()) -> Replay:
@@ -260,6 +269,7 @@ class Deliverer(Generic[_Daemon]):
                 retry=job.retry,
                 random=self._random,
                 adopt=self._adopt,
+                storable=tolerated,
             )
             daemon = receipt.daemon.url if receipt.daemon is not None else None
             return [_leg(receipt, daemon)]
@@ -271,6 +281,8 @@ class Deliverer(Generic[_Daemon]):
             deadline=deadline,
             retry=job.retry,
             random=self._random,
+            adopt=self._adopt,
+            storable=tolerated,
         )
         return [_leg(receipt, daemon.url) for receipt, daemon in zip(receipts, self._daemons, strict=True)]
 
@@ -283,22 +295,33 @@ class Deliverer(Generic[_Daemon]):
         enough = len(legs) - len(lack) >= self._needed(job.mode)
         if self._store is None or (enough and job.mode == "first"):
             return []
-        return lack if enough or keeps(_causes(legs), job.request.fault_tolerance) else []
+        if enough:  # the call is well; each that has missed it is owed, but for one that would refuse it again
+            return [leg for leg in lack if keeps(_causes([leg]), _STORED_FROM)]
+        return lack if keeps(_causes(legs), job.request.fault_tolerance) else []
 
-    async def _store_owed(self, job: Job, owed: list[_Leg], ahead: tuple[int, ...]) -> dict[str, int]:
+    async def _store_owed(self, job: Job, legs: list[_Leg], owed: list[_Leg], ahead: tuple[int, ...]) -> dict[str, int]:
         """Store what is owed, a row for each destination; return their numbers. What was written ahead is resolved.
 
-        Once begun this is finished, although the call is cancelled.
+        Once begun this is finished, although the call is cancelled, or its time is over.
         """
-        storing = asyncio.create_task(self._store_rows(job, owed, ahead))
+        loop = asyncio.get_running_loop()
+        storing = loop.create_task(self._store_rows(job, owed, ahead))
         try:
-            rows = await asyncio.shield(storing)
+            ended, _ = await asyncio.wait({storing}, timeout=max(RESERVE, job.deadline - loop.time()))
         except asyncio.CancelledError:
             await self._outlast(lambda: self._store_rows(job, owed, ahead), storing)
             raise
+        if not ended:
+            self._adopt(storing, _REPLAY_TIME)
+            storing.add_done_callback(_seen)
+            raise _told(OutboxError("the outbox took too long to store it; it may still be stored"), job, legs)
+        try:
+            return storing.result()
         except OutboxError as error:
-            raise _told(error, job, owed) from error.__cause__
-        return rows
+            if not owed:  # every one has it: a row that could not be deleted is delivered once more, and costs a miss
+                _log.warning("what was written ahead could not be taken back: %s", error)
+                return {}
+            raise _told(error, job, legs) from error.__cause__
 
     async def _store_rows(self, job: Job, owed: list[_Leg], ahead: tuple[int, ...]) -> dict[str, int]:
         assert self._store is not None  # noqa: S101 - for the type checker: only then is anything owed
@@ -310,7 +333,8 @@ class Deliverer(Generic[_Daemon]):
             await self._store.done(self._owner, [row for row in ahead if row not in rows.values()])
             rows = await self._give_back(self._store, job, rows, sent=sent, reason=_reason(owed))
         else:
-            stored = await self._store.put(job.stored, destinations, sent=sent, reason=_reason(owed))
+            reasons = [_reason([leg]) for leg in owed]
+            stored = await self._store.put(job.stored, destinations, sent=sent, reason=reasons)
             rows = dict(zip(destinations, stored, strict=True))
         self._tell_deferred(job, rows)
         return rows
@@ -349,13 +373,30 @@ class Deliverer(Generic[_Daemon]):
 
     async def _write_ahead(self, store: OutboxStore, job: Job) -> tuple[int, ...]:
         writing = asyncio.ensure_future(
-            store.put(job.stored, self._destinations(job.mode), sent=False, owner=self._owner)
+            store.put(
+                job.stored,
+                self._destinations(job.mode),
+                sent=False,
+                owner=self._owner,
+                lease=job.deadline - job.begun + _MARGIN,
+            )
         )
+        loop = asyncio.get_running_loop()
         try:
-            return await asyncio.shield(writing)
+            ended, _ = await asyncio.wait({writing}, timeout=max(RESERVE, job.deadline - loop.time()))
         except asyncio.CancelledError:
             await self._outlast(lambda: self._let_go(store, job, writing))
             raise
+        if not ended:
+            late = loop.create_task(self._withdraw(writing))
+            self._adopt(late, _REPLAY_TIME)
+            late.add_done_callback(_seen)
+            raise _told(OutboxError("the outbox took too long to write it ahead; nothing was sent"), job, [])
+        return writing.result()
+
+    async def _withdraw(self, writing: asyncio.Future[tuple[int, ...]]) -> None:
+        """Take back what is written ahead too late."""
+        await self._take_back(await writing)
 
     async def _let_go(self, store: OutboxStore, job: Job, writing: asyncio.Future[tuple[int, ...]]) -> None:
         """Release what a cancelled call has written ahead, to be delivered; or take it back, if so is its tolerance."""
@@ -427,9 +468,9 @@ class Deliverer(Generic[_Daemon]):
 
 
 def _seen(task: asyncio.Future[_Any]) -> None:
-    """Take notice of an error that can be told to nobody, since it is the cancellation that arrives."""
-    if not task.cancelled():
-        task.exception()
+    """Log an error that can be told to nobody, since it is the cancellation that arrives, or the call is over."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.warning("a bust could not be stored after its call: %s", error)
 
 
 _HERE: Final = "this client"
@@ -487,12 +528,14 @@ def _reason(legs: Sequence[_Leg]) -> str:
     return str(causes[-1]) if causes else "no attempt could be made in time"
 
 
-def _told(error: OutboxError, job: Job, owed: Sequence[_Leg]) -> OutboxError:
-    """Say of a bust that could not be stored what was tried before."""
-    causes = _causes(owed)
-    applied: Applied = applied_of(causes)
+def _told(error: OutboxError, job: Job, legs: Sequence[_Leg]) -> OutboxError:
+    """Say of a bust that could not be stored what was tried before, and who has it."""
+    causes = _causes(legs)
+    have = [leg.daemon for leg in legs if leg.reply is not None and leg.daemon is not None]
+    applied: Applied = "yes" if have else applied_of(causes)
+    before = f"acknowledged by {', '.join(have)}; " if have else ""
     return OutboxError(
-        f"{error}; before that: {_reason(owed)}",
+        f"{error}; before that: {before}{_reason(legs)}",
         daemon=causes[-1].daemon if causes else None,
         stage=stage_of(Outcome.FAILED, causes),
         band=band_of(stage_of(Outcome.FAILED, causes)),
@@ -503,4 +546,7 @@ def _told(error: OutboxError, job: Job, owed: Sequence[_Leg]) -> OutboxError:
 
 
 def _request_of(bust: StoredBust) -> BustRequest:
+    """Make the request of a stored bust; raise `InvalidRequest` if it cannot be sent."""
+    if bust.kind != "key" or bust.namespace is not None or bust.soft:
+        raise InvalidRequest("it asks for what only a later version of the client can send")
     return bust_request(bust.target, bust.strategy, bust.fault_tolerance)

@@ -266,6 +266,10 @@ class _Race(Generic[_Daemon, _Reply]):
     def _give_up(self, ending: Ending) -> Receipt[_Daemon, _Reply]:
         if ending == "deadline":
             self._note_losers(FaultKind.TIMED_OUT, "no answer came in time")
+        elif ending == "silent":
+            self._note_losers(
+                FaultKind.TIMED_OUT, "it is silent, as is everybody else, and was not waited for any longer"
+            )
         else:
             self._note_losers(FaultKind.SLOW, "it was asked as well, and given up when the call was halted")
         for fault in self._plan.passed_over:
@@ -301,6 +305,7 @@ async def dispatch(
     random: Callable[[], float],
     adopt: Adopt | None = None,
     only: int | None = None,
+    storable: bool = False,
 ) -> Receipt[_Daemon, _Reply]:
     """Ask the daemons, as the plan decides, until one answers, none may be asked any more, or the deadline is over.
 
@@ -311,6 +316,7 @@ async def dispatch(
     - `random`: uniform in [0, 1)
     - `adopt`: takes over the losers of a race; without it they are cancelled
     - `only`: the index of the one daemon to ask, for a leg of `dispatch_each`
+    - `storable`: whether the bust is stored if the call gives up; then silence is not waited for
 
     Never raises for a failed attempt. `ClientClosed` tells what was tried before; cancellation passes at once and
     leaves nothing running.
@@ -318,11 +324,11 @@ async def dispatch(
     now = asyncio.get_running_loop().time()
     if only is None:
         fleet.called(now)
-    plan = CallPlan(fleet, deadline=deadline, retry=retry, now=now, random=random, only=only)
+    plan = CallPlan(fleet, deadline=deadline, retry=retry, now=now, random=random, only=only, storable=storable)
     race = _Race(ask, daemons, fleet, plan, deadline)
     try:
         receipt = await race.run()
-        if adopt is not None and receipt.ending == "answered":
+        if adopt is not None and receipt.ending in {"answered", "silent"}:
             race.hand_over(adopt)
         return receipt
     finally:
@@ -338,6 +344,8 @@ async def dispatch_each(
     deadline: float,
     retry: Retry | None,
     random: Callable[[], float],
+    adopt: Adopt | None = None,
+    storable: bool = False,
 ) -> list[Receipt[_Daemon, _Reply]]:
     """Ask every daemon, each by a leg of its own; return a receipt for each, in the daemons' order.
 
@@ -347,10 +355,23 @@ async def dispatch_each(
     loop = asyncio.get_running_loop()
     begun = loop.time()
     fleet.called(begun)
+    up = {index for index in range(len(daemons)) if not fleet.down(index, begun)}
+    if not up:  # nobody else is left: as with a single daemon, one call a second goes on
+        up = {index for index in range(len(daemons)) if fleet.try_down(index, begun)}
     legs: list[asyncio.Task[Receipt[_Daemon, _Reply]]] = [
         loop.create_task(
-            dispatch(ask, daemons, fleet, deadline=deadline, retry=retry, random=random, only=index)
-            if not fleet.down(index, begun)
+            dispatch(
+                ask,
+                daemons,
+                fleet,
+                deadline=deadline,
+                retry=retry,
+                random=random,
+                adopt=adopt,
+                only=index,
+                storable=storable,
+            )
+            if index in up
             else _passed_over(fleet.passed_over(index), daemon)
         )
         for index, daemon in enumerate(daemons)

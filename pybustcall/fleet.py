@@ -4,12 +4,13 @@ It is fed what happens (a send, an answer, a fault, a probe, the time) and answe
 whether a daemon may be asked at all, when to hedge, and which daemon is to be probed when. It is pure: no clock, no
 task, no socket. `plan` asks it for the course of one call; `dispatcher` and the prober tell it what came of that.
 
-Theory of operation. Four things are known of a daemon, from the quickest to the slowest:
+Theory of operation. Five things are known of a daemon, from the quickest to the slowest:
 
 - *overdue*: it has answered nothing at all for several times its usual latency while calls wait for it. New calls
   avoid it, and those that wait move on. Any answer ends that.
 - *suspect*: the last thing known of it is a fault that speaks against its health. It is asked after the others, by one
   call at a time, until it answers a bust or a probe, which now comes every second.
+- *mute*: a request ended without any answer from it. A call that can be stored does not wait for such daemons alone.
 - *down*: its breaker is not closed, or it missed several probes in a row. If it is the hub, calls leave it for the ring
   and return late and little by little (`topology.StarRing`).
 - *quarantined*: it met a fault of the PANIC band. Nothing is sent until three good probes, or `reset`.
@@ -22,7 +23,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Final, Literal, final
 
 from pybustcall.faults import CLEAN, TABLE, Band, Fault, FaultKind, Incidents, band_of
 from pybustcall.policies import BreakerState, Circuit, HedgeAllowance, Latency, SharedBudget
@@ -30,14 +31,17 @@ from pybustcall.telemetry import AttemptMade, BreakerMoved, Event, FailedBack, F
 from pybustcall.topology import Route, StarRing, ring_order
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from pybustcall.policies import Breaker, Budget, Failback, Hedge, Probes
 
-__all__ = ["DaemonView", "Fleet", "FleetView", "Flight", "Policies"]
+__all__ = ["SILENCE", "DaemonView", "Fleet", "FleetView", "Flight", "Policies"]
 
 _PASS: Final = 1.0
 """Seconds between two calls that pass an open breaker as their last candidate, and between two tries of a suspect."""
+
+SILENCE: Final = 0.5
+"""Seconds of silence after which a call that can be stored waits no longer, if nobody else is worth asking."""
 
 _CLEARING: Final = 3
 """Good probes that end a quarantine."""
@@ -86,8 +90,8 @@ class DaemonView:
     """
 
     url: str
-    role: str
-    breaker: str
+    role: Literal["hub", "peer"]
+    breaker: BreakerState
     reason: str
     suspect: bool
     overdue: bool
@@ -107,7 +111,7 @@ class FleetView:
     hedges, 0 to 1.
     """
 
-    route: str
+    route: Route
     hub_share: float
     order: tuple[str, ...]
     budget: float
@@ -125,6 +129,7 @@ class _Daemon:
     flights: dict[Flight, None] = field(default_factory=dict)  # in the order in which they were sent
     heard: float = -math.inf
     suspect: bool = False
+    mute: bool = False
     blamed: float = -math.inf
     passed: float = -math.inf
     claimed: float = -math.inf
@@ -167,6 +172,7 @@ class Fleet:
         self._route = StarRing(policies.failback)
         self._budget = SharedBudget(policies.budget)
         self._hedges = HedgeAllowance(policies.hedge, self._budget)
+        self._tried_silence = -math.inf
         for index, daemon in enumerate(self._daemons):
             daemon.probe_at = now + self._interval(index)
 
@@ -211,6 +217,11 @@ class Fleet:
         if known.suspect and self.policies.probes is None:
             known.blamed = now  # this is the one call a second that tries it
         return Flight(daemon, now, known.circuit.begin(), hedge)
+
+    def try_down(self, daemon: int, now: float) -> bool:
+        """Let one call a second ask a daemon that is down, where all are; tell whether this one may."""
+        known = self._daemons[daemon]
+        return known.circuit.state is not BreakerState.QUARANTINED and now - known.passed >= _PASS
 
     def passed_over(self, daemon: int) -> Fault:
         """Tell the fault of passing over a daemon that is known to be down."""
@@ -287,6 +298,37 @@ class Fleet:
         """Tell for how many seconds a daemon may be silent before it is overdue; inf while its usual is unknown."""
         return self._patience(self._daemons[daemon])
 
+    def hopeless_at(self, daemons: Iterable[int], now: float) -> float:
+        """Tell from when on no daemon of these is worth waiting for: each is down, or silent for long; inf for never.
+
+        Long is half a second, and several times what is usual; a second, where that is not known yet.
+        """
+        return max((self._hopeless_at(index, now) for index in daemons), default=-math.inf)
+
+    def try_silence(self, now: float) -> bool:
+        """Let one call a second ask daemons that are all silent; tell whether this one may."""
+        if now - self._tried_silence < _PASS:
+            return False
+        self._tried_silence = now
+        return True
+
+    def silent(self, daemon: int) -> Fault:
+        """Tell the fault of passing over a daemon that answers nothing."""
+        known = self._daemons[daemon]
+        fault = Fault(FaultKind.BREAKER_OPEN, known.url, "it answers nothing; one call a second tries it", "no")
+        self._emit(FaultMet(daemon=known.url, fault=fault))
+        return fault
+
+    def _hopeless_at(self, index: int, now: float) -> float:
+        known = self._daemons[index]
+        if known.mute or self.down(index, now):
+            return -math.inf
+        oldest = next(iter(known.flights), None)
+        if oldest is None or self.policies.hedge is None:
+            return math.inf
+        unknown = known.latency.usual is None
+        return max(known.heard, oldest.begun) + (2 * SILENCE if unknown else max(SILENCE, self._patience(known)))
+
     def found_overdue(self, flight: Flight, now: float) -> None:
         """Take in that a call gave up waiting for this request."""
         self.counts["overdue"] += 1
@@ -305,7 +347,8 @@ class Fleet:
         known = self._land(flight)
         flight.slow = now - flight.begun >= self._patience(known)
         known.heard = now
-        known.suspect = False
+        known.suspect = known.mute = False
+        known.misses = 0  # an acknowledged bust is better evidence than a probe
         known.incidents.succeeded()
         known.latency.add(now - flight.begun)
         self._watched(known, lambda: known.circuit.succeeded(now, trial=flight.trial))
@@ -321,6 +364,10 @@ class Fleet:
         known = self._land(flight)
         if fault.status is not None:
             known.heard = now
+        if fault.kind is FaultKind.TIMED_OUT:
+            known.mute |= flight.sent and known.heard < flight.begun
+        elif fault.kind is not FaultKind.NO_SLOT:
+            known.mute = False  # it speaks, or it is dead, which shows at once
         if not fault.is_incident:
             known.circuit.released(trial=flight.trial)
         else:
@@ -337,7 +384,8 @@ class Fleet:
         """
         known = self._land(flight)
         if flight.sent and now - max(known.heard, flight.begun) >= self._patience(known):
-            silent = Fault(FaultKind.TIMED_OUT, known.url, "it answered nothing while another daemon did", "maybe")
+            known.mute = True
+            silent = Fault(FaultKind.TIMED_OUT, known.url, "it answered nothing until nobody waited any more", "maybe")
             self._emit(FaultMet(daemon=known.url, fault=self._incident(flight, silent, now)))
         else:
             known.circuit.released(trial=flight.trial)
@@ -374,7 +422,7 @@ class Fleet:
                 self._poor_hub(now, f"{known.misses} probes missed: {fault.message}")
         else:
             known.misses = 0
-            known.suspect = False
+            known.suspect = known.mute = False
             if index == 0:
                 self._route.hub_good(now)
             known.vouchers += 1
@@ -388,7 +436,7 @@ class Fleet:
         for known in self._daemons:
             self._watched(known, known.circuit.reset)
             known.incidents.succeeded()
-            known.suspect, known.misses, known.blamed = False, 0, -math.inf
+            known.suspect, known.mute, known.misses, known.blamed = False, False, 0, -math.inf
         self._route.reset()
 
     def view(self, now: float) -> FleetView:
@@ -432,9 +480,10 @@ class Fleet:
         return self.policies.probes is None and not known.flights and now - known.blamed >= _PASS
 
     def _lone_trial(self, now: float) -> bool:
-        """Tell whether a call tries the hub although the route is the ring's: only where nothing probes it."""
+        """Tell whether a call tries the hub although calls go to the ring: once a second, where nothing probes it."""
         hub = self._daemons[0]
-        return self.policies.probes is None and hub.circuit.state is BreakerState.HALF_OPEN and self._admits(0, now)
+        quiet = not hub.flights and now - max(hub.blamed, hub.heard) >= _PASS
+        return self.policies.probes is None and quiet and self._admits(0, now)
 
     def _admits(self, index: int, now: float) -> bool:
         known = self._daemons[index]

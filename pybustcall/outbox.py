@@ -38,11 +38,13 @@ import threading
 import time
 import warnings
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from enum import StrEnum
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar, final
 from urllib.parse import quote
@@ -55,7 +57,7 @@ from pybustcall.models import redact
 from pybustcall.policies import check_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+    from collections.abc import Callable, Collection, Generator, Sequence
     from concurrent.futures import Executor
 
 __all__ = [
@@ -109,7 +111,7 @@ class Outbox:
     def __post_init__(self) -> None:
         given: object = self.path
         path = os.fspath(given) if isinstance(given, str | os.PathLike) else None
-        if not isinstance(path, str) or not path or "\0" in path or path == ":memory:":
+        if not isinstance(path, str) or not path or "\0" in path or path == ":memory:" or not _encodable(path):
             raise ConfigurationError(f"outbox.path must name a file, not {self.path!r}", setting="outbox.path")
         if type(self.rows) is not int or self.rows < 1:
             raise ConfigurationError(
@@ -271,6 +273,36 @@ def _line_of(destination: str, bust: StoredBust) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
+def _encodable(path: str) -> bool:
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _clean(reason: str) -> str:
+    """Keep of a reason what can be stored and shown: others wrote parts of it."""
+    return "".join(character if character.isprintable() else "?" for character in reason)
+
+
+def _numbers(ids: Iterable[int] | None) -> tuple[int, ...] | None:
+    """Check numbers of rows, which a caller may have typed; raise `InvalidRequest` for what is none."""
+    if ids is None:
+        return None
+    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        raise InvalidRequest(f"ids must be numbers of rows, not {type(ids).__name__}", field="ids")
+    numbers = tuple(ids)
+    for number in numbers:
+        _check_number(number, "ids")
+    return numbers
+
+
+def _check_number(number: object, name: str) -> None:
+    if type(number) is not int or not 0 <= number < 1 << 63:
+        raise InvalidRequest(f"{name} must be whole numbers from 0, not {number!r}", field=name)
+
+
 def _check_text(bust: StoredBust, destinations: Iterable[str]) -> None:
     texts = {"destination": "".join(destinations), "namespace": bust.namespace or ""}
     texts |= {name: getattr(bust, name) for name in ("target", "strategy", "key", "kind")}
@@ -318,7 +350,8 @@ def _put(
     destinations: Sequence[str],
     sent: bool,
     owner: str | None,
-    reason: str,
+    lease: float,
+    reasons: dict[str, str],
 ) -> tuple[int, ...]:
     """Store the bust for each destination, or let it join a row there; refuse where a row would be one too many."""
     ids: dict[str, int] = {}
@@ -328,7 +361,7 @@ def _put(
         joined = _join(db, now, line, bust, sent) if owner is None else None
         if joined is None:
             added += 1
-            joined = _insert(db, now, policy, bust, destination, line, sent, owner, reason)
+            joined = _insert(db, now, bust, destination, line, sent, owner, lease, reasons[destination])
         ids[destination] = joined
     counts = _tally(db)
     if added and sum(counts) > policy.rows:
@@ -344,12 +377,12 @@ def _put(
 def _insert(
     db: sqlite3.Connection,
     now: float,
-    policy: Outbox,
     bust: StoredBust,
     destination: str,
     line: bytes,
     sent: bool,
     owner: str | None,
+    lease: float,
     reason: str,
 ) -> int:
     leased = owner is not None
@@ -361,7 +394,7 @@ def _insert(
         (
             *(destination, line, bust.target, bust.namespace, bust.kind, bust.strategy, bust.soft),
             *(bust.fault_tolerance, bust.key, _LEASED if leased else _READY, sent, now),
-            *(owner, now if leased else None, now + policy.lease if leased else None, reason),
+            *(owner, now if leased else None, now + lease if leased else None, reason),
         ),
     )
     return int(db.execute("SELECT last_insert_rowid()").fetchone()[0])
@@ -409,13 +442,15 @@ def _lease(
     db: sqlite3.Connection, now: float, policy: Outbox, owner: str, destinations: Collection[str], limit: int
 ) -> tuple[OutboxRow, ...]:
     _settle(db, now, policy)
-    found: list[tuple[Any, ...]] = []
-    for destination in destinations:
-        found += db.execute(
-            _SELECT + " WHERE state = 0 AND head = 1 AND destination = ? ORDER BY id LIMIT ?",
-            (destination, limit),
-        )
-    ids = sorted(row[0] for row in found)[:limit]
+    found = [
+        db.execute(
+            _SELECT + " WHERE state = 0 AND head = 1 AND destination = ? ORDER BY id LIMIT ?", (destination, limit)
+        ).fetchall()
+        for destination in destinations
+    ]
+    # One of each destination in turn: what waits for a daemon that fails must not keep another's rows from it.
+    fair = [row for turn in zip_longest(*found) for row in turn if row is not None]
+    ids = sorted(row[0] for row in fair[:limit])
     db.executemany(
         "UPDATE busts SET state = 2, sent = 1, owner = ?, leased_at = ?, lease_until = ? WHERE id = ?",
         [(owner, now, now + policy.lease, ident) for ident in ids],
@@ -813,13 +848,15 @@ class OutboxStore:
         *,
         sent: bool,
         owner: str | None = None,
-        reason: str = "",
+        lease: float | None = None,
+        reason: str | Sequence[str] = "",
     ) -> tuple[int, ...]:
         """Store a bust for each of these destinations, all or none; it is on disk when this returns.
 
         - `sent`: whether it may have reached a daemon; later busts do not join it then
         - `owner`: who is sending it now: the rows are born leased. Without it they may be leased at once
-        - `reason`: why it is stored, without targets
+        - `lease`: seconds for which they are, if not the policy's
+        - `reason`: why it is stored, without targets; one for all, or one for each destination
 
         Returns the rows' ids, in the order of `destinations`. An unsent row of the same (destination, namespace, kind,
         target, strategy, soft) that nobody speaks for is joined instead of adding one; it takes this bust's key and
@@ -829,7 +866,10 @@ class OutboxStore:
         """
         wanted = tuple(destinations)
         _check_text(bust, wanted)
-        return await self._ask(lambda db, now: _put(db, now, self._policy, bust, wanted, sent, owner, reason))
+        each = [reason] * len(wanted) if isinstance(reason, str) else reason
+        reasons = {destination: _clean(text) for destination, text in zip(wanted, each, strict=True)}
+        seconds = self._policy.lease if lease is None else lease
+        return await self._ask(lambda db, now: _put(db, now, self._policy, bust, wanted, sent, owner, seconds, reasons))
 
     async def lease(self, owner: str, destinations: Collection[str], limit: int) -> tuple[OutboxRow, ...]:
         """Take rows to send: at most `limit`, for `ANY` or these destinations, in order of id.
@@ -895,14 +935,14 @@ class OutboxStore:
             return db.executemany(
                 "UPDATE busts SET state = ?, owner = NULL, sent = max(sent, ?), attempts = attempts + ?,"
                 " not_before = ?, reason = ? WHERE id = ? AND owner = ? AND state < 3",
-                [(state, sent, attempted, now + wait, reason, ident, owner) for ident in chosen],
+                [(state, sent, attempted, now + wait, _clean(reason), ident, owner) for ident in chosen],
             ).rowcount
 
         return await self._ask(work)
 
     async def set_aside(self, owner: str, ids: Iterable[int], reason: str) -> int:
         """Give rows up, and keep them to be seen (`rows`), retried or purged; tell how many. The attempt is counted."""
-        asked = [(reason, ident, owner) for ident in ids]
+        asked = [(_clean(reason), ident, owner) for ident in ids]
         return await self._ask(
             lambda db, _now: (
                 db.executemany(
@@ -915,6 +955,8 @@ class OutboxStore:
 
     async def rows(self, *, after: int = 0, limit: int = 1000) -> tuple[OutboxRow, ...]:
         """List rows in order of id: at most `limit` of those beyond the id `after`."""
+        _check_number(after, "after")
+        _check_number(limit, "limit")
         select = _SELECT + " WHERE id > ? ORDER BY id LIMIT ?"
         return await self._ask(
             lambda db, _now: tuple(_row(row) for row in db.execute(select, (after, max(0, limit)))), writes=False
@@ -929,7 +971,7 @@ class OutboxStore:
             "UPDATE busts SET state = 0, owner = NULL, attempts = 0, reason = '', created = ?1, joined = ?1,"
             " not_before = ?1 WHERE state = 3"
         )
-        asked = None if ids is None else tuple(ids)
+        asked = _numbers(ids)
 
         def work(db: sqlite3.Connection, now: float) -> int:
             if asked is None:
@@ -938,16 +980,23 @@ class OutboxStore:
 
         return await self._ask(work)
 
-    async def hasten(self) -> int:
-        """End the backoff of every row that is in one, so that it may be leased now; tell how many."""
-        return await self._ask(
-            lambda db, now: db.execute("UPDATE busts SET state = 0, not_before = ? WHERE state = 1", (now,)).rowcount
-        )
+    async def hasten(self, destinations: Collection[str] | None = None) -> int:
+        """End the backoff of rows, all or those for these destinations: they may be leased now. Tell how many."""
+        change = "UPDATE busts SET state = 0, not_before = ? WHERE state = 1"
+        asked = None if destinations is None else tuple(destinations)
+
+        def work(db: sqlite3.Connection, now: float) -> int:
+            if asked is None:
+                return db.execute(change, (now,)).rowcount
+            return db.executemany(f"{change} AND destination = ?", [(now, url) for url in asked]).rowcount
+
+        return await self._ask(work)
 
     async def purge(self, ids: Iterable[int] | None = None, *, aside_only: bool = True) -> int:
         """Delete rows undelivered; tell how many. None: all. `aside_only=False`: those to be delivered, too."""
         change = "DELETE FROM busts WHERE state = 3" if aside_only else "DELETE FROM busts WHERE state >= 0"
-        asked = None if ids is None else [(ident,) for ident in ids]
+        numbers = _numbers(ids)
+        asked = None if numbers is None else [(ident,) for ident in numbers]
         return await self._ask(
             lambda db, _now: (
                 (db.execute(change) if asked is None else db.executemany(f"{change} AND id = ?", asked)).rowcount

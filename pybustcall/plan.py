@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, final
 
 from pybustcall.faults import TABLE, Band, Fault, FaultKind, Same
+from pybustcall.fleet import SILENCE
 from pybustcall.policies import Retry, full_jitter
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Wait:
 @final
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Give up: "halted" by a fault that forbids going on, "exhausted", or the "deadline" is over."""
+    """Give up: "halted" by a fault that forbids going on, "exhausted", "silent", or the "deadline" is over."""
 
     ending: Ending
 
@@ -80,6 +81,7 @@ class CallPlan:
     """Decides the course of one call over a fleet, under one absolute deadline.
 
     - `only`: the index of the one daemon to ask, for one leg of a delivery to many; None for whoever answers first
+    - `storable`: whether the bust is stored if the call gives up; then it does not wait for daemons that are all silent
 
     Theory of operation. Each daemon is untried, open (may be asked again, not before a time) or out. While nothing is
     in flight, the next is: the daemon it stays with; the first untried; the open one that may be asked soonest. It
@@ -103,8 +105,10 @@ class CallPlan:
         now: float,
         random: Callable[[], float],
         only: int | None = None,
+        storable: bool = False,
     ) -> None:
         self._fleet = fleet
+        self._storable = storable
         self._deadline = deadline
         self._retry = retry or Retry(attempts=1)
         self._random = random
@@ -131,6 +135,10 @@ class CallPlan:
             return Wait(self._deadline + _LAST_WORD) if now >= self._deadline else self._watch(now)
         if now >= self._deadline:
             return Stop("deadline")
+        if self._storable and now >= self._hopeless_at(now) and not self._fleet.try_silence(now):
+            open_ones = [index for index, candidate in self._candidates.items() if not candidate.out]
+            self.passed_over += [self._fleet.silent(index) for index in open_ones]
+            return Stop("silent")
         return self._choose(now)
 
     def record(self, flight: Flight, fault: Fault, now: float) -> None:
@@ -211,7 +219,22 @@ class CallPlan:
                 self._in_flight.remove(newest)
                 return replace(sending, instead_of=newest)
             return sending
-        return Wait(self._deadline)
+        return self._wait_alone(newest, now)
+
+    def _wait_alone(self, newest: Flight, now: float) -> Step:
+        """Decide how long to wait where there is nobody else to ask."""
+        if not self._storable:
+            return Wait(self._deadline)
+        given_up = max(self._hopeless_at(now), newest.begun + SILENCE)
+        if now >= given_up:
+            return Stop("silent")
+        # While nothing is known to be silent, that may begin; and a probe may find another daemon well.
+        return Wait(min(given_up, now + SILENCE, self._deadline))
+
+    def _hopeless_at(self, now: float) -> float:
+        """Tell from when on none of those that could still answer is worth waiting for."""
+        open_ones = [index for index, candidate in self._candidates.items() if not candidate.out]
+        return self._fleet.hopeless_at(open_ones, now) if open_ones else math.inf
 
     def _helper(self, now: float) -> int | None:
         """Find the next untried daemon that is well."""

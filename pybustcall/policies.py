@@ -48,6 +48,13 @@ MAX_TIMEOUT: Final = 86_400.0
 """The longest time that any setting may name: a day. Longer is a mistake of units."""
 
 
+_MOST: Final = 1e6
+"""The most that an amount or a count of a policy may say. More is a mistake."""
+
+_LEAST_WINDOW: Final = 0.1
+"""Seconds; a shorter window would hold next to nothing."""
+
+
 def check_seconds(value: object, setting: str, *, zero: bool = False) -> float:
     """Return a time in seconds as float; raise `ConfigurationError` unless it is a finite number above 0 (or 0)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -64,9 +71,15 @@ def _check_count(value: object, setting: str, least: int = 1) -> None:
 
 
 def _check_amount(value: object, setting: str, least: float = 0.0) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
-        raise ConfigurationError(f"{setting} must be a number of at least {least:g}, not {value!r}", setting=setting)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= _MOST:
+        told = f"{setting} must be a number from {least:g} to {_MOST:g}, not {value!r:.40}"
+        raise ConfigurationError(told, setting=setting)
     return float(value)
+
+
+def _check_window(value: object, setting: str) -> None:
+    if check_seconds(value, setting) < _LEAST_WINDOW:
+        raise ConfigurationError(f"{setting} must be at least {_LEAST_WINDOW:g} s, not {value!r}", setting=setting)
 
 
 def _check_share(value: object, setting: str) -> None:
@@ -168,7 +181,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         _check_share(self.share, "budget.share")
-        check_seconds(self.window, "budget.window")
+        _check_window(self.window, "budget.window")
         for name in ("reserve", "per_second"):
             _check_amount(getattr(self, name), f"budget.{name}")
 
@@ -197,6 +210,7 @@ class Hedge:
         _check_share(self.quantile, "hedge.quantile")
         _check_share(self.share, "hedge.share")
         _check_count(self.samples, "hedge.samples")
+        _check_amount(self.samples, "hedge.samples")
         _check_amount(self.overdue, "hedge.overdue", least=1.0)
         check_seconds(self.overdue_least, "hedge.overdue_least", zero=True)
 
@@ -226,7 +240,8 @@ class Breaker:
         for name in ("incidents", "volume", "proofs"):
             _check_count(getattr(self, name), f"breaker.{name}")
         _check_share(self.rate, "breaker.rate")
-        for name in ("window", "open", "cap"):
+        _check_window(self.window, "breaker.window")
+        for name in ("open", "cap"):
             check_seconds(getattr(self, name), f"breaker.{name}")
 
 
@@ -280,6 +295,11 @@ class Failback:
         for name in ("hold", "cap", "spread", "ramp"):
             check_seconds(getattr(self, name), f"failback.{name}", zero=True)
         _check_count(self.evidence, "failback.evidence")
+        if self.cap < self.hold:
+            raise ConfigurationError(
+                f"failback.cap must be at least failback.hold, {self.hold:g} s, not {self.cap!r}",
+                setting="failback.cap",
+            )
 
 
 @final

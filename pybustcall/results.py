@@ -45,9 +45,9 @@ __all__ = [
 
 BustStatus = Literal["busted", "partial", "deferred", "failed", "disabled"]
 DeliveryStatus = Literal["acknowledged", "owed", "missed"]
-Ending = Literal["answered", "halted", "exhausted", "deadline", "overtaken"]
-"""Why a call stopped: a daemon answered, a fault forbade going on, nobody was left to ask, time was over, or enough
-others had answered."""
+Ending = Literal["answered", "halted", "exhausted", "silent", "deadline", "overtaken"]
+"""Why a call stopped: a daemon answered, a fault forbade going on, nobody was left to ask, everybody was silent and the
+bust can be stored, time was over, or enough others had answered."""
 
 
 @final

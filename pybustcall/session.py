@@ -30,7 +30,7 @@ import aiohttp
 from pybustcall.errors import ClientClosed, ConfigurationError, SlotTimeout
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
     from typing import Protocol
 
     from pybustcall.errors import Applied
@@ -295,17 +295,26 @@ class _LoopState:
         try:
             yield
         finally:
-            if self.companion is not None:
-                await self.companion.aclose()
-            self.closed = True
-            pooled_ones = [*self.sessions.values(), *self.retired]
-            self.sessions.clear()
-            self.retired.clear()
-            for pooled in pooled_ones:
-                await pooled.session.close()
-            if left := self.cleanup | self.adopted:
-                await asyncio.wait(left)
+            interrupted: BaseException | None = None
+            for end in self._ends():
+                try:
+                    await end
+                except BaseException as error:  # noqa: BLE001 - such as a cancellation by a loop that ends: raised below
+                    interrupted = error
             self.forget(self)
+            if interrupted is not None:
+                raise interrupted
+
+    def _ends(self) -> Iterator[Awaitable[object]]:
+        """Tell, one after the other, what is to be waited for at the end."""
+        if self.companion is not None:
+            yield self.companion.aclose()
+        self.closed = True
+        while self.sessions or self.retired:
+            pooled = self.sessions.popitem()[1] if self.sessions else self.retired.pop()
+            yield pooled.session.close()
+        if left := self.cleanup | self.adopted:
+            yield asyncio.wait(left)
 
     async def close(self) -> None:
         """Wait for calls under way (at most `drain` seconds), then close the sessions. Repeating it is harmless.
@@ -327,7 +336,12 @@ class _LoopState:
 
     async def _close(self) -> None:
         await self._wait_quiet(self.pool.drain)
-        await self.guard.aclose()
+        try:
+            await self.guard.aclose()
+        except RuntimeError:
+            if not getattr(self.guard, "ag_running", False):
+                raise
+            # The loop is ending, and closes the guard at this very moment: nothing is left to us.
         await self._wait_quiet(_GRACE)  # calls that were cut off have something to store, perhaps
 
     async def _wait_quiet(self, seconds: float) -> None:
@@ -566,11 +580,11 @@ class SessionManager:
         state = self._states.get(loop)
         if state is None:
             state = _LoopState(loop, self._pool, self._forget)
+            if self._make_companion is not None:
+                state.companion = self._make_companion(loop)
             with self._lock:
                 self._states[loop] = state
             await anext(state.guard)  # never suspends; from here on the loop knows the guard
-            if self._make_companion is not None:
-                state.companion = self._make_companion(loop)
         return state
 
     def _forget(self, state: _LoopState) -> None:

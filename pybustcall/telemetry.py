@@ -14,6 +14,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, final
 
+from pybustcall.models import redact
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -105,22 +107,28 @@ class BreakerMoved(Event):
 
 
 @final
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class BustDeferred(Event):
     """A bust is in the outbox; `daemon` is the one that is owed, or "" for any. `row` is its number there."""
 
     row: int
     target: str
 
+    def __repr__(self) -> str:
+        return f"BustDeferred(daemon={self.daemon!r}, row={self.row}, target={redact(self.target)})"
+
 
 @final
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class BustReplayed(Event):
     """A bust out of the outbox was delivered (`ok`), or set aside since it was refused."""
 
     row: int
     target: str
     ok: bool
+
+    def __repr__(self) -> str:
+        return f"BustReplayed(daemon={self.daemon!r}, row={self.row}, target={redact(self.target)}, ok={self.ok})"
 
 
 @final

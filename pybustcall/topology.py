@@ -12,6 +12,7 @@ import hashlib
 import ipaddress
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -21,7 +22,7 @@ from urllib.parse import urlsplit
 from pybustcall.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from pybustcall.policies import Failback
 
@@ -131,10 +132,11 @@ class Topology:
     peers: tuple[DaemonAddress, ...] = ()
 
     @classmethod
-    def parse(cls, url: object, peers: Iterable[object] = ()) -> Topology:
+    def parse(cls, url: object, peers: object = ()) -> Topology:
         """Read the hub's URL and its peers'; raise `ConfigurationError` for a bad one or one named twice."""
-        if isinstance(peers, str | bytes):
-            raise ConfigurationError("peers must be a list of URLs, not one string", setting="peers")
+        if isinstance(peers, str | bytes) or not isinstance(peers, Iterable):
+            told = "one string" if isinstance(peers, str | bytes) else type(peers).__name__
+            raise ConfigurationError(f"peers must be a list of URLs, not {told}", setting="peers")
         hub = DaemonAddress.parse(url)
         seen: dict[DaemonAddress, str] = {hub: "the hub"}
         ring: list[DaemonAddress] = []

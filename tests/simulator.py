@@ -407,7 +407,7 @@ class Client:
         self.daemons = world.daemons[: spec.daemons]
         self.wire = Wire(self)
         self.disk = Disk()
-        urls = [daemon.url for daemon in self.daemons]
+        urls = self.urls = [daemon.url for daemon in self.daemons]
         random = Random(f"{world.seed}:{self.name}").random
         self.fleet = Fleet(
             urls,
@@ -438,7 +438,7 @@ class Client:
                 self.store,
                 spec.outbox,
                 self._deliver,
-                available=self._available,
+                ready=self._ready,
                 owner=self.name,
                 destinations=urls,
                 random=random,
@@ -540,9 +540,9 @@ class Client:
         if self.courier is not None:
             self.courier.wake()
 
-    def _available(self) -> bool:
+    def _ready(self) -> frozenset[str]:
         now = self.world.loop.time()
-        return any(self.fleet.well(index, now) for index in range(len(self.fleet)))
+        return frozenset(url for index, url in enumerate(self.urls) if self.fleet.well(index, now))
 
     async def _deliver(self, row: OutboxRow, paused: frozenset[str]) -> Replay:
         replay = await self.deliverer.replay(row, paused)

@@ -15,7 +15,7 @@ import pytest
 
 from pybustcall.background import Courier, Prober, ReplayReport
 from pybustcall.delivery import Replay
-from pybustcall.errors import OutboxError
+from pybustcall.errors import ClientClosed, InvalidRequest, OutboxError
 from pybustcall.faults import Fault, FaultKind
 from pybustcall.fleet import Fleet, Policies
 from pybustcall.outbox import ANY, Outbox, OutboxRow, OutboxStore, RowState, StoredBust
@@ -142,6 +142,7 @@ class Post:
     counts: Counter[str] = field(default_factory=Counter)
     available: bool = True
     hang: bool = False
+    special: dict[str, Replay | Exception] = field(default_factory=dict)
 
     async def put(self, *targets: str, destination: str = ANY) -> None:
         """Store busts."""
@@ -170,6 +171,10 @@ async def post(path: Path, *verdicts: Replay, replay: float = 50.0) -> AsyncIter
         await asyncio.sleep(0.01)
         if paused:
             return Replay(verdict="later")
+        if (special := made.special.get(row.bust.target[0])) is not None:
+            if isinstance(special, Exception):
+                raise special
+            return special
         return made.verdicts[0] if len(made.verdicts) == 1 else made.verdicts.pop(0)
 
     events: list[Event] = []
@@ -178,7 +183,7 @@ async def post(path: Path, *verdicts: Replay, replay: float = 50.0) -> AsyncIter
         store,
         policy,
         deliver,
-        available=lambda: made.available,
+        ready=lambda: frozenset({"hub", "peer"}) if made.available else frozenset(),
         owner="courier",
         destinations=["hub", "peer"],
         random=lambda: 0.5,
@@ -337,3 +342,105 @@ async def test_leases_that_cannot_be_given_back_end_by_themselves(
         await made.store.aclose()
         await made.courier.aclose()
         assert "could not be given back" in caplog.text
+
+
+@virtual_time
+async def test_a_daemon_that_fails_keeps_nothing_from_the_others(tmp_path: Path) -> None:
+    """A hundred rows that one cannot take stand before five of another: those go out at once, and by a replay too."""
+    async with post(tmp_path, DELIVERED) as made:
+        made.special["h"] = LATER
+        await made.put(*(f"h{number}" for number in range(100)), destination="hub")
+        await made.put(*(f"p{number}" for number in range(5)), destination="peer")
+        made.courier.start()
+        await asyncio.sleep(5)
+        assert all(target.startswith("h") for target in await made.states())
+        await made.put("p5", destination="peer")
+        report = await made.courier.replay()
+        assert report.left == 100
+        assert "p5" not in await made.states()
+
+
+@virtual_time
+async def test_rows_wait_for_no_backoff_once_their_daemon_is_back(tmp_path: Path) -> None:
+    """It was down for ten minutes; a second or two after it is back they are delivered."""
+    async with post(tmp_path, LATER) as made:
+        made.courier.start()
+        await made.put("a", "b")
+        await asyncio.sleep(100)
+        made.available = False
+        await asyncio.sleep(500)
+        made.verdicts[:] = [DELIVERED]
+        made.available = True
+        await asyncio.sleep(2.5)
+        assert await made.states() == {}
+
+
+@virtual_time
+async def test_a_row_that_cannot_be_sent_is_set_aside_and_a_defect_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The one is the row's fault; the other is ours, is logged, and tried again."""
+    async with post(tmp_path, DELIVERED) as made:
+        made.special = {"i": InvalidRequest("it asks for what only a later version can send"), "z": ZeroDivisionError()}
+        made.courier.start()
+        await made.put("i", "z", "a")
+        await asyncio.sleep(60)
+        assert (await made.states())["i"] is RowState.ASIDE
+        assert "an unexpected error" in caplog.text
+        del made.special["z"]
+        await asyncio.sleep(120)
+        assert set(await made.states()) == {"i"}
+
+
+@virtual_time
+async def test_a_row_that_another_took_over_is_not_counted_as_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our lease had ended; who holds it now deletes it, and counts it."""
+    async with post(tmp_path, DELIVERED) as made:
+
+        async def gone(*_: object) -> int:
+            return 0
+
+        monkeypatch.setattr(made.store, "done", gone)
+        await made.put("a")
+        await made.courier.replay()
+        assert made.counts["replayed"] == 0
+        assert made.events == []
+
+
+@virtual_time
+async def test_no_more_is_leased_than_is_sent_in_time(tmp_path: Path) -> None:
+    """At one a second and a lease of two seconds, one row at a time."""
+    async with post(tmp_path, DELIVERED) as made:
+        assert made.courier._batch == 16
+        made.courier._policy = Outbox(path="x", lease=2.0, replay=1.0)
+        assert made.courier._batch == 1
+
+
+@virtual_time
+async def test_a_closed_courier_leases_nothing_more(tmp_path: Path) -> None:
+    """A replay that is under way ends with ClientClosed, and leaves its rows to others."""
+    async with post(tmp_path, DELIVERED) as made:
+        await made.put("a")
+        await made.courier.aclose()
+        with pytest.raises(ClientClosed):
+            await made.courier.replay()
+        assert await made.states() == {"a": RowState.PENDING}
+
+
+@virtual_time
+async def test_a_probe_that_fails_unexpectedly_is_not_the_last(caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged, and says nothing of the daemon."""
+    probed: list[int] = []
+
+    async def probe(index: int) -> Fault | None:
+        probed.append(index)
+        raise ZeroDivisionError
+
+    prober = Prober(fleet(), probe)
+    prober.start()
+    await asyncio.sleep(11)
+    await prober.aclose()
+    assert probed == [0, 0]
+    assert "an unexpected error while a daemon was probed" in caplog.text

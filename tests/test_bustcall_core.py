@@ -32,10 +32,12 @@ from pybustcall import (
     ConfigurationError,
     DaemonsUnavailable,
     DeadlineExceeded,
+    Event,
     FaultKind,
     IncompatibleDaemon,
     InvalidRequest,
     NotAllowed,
+    OutboxError,
     Panic,
     Pool,
     ProtocolViolation,
@@ -44,7 +46,7 @@ from pybustcall import (
 from pybustcall.models import cache_key_of
 from pybustcall.results import ReportBuilder
 from pybustcall.testing import Answer, FakeDaemon
-from tests.conftest import PATIENCE, eventually
+from tests.conftest import PATIENCE, eventually, read_request
 
 DOWN = "http://127.0.0.1:1"
 QUICK = Retry(base=0.001, cap=0.001, throttled_base=0.001, throttled_cap=0.001)
@@ -349,6 +351,8 @@ async def test_targets_are_redacted_in_logs_reprs_and_errors(caplog: pytest.LogC
     async with BustcallClient(DOWN, retry=None) as client:
         with pytest.raises(DaemonsUnavailable) as caught:
             await client.bust("user/4711-jane-doe")
+        assert caplog.text == ""  # an error that is raised needs no line as well
+        await client.bust("user/4711-jane-doe", fault_tolerance=12)
     assert caught.value.target == "user/4711-jane-doe"
     assert caught.value.result is not None
     for text in (caplog.text, str(caught.value), repr(caught.value.result)):
@@ -745,3 +749,60 @@ def test_everything_exported_is_there() -> None:
         if not name.startswith("_") and not isinstance(value, type(pybustcall)) and name != "annotations"
     }
     assert public | {"__version__"} == set(pybustcall.__all__)
+
+
+async def test_an_odd_header_is_told_in_printable_words() -> None:
+    """Bytes that are no text in a Content-Type: a protocol violation, whose text anybody can store."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: \xff\xfe\r\nContent-Length: 2\r\n\r\n{}")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with BustcallClient(url) as client:
+            result = await client.bust("a", fault_tolerance=12)
+    assert result.causes[0].kind is FaultKind.MALFORMED
+    assert str(result.causes[0]).isprintable()
+
+
+async def test_a_view_keeps_its_client_alive() -> None:
+    """Also one whose client nobody else holds: hooks are told, and nothing is closed under it."""
+    async with FakeDaemon() as fake:
+        view = BustcallClient(fake.url, probes=None).with_options(timeout=2.0).with_options(fault_tolerance=3)
+        gc.collect()
+        seen: list[Event] = []
+        view.on_event(seen.append)
+        assert (await view.bust("a")).ok
+        await eventually(lambda: seen)
+        assert view._whole is not None
+        await view._whole.aclose()
+
+
+async def test_an_outage_is_told_in_few_lines(caplog: pytest.LogCaptureFixture) -> None:
+    """The first call in full, the others as a count, at the end."""
+    async with BustcallClient(DOWN, retry=None, fault_tolerance=12) as client:
+        await client.bust_many([f"{number}" for number in range(50)])
+    lines = [record for record in caplog.records if "bust" in record.message and "breaker" not in record.message]
+    assert len(lines) == 2
+    assert "49 more busts: failed" in lines[-1].message
+
+
+async def test_a_client_with_an_outbox_that_cannot_be_used_is_not_entered(tmp_path: Path) -> None:
+    """It is known at the start of the service, and not in the first outage."""
+    with pytest.raises(OutboxError, match="missing"):
+        async with BustcallClient(DOWN, outbox=tmp_path / "missing" / "outbox.db"):
+            pytest.fail("entered")
+
+
+async def test_a_tolerance_of_twelve_never_raises_for_an_outbox_either(tmp_path: Path) -> None:
+    """The result has the note why."""
+    client = BustcallClient(DOWN, outbox=tmp_path / "missing" / "outbox.db", retry=None)
+    result = await client.bust("a", fault_tolerance=12)
+    assert (result.status, result.stage) == ("failed", 5)
+    assert "missing" in result.note
+    with pytest.raises(OutboxError):
+        await client.bust("a", fault_tolerance=6)
+    await client.aclose()

@@ -441,9 +441,10 @@ def test_an_outage_is_kept_listed_and_replayed(fake: FakeDaemon, tmp_path: Path)
     code, out, _ = call("outbox", "list", "--json", "--limit", "1", *box)
     line = json.loads(out)
     assert (line["state"], line["destination"], line["target"][:2]) == ("pending", "any", "p/")
-    code, out, _ = call("outbox", "replay", "--url", DOWN, *box)
+    code, out, err = call("outbox", "replay", "--url", DOWN, *box)
     assert code == 3
     assert "0 delivered" in out
+    assert "left: http://127.0.0.1:1: no connection could be made" in err
     code, out, _ = call("outbox", "replay", "--url", fake.url, *box)
     assert (code, out) == (0, "2 delivered, 0 refused and set aside, 0 left\n")
     assert sorted(request.target for request in fake.requests) == ["p/1", "p/2"]
@@ -461,7 +462,13 @@ def test_what_was_set_aside_is_retried_or_purged(fake: FakeDaemon, tmp_path: Pat
     _, out, _ = call("outbox", "list", *box)
     assert "aside 'a' for any" in out
     assert "no such thing" in out
-    assert call("outbox", "retry", "1", *box)[1] == "1 will be delivered again\n"
+    code, out, err = call("outbox", "retry", "999", *box)
+    assert (code, out) == (1, "0 will be delivered again\n")
+    assert "outbox list" in err
+    assert json.loads(call("outbox", "retry", "1", "--json", *box)[1]) == {"retried": 1}
+    code, out, err = call("outbox", "purge", "1", *box)
+    assert (code, out) == (1, "0 deleted\n")
+    assert "--all" in err
     assert call("outbox", "purge", *box)[1].endswith(" deleted\n")
     call("bust", "b", "--outbox", str(tmp_path / "outbox.db"), "--url", DOWN)
     assert call("outbox", "purge", "--all", "--outbox", str(tmp_path / "outbox.db"), "--url", DOWN)[1] == "2 deleted\n"
@@ -473,8 +480,22 @@ def test_without_an_outbox_its_commands_say_how_to_name_one() -> None:
     assert code == 2
     assert "--outbox FILE" in err
     code, _, err = call("outbox", "list", "--outbox", "/nowhere/outbox.db")
+    assert code == 2
+    assert "there is no outbox at /nowhere/outbox.db" in err
+    code, _, err = call("bust", "a", "--url", DOWN, "--outbox", "/nowhere/outbox.db")
     assert code == 1
     assert "/nowhere" in err
+    assert call("status", "--url", DOWN, "--outbox", "x.db")[0] == 2  # it has no use for one
+
+
+def test_rows_for_a_daemon_that_is_not_named_are_told(fake: FakeDaemon, tmp_path: Path) -> None:
+    """The usual reason why nothing is delivered: the operator's shell lacks the service's settings."""
+    box = ["--outbox", str(tmp_path / "outbox.db")]
+    call("bust", "a", "--url", fake.url, "--peer", DOWN, "--delivery", "all", *box)
+    code, out, err = call("outbox", "replay", "--url", fake.url, "--json", *box)
+    assert code == 3
+    assert json.loads(out) == {"delivered": 0, "refused": 0, "left": 1}
+    assert f"for {DOWN}, which is none of the daemons here" in err
 
 
 def test_a_partial_delivery_is_told(fake: FakeDaemon, tmp_path: Path) -> None:

@@ -483,3 +483,55 @@ async def test_an_acknowledgement_that_took_far_too_long_is_stage_ten() -> None:
         (10, FaultKind.SLOW)
     ]
     assert receipt.causes[0].applied == "yes"
+
+
+@virtual_time
+async def test_a_lone_daemon_is_asked_once_a_second_in_every_mode() -> None:
+    """Its breaker is open for a minute; it is back; a delivery to all finds out as soon as any other call."""
+    hub = daemon("hub", (0, FaultKind.UNREACHABLE), (0.01, "done"))
+    fleet = fleet_of((hub,), Policies(breaker=Breaker(incidents=1, open=60.0)))
+    loop = asyncio.get_running_loop()
+
+    async def to_all() -> Receipt[Scripted, str]:
+        receipts = await dispatch_each(
+            ask, (hub,), fleet, needed=1, deadline=loop.time() + 5, retry=None, random=lambda: 0
+        )
+        return receipts[0]
+
+    assert (await to_all()).reply is None
+    assert (await to_all()).reply == "done"
+
+
+@virtual_time
+async def test_silence_is_not_waited_for_where_the_bust_is_stored() -> None:
+    """Half a second, and the receipt says why; what was sent lingers, and may still arrive."""
+    hub = daemon("hub", (NEVER, "late"))
+    fleet = await known((hub,), 0.01)
+    owner = Linger()
+    loop = asyncio.get_running_loop()
+    receipt = await dispatch(
+        ask,
+        (hub,),
+        fleet,
+        deadline=loop.time() + 5,
+        retry=Retry(),
+        random=lambda: 0,
+        adopt=owner.adopt,
+        storable=True,
+    )
+    assert receipt.ending == "silent"
+    assert loop.time() == pytest.approx(0.5, abs=0.02)
+    assert "silent" in receipt.causes[0].message
+    assert receipt.causes[0].applied == "maybe"
+    assert len(owner.tasks) == 1
+    await asyncio.wait(owner.tasks)
+    again = await dispatch(
+        ask, (hub,), fleet, deadline=loop.time() + 5, retry=None, random=lambda: 0, adopt=owner.adopt, storable=True
+    )
+    third = await dispatch(
+        ask, (hub,), fleet, deadline=loop.time() + 5, retry=None, random=lambda: 0, adopt=owner.adopt, storable=True
+    )
+    assert [again.causes[0].kind, third.causes[0].kind] == [FaultKind.TIMED_OUT, FaultKind.BREAKER_OPEN]
+    for task in owner.tasks:
+        task.cancel()
+    await asyncio.wait(owner.tasks)

@@ -254,12 +254,13 @@ async def test_what_cannot_be_is_refused_before_anything_is_sent(tmp_path: Path)
 
 async def test_an_outbox_that_cannot_be_written_fails_the_call_and_only_then(tmp_path: Path) -> None:
     """OutboxError, for one call; a failed result, among many."""
-    async with BustcallClient("http://127.0.0.1:1", outbox=tmp_path / "missing" / "outbox.db", retry=None) as client:
-        with pytest.raises(OutboxError):
-            await client.bust("a")
-        report = await client.bust_many(["a"])
-        assert report.failed == 1
-        assert "outbox" in report.failures[0].note
+    client = BustcallClient("http://127.0.0.1:1", outbox=tmp_path / "missing" / "outbox.db", retry=None)
+    with pytest.raises(OutboxError):
+        await client.bust("a")
+    report = await client.bust_many(["a"])
+    assert report.failed == 1
+    assert "outbox" in report.failures[0].note
+    await client.aclose()
 
 
 async def test_closing_a_client_defers_what_is_under_way(tmp_path: Path) -> None:

@@ -611,3 +611,79 @@ def test_a_policy_that_is_off_takes_no_part() -> None:
     world.run()
     assert all(play.ending == "exhausted" for play in plays)
     assert all(play.order[0] == 0 for play in plays[:2])
+
+
+def test_an_acknowledged_bust_outweighs_missed_probes() -> None:
+    """A hub whose capabilities fail while its busts succeed is not down."""
+    fleet = fleet_of(1, EVERYTHING, half)
+    for now in (1.0, 2.0, 3.0):
+        fleet.take_probes(1e9)
+        fleet.probed(0, fault(FaultKind.SERVER_ERROR), now)
+    assert fleet.down(0, 3.0)
+    answer(fleet, 0, 4.0)
+    assert not fleet.down(0, 4.0)
+    assert fleet.well(0, 4.0)
+
+
+def test_without_probes_calls_try_the_hub_until_there_is_evidence_enough() -> None:
+    """One call a second, although its breaker has closed: else the failback would wait for evidence for ever."""
+    policies = replace(UNPROBED, breaker=Breaker(incidents=1, open=1.0, proofs=1))
+    fleet = fleet_of(2, policies, half)
+    fail(fleet, 0, FaultKind.UNREACHABLE, 0.0)
+    assert fleet.view(0.0).route is Route.RING
+    now, asked = 2.0, 0
+    while fleet.view(now).route is not Route.STAR:
+        first = fleet.order(now)[0]
+        asked += first == 0
+        answer(fleet, first, now)
+        now += 0.1
+        assert now < 300
+    assert asked > 3
+
+
+def test_silence_is_hopeless_only_where_everybody_is_silent_or_down() -> None:
+    """Half a second; one who may still answer is worth waiting for."""
+    fleet = fleet_of(2, EVERYTHING, half)
+    warm(fleet, 0)
+    warm(fleet, 1)
+    for index in (0, 1):
+        flight = fleet.board(index, 1.0)
+        assert isinstance(flight, Flight)
+        fleet.sent(flight, 1.0)
+    assert fleet.hopeless_at([0, 1], 1.0) == pytest.approx(1.5)
+    assert fleet.hopeless_at([], 1.0) < 0
+    answer(fleet, 1, 1.2)
+    assert fleet.hopeless_at([0, 1], 1.3) == pytest.approx(1.7)
+    assert fleet_of(1, replace(EVERYTHING, hedge=None), half).hopeless_at([0], 1.0) > 1e9
+    assert fleet.try_silence(5.0)
+    assert not fleet.try_silence(5.9)
+    assert fleet.try_silence(6.0)
+    assert "answers nothing" in fleet.silent(0).message
+
+
+def test_a_mute_daemon_is_hopeless_until_it_speaks() -> None:
+    """A request that ended without any answer; a refusal, a probe or a dead connection ends that."""
+    fleet = fleet_of(1, EVERYTHING, half)
+    for begun, cure in ((100.0, FaultKind.REJECTED), (200.0, FaultKind.UNREACHABLE), (300.0, None)):
+        fail(fleet, 0, FaultKind.TIMED_OUT, begun, taking=2.0)
+        assert fleet.hopeless_at([0], begun + 2) < 0
+        if cure is None:
+            fleet.take_probes(1e9)
+            fleet.probed(0, None, begun + 3)
+        else:
+            fail(fleet, 0, cure, begun + 3)
+        assert fleet.hopeless_at([0], begun + 3) > 1e9
+
+
+def test_where_all_are_down_one_call_a_second_asks_them_all() -> None:
+    """As with a lone daemon; but not one in quarantine."""
+    fleet = fleet_of(1, replace(UNPROBED, breaker=Breaker(incidents=1, open=60.0)), half)
+    fail(fleet, 0, FaultKind.UNREACHABLE, 0.0)
+    assert fleet.down(0, 1.0)
+    assert fleet.try_down(0, 1.0)
+    assert isinstance(fleet.board(0, 1.0, last=True), Flight)
+    assert not fleet.try_down(0, 1.5)
+    fail(fleet_of(1, EVERYTHING, half), 0, FaultKind.CERTIFICATE, 0.0)
+    fleet = fleet_of(1, EVERYTHING, half)
+    fail(fleet, 0, FaultKind.CERTIFICATE, 0.0)
+    assert not fleet.try_down(0, 10.0)

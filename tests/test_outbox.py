@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -620,7 +621,12 @@ async def test_rows_are_listed_in_pages(store: OutboxStore) -> None:
         await store.put(bust(target), sent=False)
     assert [row.id for row in await store.rows(limit=2)] == [1, 2]
     assert [row.id for row in await store.rows(after=2, limit=9)] == [3, 4]
-    assert await store.rows(limit=-1) == ()
+    for wrong in ({"limit": -1}, {"limit": 10**30}, {"after": "2"}, {"limit": True}):
+        with pytest.raises(InvalidRequest, match="whole numbers"):
+            await store.rows(**wrong)
+    for ids in ("12", 5, [object()], [10**30], [-1]):
+        with pytest.raises(InvalidRequest, match="ids must be"):
+            await store.purge(ids)  # type: ignore[arg-type]
 
 
 async def test_rows_are_purged(store: OutboxStore) -> None:
@@ -667,7 +673,7 @@ async def test_a_lease_costs_what_it_takes_and_not_what_is_stored(path: Path) ->
             stored = bust("hot" if index % 2 else str(index))
             destination = B if index % 3 else ANY
             line = outbox._line_of(destination, stored)
-            ident = outbox._insert(db, time.time(), store._policy, stored, destination, line, True, None, "")
+            ident = outbox._insert(db, time.time(), stored, destination, line, True, None, 30.0, "")
             if not index % 5:
                 db.execute("UPDATE busts SET state = 1, not_before = not_before + 500 WHERE id = ?", (ident,))
         db.execute("COMMIT")
@@ -1666,18 +1672,19 @@ class Model:
                 row.joined, row.created = now, min(row.created, now)
             if row.state in {"ready", "waiting"} and row.joined <= now - AGE:
                 row.state = "aside"
-        taken: list[int] = []
+        queues: dict[str, list[ModelRow]] = {destination: [] for destination in (ANY, *destinations)}
         lines: set[tuple[Any, ...]] = set()
         for row in self.rows:
             if row.state == "aside":
                 continue
             first = row.line not in lines
             lines.add(row.line)
-            wanted = row.destination in {ANY, *destinations} and row.state == "ready"
-            if first and wanted and len(taken) < limit:
-                row.state, row.owner, row.leased_at, row.sent = "leased", owner, now, True
-                taken.append(row.id)
-        return taken
+            if first and row.destination in queues and row.state == "ready":
+                queues[row.destination].append(row)
+        fair = [row for turn in zip_longest(*queues.values()) for row in turn if row is not None][:limit]
+        for row in fair:
+            row.state, row.owner, row.leased_at, row.sent = "leased", owner, now, True
+        return sorted(row.id for row in fair)
 
     def held(self, owner: str, ids: list[int]) -> list[ModelRow]:
         return [row for row in self.rows if row.owner == owner and row.id in ids and row.state != "aside"]

@@ -240,11 +240,11 @@ def _wait_for_the_hub(patch: Patch) -> None:
     patch.setattr(CallPlan, "_attempt_end", lambda self, *_: self._deadline)
 
 
-def _raise_at_a_replay(patch: Patch) -> None:
-    async def replay(*_: object) -> None:
+def _raise_at_a_bust(patch: Patch) -> None:
+    def delivered(*_: object) -> None:
         raise KeyError("a mistake")
 
-    patch.setattr(Deliverer, "replay", replay)
+    patch.setattr(Deliverer, "_delivered", delivered)
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ _DEFECTS = [
     Defect(_owe_nothing, "delivery", ["kept"]),
     Defect(_leave_attempts_behind, "chaos", ["tidy"], 60, first=22),
     Defect(_wait_for_the_hub, "failover", ["failover"]),
-    Defect(_raise_at_a_replay, "replay", ["error"]),
+    Defect(_raise_at_a_bust, "replay", ["error"]),
 ]
 
 
