@@ -294,6 +294,14 @@ class _Side(asyncio.Protocol):
             self.close(abrupt=True)  # it came too late
         else:
             self._link.update()
+            asyncio.get_running_loop().call_soon(self._pause_again)
+
+    def _pause_again(self) -> None:
+        """Pause once more what was paused when it was made: Python before 3.11.4 begins to read in spite of that."""
+        transport = self._transport
+        if transport is not None and not transport.is_closing() and not transport.is_reading():
+            transport.resume_reading()
+            transport.pause_reading()
 
     def data_received(self, data: bytes) -> None:
         self._link.received(self, data)
