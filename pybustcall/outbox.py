@@ -389,11 +389,11 @@ def _insert(
     db.execute(
         "INSERT INTO busts (destination, line, target, namespace, kind, strategy, soft, fault_tolerance, key,"
         " head, state, sent, created, joined, not_before, owner, leased_at, lease_until, reason)"
-        " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9,"
-        " NOT EXISTS (SELECT 1 FROM busts WHERE line = ?2 AND state < 3), ?10, ?11, ?12, ?12, ?12, ?13, ?14, ?15, ?16)",
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NOT EXISTS (SELECT 1 FROM busts WHERE line = ? AND state < 3),"
+        " ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             *(destination, line, bust.target, bust.namespace, bust.kind, bust.strategy, bust.soft),
-            *(bust.fault_tolerance, bust.key, _LEASED if leased else _READY, sent, now),
+            *(bust.fault_tolerance, bust.key, line, _LEASED if leased else _READY, sent, now, now, now),
             *(owner, now if leased else None, now + lease if leased else None, reason),
         ),
     )
@@ -430,7 +430,8 @@ def _settle(db: sqlite3.Connection, now: float, policy: Outbox) -> None:
     db.execute("UPDATE busts SET state = 0 WHERE state = 1 AND not_before <= ?", (now,))
     db.execute("UPDATE busts SET state = 0 WHERE state = 1 AND not_before > ?", (now + LONGEST_DELAY,))
     # A row of the future was stored before the clock was set back; taken as new, it keeps its whole age and no more.
-    db.execute("UPDATE busts SET joined = ?1, created = min(created, ?1) WHERE state < 3 AND joined > ?1", (now,))
+    future = "UPDATE busts SET joined = :now, created = min(created, :now) WHERE state < 3 AND joined > :now"
+    db.execute(future, {"now": now})
     db.execute(
         "UPDATE busts SET state = 3, reason = ? || CASE reason WHEN '' THEN '' ELSE '; before that: ' || reason END"
         " WHERE state < 3 AND state <> 2 AND joined <= ?",
@@ -968,15 +969,16 @@ class OutboxStore:
         What may have been sent still counts as sent.
         """
         change = (
-            "UPDATE busts SET state = 0, owner = NULL, attempts = 0, reason = '', created = ?1, joined = ?1,"
-            " not_before = ?1 WHERE state = 3"
+            "UPDATE busts SET state = 0, owner = NULL, attempts = 0, reason = '', created = :now, joined = :now,"
+            " not_before = :now WHERE state = 3"
         )
         asked = _numbers(ids)
 
         def work(db: sqlite3.Connection, now: float) -> int:
             if asked is None:
-                return db.execute(change, (now,)).rowcount
-            return db.executemany(f"{change} AND id = ?2", [(now, ident) for ident in asked]).rowcount
+                return db.execute(change, {"now": now}).rowcount
+            rows = [{"now": now, "id": ident} for ident in asked]
+            return db.executemany(f"{change} AND id = :id", rows).rowcount
 
         return await self._ask(work)
 
