@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, final
 
 from pybustcall.dispatcher import reap
-from pybustcall.errors import ClientClosed, InvalidRequest, OutboxError
+from pybustcall.errors import ClientClosed, OutboxError
 from pybustcall.outbox import ANY
 from pybustcall.telemetry import BustReplayed
 
@@ -314,11 +314,7 @@ class Courier:
         await self._pace()
         now = asyncio.get_running_loop().time()
         paused = frozenset(url for url, until in self._paused.items() if until > now)
-        try:
-            replay = await self._deliver(row, paused)
-        except InvalidRequest as error:  # nobody could send it: it was not us who stored it
-            await self._store.set_aside(self._owner, [row.id], str(error))
-            return "refused"
+        replay = await self._deliver(row, paused)
         for url in replay.paused:
             self._paused[url] = asyncio.get_running_loop().time() + _PAUSE
         reason = str(replay.causes[-1]) if replay.causes else "no daemon that could take it takes anything from us now"

@@ -227,7 +227,11 @@ class Deliverer(Generic[_Daemon]):
     async def replay(self, row: OutboxRow, paused: frozenset[str] = frozenset()) -> Replay:
         """Send a row of the outbox again: to the daemon that is owed, or to one after the other until one answers."""
         loop = asyncio.get_running_loop()
-        request = _request_of(row.bust)
+        try:
+            request = _request_of(row.bust)
+        except InvalidRequest as error:  # nobody could send it: it was not this version that stored it
+            fault = Fault(FaultKind.REJECTED, _HERE, str(error), "no")
+            return Replay(verdict="refused", causes=(fault,))
         causes: list[Fault] = []
         for index in self._fleet.order(loop.time()):
             daemon = self._daemons[index]
@@ -318,8 +322,8 @@ class Deliverer(Generic[_Daemon]):
         try:
             return storing.result()
         except OutboxError as error:
-            if not owed:  # every one has it: a row that could not be deleted is delivered once more, and costs a miss
-                _log.warning("what was written ahead could not be taken back: %s", error)
+            if not owed:  # a row that could not be deleted changes nothing of what the call came to: it costs a miss
+                _log.warning("what was written ahead could not be taken back, and will be delivered: %s", error)
                 return {}
             raise _told(error, job, legs) from error.__cause__
 
@@ -331,7 +335,8 @@ class Deliverer(Generic[_Daemon]):
             written = dict(zip(self._destinations(job.mode), ahead, strict=True))
             rows = {destination: written[destination] for destination in destinations}
             await self._store.done(self._owner, [row for row in ahead if row not in rows.values()])
-            rows = await self._give_back(self._store, job, rows, sent=sent, reason=_reason(owed))
+            if rows:
+                rows = await self._give_back(self._store, job, rows, sent=sent, reason=_reason(owed))
         else:
             reasons = [_reason([leg]) for leg in owed]
             stored = await self._store.put(job.stored, destinations, sent=sent, reason=reasons)

@@ -18,7 +18,7 @@ from pybustcall.errors import ClientClosed, OutboxError
 from pybustcall.faults import FaultKind
 from pybustcall.fleet import Fleet
 from pybustcall.models import BustReply, BustRequest, bust_request, cache_key_of
-from pybustcall.outbox import ANY, Outbox, OutboxRow, OutboxStore, RowState
+from pybustcall.outbox import ANY, Outbox, OutboxRow, OutboxStore, RowState, StoredBust
 from pybustcall.policies import Probes, Retry
 from pybustcall.results import failure
 from pybustcall.telemetry import BustDeferred, Event
@@ -602,3 +602,19 @@ async def test_a_refused_row_is_known_as_such(path: Path) -> None:
         _, replay = await replayed(made)
         assert replay.verdict == "refused"
         assert [url for url, _ in made.keys] == ["hub"]
+
+
+@pytest.mark.parametrize("odd", [{"kind": "tag"}, {"namespace": "n"}, {"soft": True}, {"target": ""}])
+@virtual_time
+async def test_a_row_of_another_version_is_refused_and_never_sent_as_something_else(
+    odd: dict[str, Any], path: Path
+) -> None:
+    """A tag is no key: the row is set aside, with the reason, and no daemon is asked."""
+    async with bench(daemon("hub", OK), outbox=path) as made:
+        assert made.store is not None
+        bust = replace(StoredBust(target="a", strategy="direct", fault_tolerance=6, key="k"), **odd)
+        await made.store.put(bust, sent=False)
+        _, replay = await replayed(made)
+        assert replay.verdict == "refused"
+        assert replay.causes[0].kind is FaultKind.REJECTED
+        assert made.keys == []
