@@ -56,7 +56,7 @@ lock:
 	$(PYTHON) -m venv --clear .venv-lock
 	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
 	.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-	    --no-header --all-extras --group dev --upgrade --output-file $(LOCK) pyproject.toml
+	    --no-header --no-strip-extras --all-extras --group dev --upgrade --output-file $(LOCK) pyproject.toml
 
 clean:
 	rm -rf $(VENV) .venv-lock build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
