@@ -23,6 +23,7 @@ __all__ = [
     "DeadlineExceeded",
     "IncompatibleDaemon",
     "InvalidRequest",
+    "InvalidVersion",
     "NotAllowed",
     "OutboxError",
     "Panic",
@@ -81,6 +82,14 @@ class ConfigurationError(BustcallError, ValueError):
     def __init__(self, message: str, *, setting: str | None = None) -> None:
         super().__init__(message)
         self.setting = setting
+
+
+class InvalidVersion(BustcallError, ValueError):
+    """The text is no version, no range or no spec, or no version can say it. Mend the text, which `text` is."""
+
+    def __init__(self, message: str, *, text: str | None = None) -> None:
+        super().__init__(message)
+        self.text = text
 
 
 class ClientClosed(BustcallError):
