@@ -21,18 +21,21 @@ from pybustcall.errors import (
     DeadlineExceeded,
     IncompatibleDaemon,
     InvalidRequest,
+    InvalidVersion,
     NotAllowed,
     OutboxError,
     Panic,
     ProtocolViolation,
     SlotTimeout,
 )
-from pybustcall.faults import Band, Fault, FaultKind
+from pybustcall.faults import Band, Fault, FaultKind, Oversight
 from pybustcall.fleet import DaemonView, FleetView
-from pybustcall.models import CapabilityDocument, DaemonStatus, Timestamp
+from pybustcall.hotswap import Resolution, Swap, SwapResult
+from pybustcall.models import CapabilityDocument, DaemonStatus, DependencyReply, Requirements, Timestamp
 from pybustcall.outbox import Outbox, OutboxCounts, OutboxRow, RowState, StoredBust
 from pybustcall.policies import Breaker, BreakerState, Budget, Failback, Hedge, Pool, Probes, Retry
 from pybustcall.results import Attempt, BustReport, BustResult, Delivery
+from pybustcall.semverx import SemverX, SemverXRange, Spec, State, SwapVerdict, can_hot_swap
 from pybustcall.session import TLS, PoolStatistics
 from pybustcall.telemetry import (
     AttemptMade,
@@ -80,6 +83,7 @@ __all__ = [
     "DaemonsUnavailable",
     "DeadlineExceeded",
     "Delivery",
+    "DependencyReply",
     "Event",
     "Failback",
     "FailedBack",
@@ -92,24 +96,36 @@ __all__ = [
     "Hedged",
     "IncompatibleDaemon",
     "InvalidRequest",
+    "InvalidVersion",
     "NotAllowed",
     "Outbox",
     "OutboxCounts",
     "OutboxError",
     "OutboxRow",
     "OutboxSetAside",
+    "Oversight",
     "Panic",
     "Pool",
     "PoolStatistics",
     "Probes",
     "ProtocolViolation",
     "ReplayReport",
+    "Requirements",
+    "Resolution",
     "Retry",
     "Route",
     "RowState",
+    "SemverX",
+    "SemverXRange",
     "SlotTimeout",
+    "Spec",
+    "State",
     "StoredBust",
+    "Swap",
+    "SwapResult",
+    "SwapVerdict",
     "Timestamp",
     "__version__",
     "advertisement",
+    "can_hot_swap",
 ]

@@ -24,12 +24,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, fields
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, final, get_args
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, final, get_args
 
 import aiohttp
+from pydantic import BaseModel
 
 from pybustcall.background import Courier, Prober, ReplayReport
-from pybustcall.capabilities import DaemonCapabilities
+from pybustcall.capabilities import Agreement, DaemonCapabilities, advertisement, check_requirements
 from pybustcall.config import settings_from_env, settings_from_toml
 from pybustcall.daemon_client import MAX_REPLY_BYTES, DaemonClient
 from pybustcall.delivery import Delivered, Deliverer, DeliveryMode, Job
@@ -46,18 +47,30 @@ from pybustcall.faults import (
     raises,
 )
 from pybustcall.fleet import Fleet, FleetView, Policies
+from pybustcall.hotswap import Resolution, Swap, SwapResult, at_one, check_name, check_spec, check_version, swap_request
 from pybustcall.models import (
     DEFAULT_STRATEGY,
     DEFAULT_TOLERANCE,
+    AnnounceRequest,
     BustReply,
     BustRequest,
     DaemonStatus,
+    DependencyReply,
+    HotSwapReply,
+    RegisterReply,
+    RegisterRequest,
+    Requirements,
+    ResolveReply,
+    ResolveRequest,
     bust_request,
     check_strategy,
+    check_target,
 )
+from pybustcall.negotiation import Negotiator
 from pybustcall.outbox import Outbox, OutboxCounts, OutboxRow, OutboxStore
 from pybustcall.policies import Breaker, Budget, Failback, Hedge, Pool, Probes, Retry, check_seconds
 from pybustcall.results import Attempt, BustReport, BustResult, ReportBuilder, failure, summary
+from pybustcall.semverx import SemverX
 from pybustcall.session import TLS, PoolStatistics, SessionManager
 from pybustcall.telemetry import BreakerMoved, Event, FailedBack, FailedOver, Hooks, OutboxSetAside
 from pybustcall.topology import DEFAULT_URL, DaemonAddress, Route, Topology
@@ -90,6 +103,7 @@ _FLUSH: Final = 1.0
 """Seconds that `aclose` waits for hooks to be told the last events."""
 _DISABLED: Final = "disabled"
 _Reply = TypeVar("_Reply")
+_Answer = TypeVar("_Answer", bound=BaseModel)
 
 
 class _Kept(Enum):
@@ -163,10 +177,11 @@ class _Runtime:
             emit=core.emit,
             wake=self._wake_prober,
         )
-        self._prober = Prober(self.fleet, partial(_probe, core.daemons, core.policies.probes))
+        self.negotiator: Negotiator[DaemonClient] = Negotiator(core.daemons, core.agreements, judge=self.fleet.judge)
+        self._prober = Prober(self.fleet, partial(_probe, self.negotiator, core.policies.probes))
         owner = f"{os.getpid()}-{secrets.token_hex(8)}"
         self.deliverer: Deliverer[DaemonClient] = Deliverer(
-            _send,
+            partial(_send, self.negotiator),
             core.daemons,
             self.fleet,
             random=random.random,
@@ -199,7 +214,10 @@ class _Runtime:
     async def aclose(self) -> None:
         """End it, and wait for that."""
         try:
-            await self._prober.aclose()
+            try:
+                await self._prober.aclose()
+            finally:
+                await self.negotiator.aclose()
         finally:
             if self.courier is not None:
                 await self.courier.aclose()
@@ -210,6 +228,7 @@ class _Runtime:
         """End it from wherever the client was dropped, without waiting."""
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self._prober.cancel)
+            self.loop.call_soon_threadsafe(self.negotiator.cancel)
             if self.courier is not None:
                 self.loop.call_soon_threadsafe(self.courier.cancel)
 
@@ -274,13 +293,15 @@ class _Core:
         self,
         topology: Topology,
         sessions: Callable[[Callable[[asyncio.AbstractEventLoop], _Runtime]], SessionManager],
-        daemon: Callable[[DaemonAddress, SessionManager], DaemonClient],
+        daemon: Callable[[DaemonAddress, SessionManager, Callable[[str, str | None], None]], DaemonClient],
         *,
+        requires: tuple[Requirements, ...],
         policies: Policies,
         outbox: Outbox | None,
         client_id: str | None,
     ) -> None:
         self.topology = topology
+        self.agreements = tuple(Agreement(requires) for _ in topology)
         self.policies = policies
         self.outbox = outbox
         self.hooks = Hooks()
@@ -290,7 +311,7 @@ class _Core:
         self._origin = secrets.token_hex(8)
         self.store = OutboxStore(outbox, on_event=self._outbox_set_aside) if outbox is not None else None
         self.sessions = sessions(partial(_Runtime, self))
-        self.daemons = tuple(daemon(address, self.sessions) for address in topology)
+        self.daemons = tuple(daemon(address, self.sessions, self._heard) for address in topology)
 
     @property
     def client_id(self) -> str:
@@ -323,11 +344,20 @@ class _Core:
                 _log.error("%s", text)
         self.hooks.emit(event)
 
+    def _heard(self, url: str, digest: str | None) -> None:
+        """Take in what an answer says of its daemon's capability document."""
+        if digest is not None and isinstance(runtime := self.sessions.companion, _Runtime):
+            runtime.negotiator.heard(url, digest)
+
     def _outbox_set_aside(self, text: str) -> None:
         self.emit(OutboxSetAside(daemon="", text=text))
 
 
+_IDEMPOTENT: Final = "cache.bust.idempotent"
+
+
 async def _send(
+    negotiator: Negotiator[DaemonClient],
     daemon: DaemonClient,
     request: BustRequest,
     /,
@@ -337,12 +367,24 @@ async def _send(
     deadline: float,
     started: Callable[[], None],
 ) -> BustReply:
-    return await daemon.bust(request, key=key, until=until, deadline=deadline, started=started)
+    told = False
+
+    def start() -> None:
+        nonlocal told
+        if not told:
+            told = True
+            started()
+
+    known = await negotiator.terms(daemon, until=until, started=start)
+    # A server that does not know the header ignores it; only one that says so is spared it.
+    sent = key if known is None or known.supports(_IDEMPOTENT) else None
+    bust = partial(daemon.bust, request, key=sent, until=until, deadline=deadline, started=start)
+    return await negotiator.send(daemon, bust, until=until, deadline=deadline)
 
 
-async def _probe(daemons: tuple[DaemonClient, ...], probes: Probes | None, index: int) -> Fault | None:
+async def _probe(negotiator: Negotiator[DaemonClient], probes: Probes | None, index: int) -> Fault | None:
     assert probes is not None  # noqa: S101 - for the type checker: nothing is probed without the policy
-    return await daemons[index].probe(until=asyncio.get_running_loop().time() + probes.timeout)
+    return await negotiator.probe(index, until=asyncio.get_running_loop().time() + probes.timeout)
 
 
 @final
@@ -407,6 +449,7 @@ class BustcallClient:
     - `hedge`: when a second daemon is asked; None for never
     - `breaker`: when a daemon is no longer asked; `budget`: what retries and hedges may cost; None for no limit
     - `probes`: how daemons are probed in the background; None for not at all
+    - `requires`: what a daemon must be able to do, and which versions it may have; one that does not fit is left out
     - `failback`: how calls return to the hub; None for not before `reset`
     - `outbox`: a file, or an `Outbox`, where busts are kept that nobody acknowledged; None: then an outage raises
     - `client_id`: decides in what order this client asks the peers; by default each process has one of its own
@@ -442,6 +485,7 @@ class BustcallClient:
         budget: Budget | None = Budget(),  # noqa: B008
         probes: Probes | None = Probes(),  # noqa: B008
         failback: Failback | None = Failback(),  # noqa: B008
+        requires: Requirements | None = None,
         outbox: Outbox | str | os.PathLike[str] | None = None,
         client_id: str | None = None,
         pool: Pool = Pool(),  # noqa: B008
@@ -467,7 +511,10 @@ class BustcallClient:
         self._core = _Core(
             topology,
             lambda runtime: SessionManager(pool=pool, tls=tls, trust_env=trust_env, session=session, companion=runtime),
-            lambda address, sessions: DaemonClient(address, sessions, token=token, max_reply_bytes=max_reply_bytes),
+            lambda address, sessions, heard: DaemonClient(
+                address, sessions, token=token, max_reply_bytes=max_reply_bytes, heard=heard
+            ),
+            requires=_requirements(requires),
             policies=Policies(hedge=hedge, breaker=breaker, budget=budget, probes=probes, failback=failback),
             outbox=_outbox(outbox),
             client_id=client_id,
@@ -518,6 +565,7 @@ class BustcallClient:
             budget=settings.budget,
             probes=settings.probes,
             failback=settings.failback,
+            requires=Requirements.model_validate(settings.requires.model_dump()) if settings.requires else None,
             outbox=settings.outbox,
             client_id=settings.client_id,
             pool=settings.pool,
@@ -698,11 +746,162 @@ class BustcallClient:
     async def capabilities(self, *, daemon: str | None = None, timeout: float | None = None) -> DaemonCapabilities:
         """Tell what the first daemon that answers can do, the hub asked first, or what `daemon` can (one of the URLs).
 
-        Raises as `status` does.
+        It is asked anew, which costs little if nothing has changed. Raises as `status` does.
         """
         if self._core is None:
             return DaemonCapabilities(_DISABLED)
-        return await self._ask(self._core, DaemonClient.capabilities, "asking for the capabilities", daemon, timeout)
+
+        async def ask(
+            asked: DaemonClient, /, *, until: float, deadline: float, started: Callable[[], None]
+        ) -> DaemonCapabilities:
+            return await runtime.negotiator.look(asked, until=until, deadline=deadline, started=started)
+
+        async with self._core.sessions.call():
+            runtime = self._core.runtime()
+            return await self._ask(self._core, ask, "asking for the capabilities", daemon, timeout)
+
+    async def supports(self, name: str, *, daemon: str | None = None, timeout: float | None = None) -> bool:
+        """Tell whether the first daemon that answers, the hub asked first, can be relied on for a capability.
+
+        `daemon` asks of another of the URLs. What is known is taken as it was for 300 seconds, or until an answer shows
+        that it changed. A daemon without a capability document supports the base protocol alone; a disabled client
+        supports nothing. Raises as `status` does.
+        """
+        _check_capability(name)
+        if self._core is None:
+            return False
+
+        async def ask(asked: DaemonClient, /, *, until: float, deadline: float, started: Callable[[], None]) -> bool:
+            found = await runtime.negotiator.settled(asked, until=until, deadline=deadline, started=started)
+            return found.supports(name)
+
+        async with self._core.sessions.call():
+            runtime = self._core.runtime()
+            return await self._ask(self._core, ask, "asking for the capabilities", daemon, timeout)
+
+    async def resolve(self, spec: str, *, daemon: str | None = None, timeout: float | None = None) -> Resolution:
+        """Tell which known version of a cache dependency `name@range` means, such as "pricing-model@^2.0.0".
+
+        The best is the highest that matches, stable before legacy before experimental. The first daemon that answers
+        is asked, the hub first, or `daemon` (one of the URLs): registries are each daemon's own.
+
+        Raises `InvalidRequest` for a bad spec, before anything is sent; `BustRejected` if nothing known matches, naming
+        what is known; `IncompatibleDaemon` if no daemon advertises "semver.resolve"; and otherwise as `status` does.
+        """
+        request = ResolveRequest(spec=check_spec(spec))
+        core = self._enabled("resolve")
+        reply = await self._extend(
+            core, "semver.resolve", "/api/v1/resolve", request, ResolveReply, f"resolving {spec}", daemon, timeout
+        )
+        return Resolution(
+            spec=spec,
+            resolved=reply.answer.resolved,
+            version=SemverX.parse(reply.answer.version),
+            state=reply.answer.state,
+            daemon=reply.daemon,
+        )
+
+    async def announce(
+        self,
+        name: str,
+        versions: str | Iterable[str],
+        *,
+        current: str | None = None,
+        daemon: str | None = None,
+        timeout: float | None = None,
+    ) -> DependencyReply:
+        """Tell a daemon that there is a cache dependency in these versions; return what it knows of it now.
+
+        `current` is the version in use; the first announcement settles it (by default the best of `versions`), and only
+        a hot swap changes it. Entries depend on it that were registered as depending on its name. Done at the first
+        daemon that answers, or at `daemon`: registries are each daemon's own. Raises as `resolve` does.
+        """
+        listed = (versions,) if isinstance(versions, str) else tuple(versions)
+        request = AnnounceRequest(
+            name=check_name(name, "name"),
+            versions=tuple(check_version(version, f"versions[{number}]") for number, version in enumerate(listed)),
+            current=None if current is None else check_version(current, "current"),
+        )
+        core = self._enabled("announce")
+        reply = await self._extend(
+            core,
+            "cache.dependencies",
+            "/api/v1/dependencies",
+            request,
+            DependencyReply,
+            f"announcing {name}",
+            daemon,
+            timeout,
+        )
+        return reply.answer
+
+    async def register(
+        self,
+        key: str,
+        depends_on: Iterable[str] = (),
+        *,
+        daemon: str | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Tell a daemon that its cache holds `key`, made of what `depends_on` names; a second time replaces the first.
+
+        A bust or a hot swap of any of those then reaches `key`. Done at the first daemon that answers, or at `daemon`.
+        Raises as `resolve` does.
+        """
+        request = RegisterRequest(key=check_target(key), depends_on=tuple(check_target(name) for name in depends_on))
+        core = self._enabled("register")
+        await self._extend(
+            core,
+            "cache.register",
+            "/api/v1/entries",
+            request,
+            RegisterReply,
+            "registering an entry",
+            daemon,
+            timeout,
+        )
+
+    async def hot_swap(
+        self,
+        swaps: Iterable[Swap],
+        *,
+        daemon: str | None = None,
+        timeout: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> SwapResult:
+        """Put other versions of cache dependencies in the place of the current ones, all or none; bust what depends.
+
+        Done at one daemon, once: the hub, or the next that can be reached if the hub surely has not done it, or
+        `daemon` (one of the URLs). While that is uncertain the same daemon is asked again, with the same key. It is
+        never stored in the outbox. Returns once it is committed and no entry made with the old versions is left.
+
+        Raises `InvalidRequest` before anything is sent; `BustRejected` if the rules (docs/reference/semverx.md) refuse
+        a swap: nothing has changed, and `causes[-1].unmet` says why; `IncompatibleDaemon` if no daemon advertises
+        "cache.hotswap"; and otherwise as `bust` does, where `applied` is "maybe" if it may have been committed.
+        """
+        request = swap_request(swaps)
+        key = _check_key(idempotency_key)
+        seconds = self._seconds(timeout)
+        core = self._enabled("hot_swap")
+        daemons = core.daemons if daemon is None else (_find(core, daemon),)
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        async with core.sessions.call():
+            runtime = core.runtime()
+            runtime.negotiator.look_again()
+            receipt, causes = await at_one(
+                runtime.negotiator.asking("cache.hotswap", "/api/v1/hotswap", request, HotSwapReply, key=key),
+                daemons,
+                client_id=core.client_id,
+                deadline=begun + seconds,
+                retry=self._options.retry,
+                random=random.random,
+            )
+        elapsed = loop.time() - begun
+        if receipt.reply is None or receipt.daemon is None:
+            what = f"the hot swap of {', '.join(item.name for item in request.swaps[:3])}"
+            raise failure(what, receipt.ending, causes, elapsed, may_be_applied=True) from receipt.error
+        return SwapResult.of(request, receipt.reply, receipt.daemon.url, causes, elapsed, key)
 
     async def warm_up(self, connections: int = 1) -> dict[str, Fault | None]:
         """Open connections to every daemon ahead of the first bust; tell for each what went wrong, or None.
@@ -890,7 +1089,38 @@ class BustcallClient:
             reveal=reveal,
         )
         async with self._core.sessions.call():
-            return await self._core.runtime().deliverer.bust(job)
+            runtime = self._core.runtime()
+            runtime.negotiator.look_again()
+            return await runtime.deliverer.bust(job)
+
+    async def _extend(
+        self,
+        core: _Core,
+        capability: str,
+        path: str,
+        request: BaseModel,
+        reply: type[_Answer],
+        what: str,
+        daemon: str | None,
+        timeout: float | None,
+    ) -> _Told[_Answer]:
+        """Use an extension at the first daemon that answers and advertises it."""
+        async with core.sessions.call():
+            negotiator = core.runtime().negotiator
+            negotiator.look_again()
+            asking = negotiator.asking(capability, path, request, reply)
+
+            async def ask(
+                asked: DaemonClient, /, *, until: float, deadline: float, started: Callable[[], None]
+            ) -> _Told[_Answer]:
+                return _Told(await asking(asked, until=until, deadline=deadline, started=started), asked.url)
+
+            return await self._ask(core, ask, what, daemon, timeout)
+
+    def _enabled(self, what: str) -> _Core:
+        if self._core is None:
+            raise InvalidRequest(f"this client is disabled, and has no answer to {what}; nothing was sent")
+        return self._core
 
     async def _ask(
         self,
@@ -942,6 +1172,26 @@ async def _close(core: _Core) -> None:
             core.hooks.close()
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class _Told(Generic[_Answer]):
+    """An answer, and the URL of the daemon that gave it."""
+
+    answer: _Answer
+    daemon: str
+
+
+def _requirements(requires: object) -> tuple[Requirements, ...]:
+    """Return what is required of daemons: by this package, and by the caller."""
+    if requires is None:
+        return (advertisement().requires,)
+    if not isinstance(requires, Requirements):
+        raise ConfigurationError(
+            f"requires must be Requirements or None, not {type(requires).__name__}", setting="requires"
+        )
+    return (advertisement().requires, check_requirements(requires))
+
+
 def _options(
     timeout: float, fault_tolerance: int, retry: Retry | None, delivery: DeliveryMode, reveal_targets: bool
 ) -> _Options:
@@ -979,6 +1229,11 @@ def _check_hook(hook: object) -> None:
     if not callable(hook) or inspect.iscoroutinefunction(hook):
         what = "an async function, which nobody would await" if callable(hook) else type(hook).__name__
         raise ConfigurationError(f"a hook must be a plain callable, not {what}", setting="hook")
+
+
+def _check_capability(name: object) -> None:
+    if not (isinstance(name, str) and name):
+        raise InvalidRequest(f"a capability's name is text, not {name!r}; nothing was sent", field="name")
 
 
 def _check_client_id(client_id: object) -> None:

@@ -14,12 +14,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar, final
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SecretStr, ValidationError, field_validator
 
 from pybustcall.errors import ConfigurationError
 from pybustcall.models import DEFAULT_TOLERANCE
 from pybustcall.outbox import Outbox  # noqa: TC001 - pydantic reads it
 from pybustcall.policies import Breaker, Budget, Failback, Hedge, Pool, Probes, Retry
+from pybustcall.semverx import SemverXRange
 from pybustcall.topology import DEFAULT_URL
 
 if TYPE_CHECKING:
@@ -39,6 +40,19 @@ class TLSTable(_Table):
     cert: str | None = None
     key: str | None = None
     key_password: SecretStr | None = None
+
+
+class RequiresTable(_Table):
+    """Table `requires`: what a daemon must be able to do, and which versions it may have; see `Requirements`."""
+
+    semverx: str = "*"
+    capabilities: tuple[str, ...] = ()
+
+    @field_validator("semverx")
+    @classmethod
+    def _is_range(cls, value: str) -> str:
+        SemverXRange.parse(value)
+        return value
 
 
 def _as_float(value: object) -> object:
@@ -74,6 +88,7 @@ class Settings(_Table):
     budget: _Switchable[Budget] = Budget()
     probes: _Switchable[Probes] = Probes()
     failback: _Switchable[Failback] = Failback()
+    requires: RequiresTable | None = None
     outbox: str | Outbox | None = None
     client_id: str | None = None
     pool: Pool = Pool()
@@ -94,6 +109,8 @@ ENVIRONMENT: Final[Mapping[str, tuple[str, ...]]] = {
     "BUSTCALL_DELIVERY": ("delivery",),
     "BUSTCALL_OUTBOX": ("outbox",),
     "BUSTCALL_PROBES": ("probes",),
+    "BUSTCALL_REQUIRES_SEMVERX": ("requires", "semverx"),
+    "BUSTCALL_REQUIRES_CAPABILITIES": ("requires", "capabilities"),
     "BUSTCALL_CLIENT_ID": ("client_id",),
     "BUSTCALL_TLS_CA": ("tls", "ca"),
     "BUSTCALL_TLS_CERT": ("tls", "cert"),
@@ -105,7 +122,10 @@ ENVIRONMENT: Final[Mapping[str, tuple[str, ...]]] = {
     "BUSTCALL_REVEAL_TARGETS": ("reveal_targets",),
     "BUSTCALL_DISABLED": ("disabled",),
 }
-"""Which variable sets which setting. BUSTCALL_PEERS is a list separated by commas or spaces; an empty one is unset."""
+"""Which variable sets which setting. An empty one is unset."""
+
+_LISTS: Final = frozenset({("peers",), ("requires", "capabilities")})
+"""Those that are separated by commas or spaces."""
 
 _PREFIX: Final = "BUSTCALL_"
 
@@ -127,7 +147,7 @@ def settings_from_env(environ: Mapping[str, str] | None = None) -> Settings:
         table = document
         for name in place[:-1]:
             table = table.setdefault(name, {})
-        table[place[-1]] = value.replace(",", " ").split() if place == ("peers",) else value.strip()
+        table[place[-1]] = value.replace(",", " ").split() if place in _LISTS else value.strip()
     names = {place[:depth]: variable for variable, place in ENVIRONMENT.items() for depth in (1, 2)}
     return _check(document, lambda place: names[place[:2]], lax=True)
 

@@ -25,7 +25,7 @@ from urllib.parse import quote, quote_plus
 import aiohttp
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from pybustcall.capabilities import SEMVERX, DaemonCapabilities
+from pybustcall.capabilities import SEMVERX, DaemonCapabilities, advertised_digest, advertisement_bytes, digest_of
 from pybustcall.errors import BustcallError, SlotTimeout
 from pybustcall.faults import AttemptFailed, Fault, FaultKind, kind_of_status
 from pybustcall.models import (
@@ -60,6 +60,7 @@ _BUST: Final = "/api/v1/bust"
 _STATUS: Final = "/api/v1/status"
 _CAPABILITIES: Final = "/api/v1/capabilities"
 _BINDINGS: Final = "/api/v1/bindings/capabilities"
+_DIGEST_HEADER: Final = "Bustcall-Capabilities"
 _BINDINGS_MAP: Final = TypeAdapter(dict[str, BindingCapabilities], config=ConfigDict(hide_input_in_errors=True))
 _JSON: Final = "application/json"
 
@@ -75,6 +76,8 @@ class _Answer:
     content_type: str
     retry_after: float | None
     body: bytes
+    etag: str | None = None
+    digest: str | None = None
 
 
 class _TooLarge(Exception):
@@ -89,6 +92,7 @@ class DaemonClient:
     - `sessions`: lends the connections
     - `token`: sent as a bearer token, or None
     - `max_reply_bytes`: how much of a reply is read
+    - `heard`: is told, of every answer, the daemon's URL and the digest of its capability document, if it says it
 
     Every method takes `until`, an absolute time of the running loop's clock at which the attempt is given up, and
     `deadline`, the one of the whole call, which is told to the daemon. Every failure is an `AttemptFailed`.
@@ -101,15 +105,18 @@ class DaemonClient:
         *,
         token: str | None = None,
         max_reply_bytes: int = MAX_REPLY_BYTES,
+        heard: Callable[[str, str | None], object] = lambda _url, _digest: None,
     ) -> None:
         self.address = address
         self._sessions = sessions
         self._limit = max_reply_bytes
+        self._heard = heard
         self._headers = {
             "Accept": f"{_JSON}, application/problem+json",
             "Accept-Encoding": "identity",
             "Bustcall-Binding": BINDING,
             "Bustcall-Version": SEMVERX,
+            _DIGEST_HEADER: advertised_digest(),
         }
         self._token = token
         if token is not None:
@@ -155,22 +162,77 @@ class DaemonClient:
             return DaemonStatus.model_construct(daemon=self.url, **dict(self._read(StatusReply, answer)))
 
     async def capabilities(
-        self, *, until: float, deadline: float, started: Callable[[], None] | None = None
+        self,
+        *,
+        until: float,
+        deadline: float,
+        known: DaemonCapabilities | None = None,
+        started: Callable[[], None] | None = None,
     ) -> DaemonCapabilities:
-        """Ask what the daemon can do, on either route; a daemon with neither is taken as base-only."""
+        """Ask what the daemon can do, on either route; a daemon with neither is taken as base-only.
+
+        `known` is what was known before: it is returned if that is still so.
+        """
+        found = await self.document(until=until, deadline=deadline, known=known, started=started)
+        if not found.base_only:
+            return found
         with self._redacting():
-            answer = await self._exchange("GET", _CAPABILITIES, until, deadline, started=started)
-            if answer.status != 404:
-                self._expect_success(answer)
-                return DaemonCapabilities(self.url, document=self._read(CapabilityDocument, answer))
             answer = await self._exchange("GET", _BINDINGS, until, deadline)
             if answer.status == 404:
-                return DaemonCapabilities(self.url)
+                return found
             self._expect_success(answer)
             try:
                 return DaemonCapabilities(self.url, bindings=_BINDINGS_MAP.validate_json(answer.body))
             except ValidationError as error:
                 raise self._malformed(answer, error) from error
+
+    async def document(
+        self,
+        *,
+        until: float,
+        deadline: float,
+        known: DaemonCapabilities | None = None,
+        started: Callable[[], None] | None = None,
+    ) -> DaemonCapabilities:
+        """Ask for the capability document alone, cheaply if `known` is still the same; one without is base-only."""
+        with self._redacting():
+            asking = {"If-None-Match": known.etag} if known is not None and known.etag is not None else {}
+            answer = await self._exchange("GET", _CAPABILITIES, until, deadline, headers=asking, started=started)
+            if answer.status == 304 and known is not None:
+                return known
+            if answer.status == 404:
+                return DaemonCapabilities(self.url)
+            return self._document_of(answer)
+
+    async def advertise(self, *, until: float, deadline: float) -> DaemonCapabilities:
+        """Tell the daemon what this client can do; return what the daemon can, if it finds that the two fit."""
+        with self._redacting():
+            answer = await self._exchange("POST", _CAPABILITIES, until, deadline, body=advertisement_bytes())
+            return self._document_of(answer)
+
+    async def post(
+        self,
+        path: str,
+        request: BaseModel,
+        reply: type[_Model],
+        *,
+        until: float,
+        deadline: float,
+        key: str | None = None,
+        started: Callable[[], None] | None = None,
+    ) -> _Model:
+        """Send a request of an extension, and return its reply; `key` is sent as Idempotency-Key."""
+        with self._redacting():
+            body = request.model_dump_json(by_alias=True, exclude_none=True).encode()
+            answer = await self._exchange("POST", path, until, deadline, body=body, key=key, started=started)
+            self._expect_success(answer)
+            return self._read(reply, answer)
+
+    def _document_of(self, answer: _Answer) -> DaemonCapabilities:
+        self._expect_success(answer)
+        document = self._read(CapabilityDocument, answer)
+        digest = answer.digest or digest_of(answer.body)
+        return DaemonCapabilities(self.url, document=document, digest=digest, etag=answer.etag)
 
     @contextmanager
     def _redacting(self, target: str | None = None) -> Iterator[None]:
@@ -190,17 +252,6 @@ class DaemonClient:
             failed.args = (str(failed.fault),)
             raise
 
-    async def probe(self, *, until: float) -> Fault | None:
-        """Ask, cheaply, whether the daemon is there; return what went wrong, or None. Raises nothing of its own."""
-        try:
-            with self._redacting():
-                answer = await self._exchange("GET", _CAPABILITIES, until, until)
-                if answer.status != 404:  # an older daemon serves another route, but it is there
-                    self._expect_success(answer)
-        except AttemptFailed as failed:
-            return failed.fault
-        return None
-
     async def _exchange(
         self,
         method: str,
@@ -210,6 +261,7 @@ class DaemonClient:
         *,
         body: bytes | None = None,
         key: str | None = None,
+        headers: Mapping[str, str] | None = None,
         started: Callable[[], None] | None = None,
     ) -> _Answer:
         """Send one request and read its answer whole, under the time limit and the size limit.
@@ -231,7 +283,7 @@ class DaemonClient:
                     if started is not None and not sent_before:
                         started()
                     async with asyncio.timeout_at(until):
-                        return await self._send(lease, method, path, deadline - begun, body, key)
+                        return await self._send(lease, method, path, deadline - begun, body, key, headers)
             except SlotTimeout as error:
                 raise self._failed(FaultKind.NO_SLOT, "no connection slot came free in time", unsent) from error
             except _TooLarge as error:
@@ -260,9 +312,16 @@ class DaemonClient:
             raise failed
 
     async def _send(
-        self, lease: Lease, method: str, path: str, left: float, body: bytes | None, key: str | None
+        self,
+        lease: Lease,
+        method: str,
+        path: str,
+        left: float,
+        body: bytes | None,
+        key: str | None,
+        more: Mapping[str, str] | None,
     ) -> _Answer:
-        headers = {**self._headers, "Bustcall-Timeout-Ms": str(max(0, math.floor(left * 1000)))}
+        headers = {**self._headers, **(more or {}), "Bustcall-Timeout-Ms": str(max(0, math.floor(left * 1000)))}
         if key is not None:
             headers["Idempotency-Key"] = key
         if body is not None:
@@ -279,16 +338,20 @@ class DaemonClient:
             ) as response:
                 lease.exchange.answered = True
                 limit = self._limit if response.status == 200 else _MAX_ERROR_BYTES
-                return _Answer(
+                answer = _Answer(
                     status=response.status,
                     content_type=response.headers.get("Content-Type", ""),
                     retry_after=_seconds(response.headers.get("Retry-After")),
                     body=await _read_bounded(response, limit, truncate=response.status != 200),
+                    etag=response.headers.get("ETag"),
+                    digest=response.headers.get(_DIGEST_HEADER),
                 )
         except (aiohttp.ClientError, OSError) as error:
             if _is_stale(lease, error):
                 self._sessions.retire(lease)
             raise
+        self._heard(self.url, answer.digest)
+        return answer
 
     def _expect_success(self, answer: _Answer) -> None:
         kind = kind_of_status(answer.status)
@@ -306,6 +369,8 @@ class DaemonClient:
             message = f"it {lack} (HTTP {answer.status}){said}"
         elif kind is FaultKind.NOT_ALLOWED:
             message = f"it does not allow this (HTTP {answer.status}){said}"
+        elif kind is FaultKind.INCOMPATIBLE:
+            message = f"this client does not fit it (HTTP {answer.status}){said}"
         elif kind is FaultKind.REJECTED:
             message = f"it refused the request (HTTP {answer.status}){said}"
         else:
@@ -328,6 +393,7 @@ class DaemonClient:
         return self._failed(FaultKind.MALFORMED, f"its answer is not what the protocol says: {why}", "maybe", answer)
 
     def _failed(self, kind: FaultKind, message: str, applied: Applied, answer: _Answer | None = None) -> AttemptFailed:
+        problem = _problem(answer) if answer is not None else None
         return AttemptFailed(
             Fault(
                 kind=kind,
@@ -336,6 +402,7 @@ class DaemonClient:
                 applied=applied,
                 status=answer.status if answer is not None else None,
                 retry_after=answer.retry_after if answer is not None else None,
+                unmet=(problem.unmet or ()) if problem is not None else (),
             )
         )
 
@@ -423,16 +490,22 @@ def _quote(answer: _Answer) -> str:
     """Quote what a daemon said in an error's body: a problem's detail, or a text; of a page only that it is one."""
     if "html" in answer.content_type:
         return ": an HTML page" if answer.body else ""
-    text = ""
-    if "json" in answer.content_type:
-        try:
-            text = Problem.model_validate_json(answer.body).detail
-        except ValidationError:
-            text = ""
+    problem = _problem(answer)
+    text = "; ".join([problem.detail, *(problem.unmet or ())]) if problem is not None else ""
     text = text or answer.body.decode("utf-8", "replace")
     text = "".join(character if character.isprintable() else " " for character in text)
     text = " ".join(text.split())
     return f": {text}" if text else ""
+
+
+def _problem(answer: _Answer) -> Problem | None:
+    """Read the problem that a refusal is, if it is one (RFC 9457)."""
+    if answer.status < 400 or "json" not in answer.content_type:
+        return None
+    try:
+        return Problem.model_validate_json(answer.body)
+    except ValidationError:
+        return None
 
 
 def hide(text: str, secret: str, shown: str) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CLEAN",
+    "OVERSIGHT",
     "TABLE",
     "AttemptFailed",
     "Band",
@@ -31,6 +32,7 @@ __all__ = [
     "FaultKind",
     "Incidents",
     "Outcome",
+    "Oversight",
     "Row",
     "Same",
     "band_of",
@@ -54,6 +56,26 @@ class Band(StrEnum):
     EXCEPTION = "exception"
     WARNING = "warning"
     SILENT = "silent"
+
+
+class Oversight(StrEnum):
+    """What a call asks of people: nothing, to be told, to look into it, or to act before it goes on."""
+
+    AUTONOMOUS = "autonomous"
+    NOTIFIED = "notified"
+    REVIEWED = "reviewed"
+    HALTED = "halted"
+
+
+OVERSIGHT: Final[Mapping[Band, Oversight]] = MappingProxyType(
+    {
+        Band.SILENT: Oversight.AUTONOMOUS,
+        Band.WARNING: Oversight.NOTIFIED,
+        Band.EXCEPTION: Oversight.REVIEWED,
+        Band.PANIC: Oversight.HALTED,
+    }
+)
+"""The oversight that goes with each band; every bust's result records it."""
 
 
 class Outcome(Enum):
@@ -207,6 +229,7 @@ _KIND_OF_STATUS: Final[Mapping[int, FaultKind]] = MappingProxyType(
         421: FaultKind.NOT_THIS_SERVICE,
         425: FaultKind.THROTTLED,
         426: FaultKind.INCOMPATIBLE,
+        428: FaultKind.INCOMPATIBLE,  # it wants to know first what this client can do
         429: FaultKind.THROTTLED,
         501: FaultKind.NOT_THIS_SERVICE,  # a server that does not know POST: a plain file server, for example
         503: FaultKind.THROTTLED,
@@ -237,6 +260,7 @@ class Fault:
 
     `message` is one sentence without the target. `status` is the HTTP status, if one was read. `retry_after` is what
     the daemon asked for, in seconds. `incidents` is how many incidents in a row the daemon had before this one.
+    `unmet` is what the daemon found unmet, a sentence each, if it says so: requirements, or rules of a hot swap.
     """
 
     kind: FaultKind
@@ -246,6 +270,7 @@ class Fault:
     status: int | None = None
     retry_after: float | None = None
     incidents: int = 0
+    unmet: tuple[str, ...] = ()
 
     @property
     def stage(self) -> int:

@@ -4,7 +4,7 @@ It is fed what happens (a send, an answer, a fault, a probe, the time) and answe
 whether a daemon may be asked at all, when to hedge, and which daemon is to be probed when. It is pure: no clock, no
 task, no socket. `plan` asks it for the course of one call; `dispatcher` and the prober tell it what came of that.
 
-Theory of operation. Five things are known of a daemon, from the quickest to the slowest:
+Theory of operation. Six things are known of a daemon, from the quickest to the slowest:
 
 - *overdue*: it has answered nothing at all for several times its usual latency while calls wait for it. New calls
   avoid it, and those that wait move on. Any answer ends that.
@@ -13,6 +13,7 @@ Theory of operation. Five things are known of a daemon, from the quickest to the
 - *mute*: a request ended without any answer from it. A call that can be stored does not wait for such daemons alone.
 - *down*: its breaker is not closed, or it missed several probes in a row. If it is the hub, calls leave it for the ring
   and return late and little by little (`topology.StarRing`).
+- *misfit*: it and this client do not meet each other's requirements. It is asked nothing until that changes.
 - *quarantined*: it met a fault of the PANIC band. Nothing is sent until three good probes, or `reset`.
 
 The last candidate of a call is never refused outright: one call a second passes through an open breaker.
@@ -84,6 +85,7 @@ class DaemonView:
     - `role`: "hub" or "peer"
     - `breaker`: closed, open, half-open or quarantined, and `reason` if it is not closed
     - `suspect`, `overdue`, `down`: see docs/explanation/resilience.md
+    - `misfit`: why it is left out as incompatible, or an empty text
     - `incidents`: in a row, which escalate its faults
     - `usual`: the live p95 of its answers in seconds, or None before there are enough of them
     - `in_flight`: requests on their way; `missed_probes`: in a row
@@ -100,6 +102,7 @@ class DaemonView:
     usual: float | None
     in_flight: int
     missed_probes: int
+    misfit: str = ""
 
 
 @final
@@ -136,6 +139,7 @@ class _Daemon:
     misses: int = 0
     vouchers: int = 0
     probe_at: float = math.inf
+    misfit: str = ""
 
 
 @final
@@ -201,7 +205,7 @@ class Fleet:
 
     def down(self, daemon: int, now: float) -> bool:
         """Tell whether a daemon is known to be down, so that it is not worth waiting for."""
-        return self._missing(daemon) or not self._admits(daemon, now)
+        return bool(self._daemons[daemon].misfit) or self._missing(daemon) or not self._admits(daemon, now)
 
     def board(self, daemon: int, now: float, *, last: bool = False, hedge: bool = False) -> Flight | Fault:
         """Admit a request to a daemon: return its flight, or the fault of passing the daemon over.
@@ -209,6 +213,8 @@ class Fleet:
         `last`: nobody else is left in this call; then one call a second passes an open breaker.
         """
         known = self._daemons[daemon]
+        if known.misfit:
+            return self._pass_over(known)
         if not self._admits(daemon, now):
             halted = known.circuit.state is BreakerState.QUARANTINED and bool(known.circuit.reason)
             if not last or halted or now - known.passed < _PASS:
@@ -221,13 +227,18 @@ class Fleet:
     def try_down(self, daemon: int, now: float) -> bool:
         """Let one call a second ask a daemon that is down, where all are; tell whether this one may."""
         known = self._daemons[daemon]
-        return known.circuit.state is not BreakerState.QUARANTINED and now - known.passed >= _PASS
+        halted = known.circuit.state is BreakerState.QUARANTINED or bool(known.misfit)
+        return not halted and now - known.passed >= _PASS
 
     def passed_over(self, daemon: int) -> Fault:
         """Tell the fault of passing over a daemon that is known to be down."""
         return self._pass_over(self._daemons[daemon])
 
     def _pass_over(self, known: _Daemon) -> Fault:
+        if known.misfit:
+            fault = Fault(FaultKind.INCOMPATIBLE, known.url, known.misfit, "no")
+            self._emit(FaultMet(daemon=known.url, fault=fault))
+            return fault
         reason = known.circuit.reason
         message = {
             BreakerState.QUARANTINED: f"it is in quarantine until {_CLEARING} good probes or client.reset()",
@@ -315,6 +326,8 @@ class Fleet:
     def silent(self, daemon: int) -> Fault:
         """Tell the fault of passing over a daemon that answers nothing."""
         known = self._daemons[daemon]
+        if known.misfit:
+            return self._pass_over(known)
         fault = Fault(FaultKind.BREAKER_OPEN, known.url, "it answers nothing; one call a second tries it", "no")
         self._emit(FaultMet(daemon=known.url, fault=fault))
         return fault
@@ -328,6 +341,10 @@ class Fleet:
             return math.inf
         unknown = known.latency.usual is None
         return max(known.heard, oldest.begun) + (2 * SILENCE if unknown else max(SILENCE, self._patience(known)))
+
+    def judge(self, daemon: int, misfit: str) -> None:
+        """Take in why a daemon is to be left out as incompatible; an empty text lets it in again."""
+        self._daemons[daemon].misfit = misfit
 
     def found_overdue(self, flight: Flight, now: float) -> None:
         """Take in that a call gave up waiting for this request."""
@@ -460,6 +477,7 @@ class Fleet:
                     usual=known.latency.usual,
                     in_flight=len(known.flights),
                     missed_probes=known.misses,
+                    misfit=known.misfit,
                 )
                 for index, known in enumerate(self._daemons)
             ),
@@ -469,6 +487,8 @@ class Fleet:
 
     def _rank(self, index: int, now: float) -> int:
         known = self._daemons[index]
+        if known.misfit:
+            return 3
         if not self._admits(index, now):
             return 2
         if self._overdue(known, now) or self._missing(index):

@@ -33,8 +33,11 @@ __all__ = [
     "BINDING",
     "DEFAULT_STRATEGY",
     "DEFAULT_TOLERANCE",
+    "MAX_SWAPS",
     "MAX_TARGET_BYTES",
     "STRATEGIES",
+    "Access",
+    "AnnounceRequest",
     "BindingCapabilities",
     "BindingStatus",
     "BustReply",
@@ -42,13 +45,21 @@ __all__ = [
     "CapabilityDocument",
     "CapabilityLimits",
     "DaemonStatus",
+    "DependenciesReply",
+    "DependencyReply",
     "FaultRecord",
     "FaultToleranceRange",
+    "HotSwapReply",
+    "HotSwapRequest",
     "Problem",
     "RegisterReply",
     "RegisterRequest",
     "Requirements",
+    "ResolveReply",
+    "ResolveRequest",
     "StatusReply",
+    "SwapItem",
+    "Swapped",
     "Timestamp",
     "bust_request",
     "cache_key_of",
@@ -64,6 +75,11 @@ DEFAULT_TOLERANCE: Final = 6
 STRATEGIES: Final = ("direct", "dimensional", "hybrid")
 """What the reference daemon supports. The client sends any strategy verbatim."""
 MAX_TARGET_BYTES: Final = 8 * 1024
+MAX_SWAPS: Final = 64
+"""How many dependencies one hot swap may replace."""
+
+Access = Literal["public", "protected", "private"]
+"""Who may use a capability: anybody, whoever has the token, or nobody but the operator."""
 
 _MAX_STRATEGY_BYTES: Final = 128
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -198,6 +214,7 @@ Target = Annotated[
         min_length=1,
         max_length=MAX_TARGET_BYTES,
         description="1 byte to 8 KiB of UTF-8, without control characters or lone surrogates",
+        json_schema_extra={"pattern": r"^[^\u0000-\u001f\u007f-\u009f]+$"},
     ),
 ]
 
@@ -230,8 +247,9 @@ def bust_request(target: object, strategy: object, fault_tolerance: int) -> Bust
 class BustReply(_Reply):
     """What a daemon answers to a bust, in either dialect: `status: "success"` or `success: true`.
 
-    `fault_stage` is what the daemon reports; `server.rs` merely echoes the request's `fault_tolerance` there. `removed`
-    is how many entries went, where a daemon says so.
+    `fault_stage` is what the daemon reports; `server.rs` merely echoes the request's `fault_tolerance` there. A byte
+    beyond the scale, which that daemon does not check, says nothing, and is read as none. `removed` is how many entries
+    went, where a daemon says so.
     """
 
     cache_key: Annotated[str, Field(min_length=1)]
@@ -241,6 +259,11 @@ class BustReply(_Reply):
     removed: Annotated[int, Field(ge=0)] | None = None
     status: str | None = None
     success: bool | None = None
+
+    @field_validator("fault_stage", mode="before")
+    @classmethod
+    def _on_the_scale(cls, value: object) -> object:
+        return None if type(value) is int and 12 < value <= 255 else value
 
     @model_validator(mode="after")
     def _is_success(self) -> BustReply:
@@ -287,41 +310,73 @@ class DaemonStatus(StatusReply):
 
 
 class FaultToleranceRange(_Reply):
-    """What a daemon does with fault tolerance."""
+    """What one side does with fault tolerance, on the scale from 0 (worst) to 12 (a clean success)."""
 
-    max_stage: int = 12
-    default_stage: int = DEFAULT_TOLERANCE
-    p2p_fallback: bool = False
+    max_stage: Annotated[int, Field(description="the highest fault_tolerance that it takes")] = 12
+    default_stage: Annotated[int, Field(description="the fault_tolerance of a request that says none")] = (
+        DEFAULT_TOLERANCE
+    )
+    p2p_fallback: Annotated[
+        bool, Field(description="whether it asks its peers where it cannot do something itself")
+    ] = False
 
 
 class Requirements(_Reply):
     """What one side requires of the other: a range of SemverX versions, and capabilities."""
 
-    semverx: str = "*"
-    capabilities: tuple[str, ...] = Field(default=(), strict=False)
+    semverx: Annotated[
+        str, Field(description="the SemverX versions that the other side may have; `*` is any, also one not told")
+    ] = "*"
+    capabilities: tuple[str, ...] = Field(
+        default=(), strict=False, description="the names that the other side's capabilities must have"
+    )
 
 
 class CapabilityLimits(_Reply):
-    """How much a daemon takes at once."""
+    """How much one side takes at once. What is not said is not limited, as far as is known."""
 
-    max_batch: int | None = None
-    max_target_bytes: int | None = None
-    max_body_bytes: int | None = None
+    max_batch: Annotated[int | None, Field(description="busts in one request")] = None
+    max_target_bytes: Annotated[int | None, Field(description="bytes of UTF-8 of one target")] = None
+    max_body_bytes: Annotated[int | None, Field(description="bytes of the body of one request")] = None
 
 
 class CapabilityDocument(_Reply):
-    """What one side can do (GET /api/v1/capabilities; capabilities.json is pybustcall's own)."""
+    """What one side can do, and what it requires of the other.
 
-    binding: str
-    version: str | None = None
-    semverx: str | None = None
-    capabilities: tuple[str, ...] = Field(default=(), strict=False)
-    endpoints: dict[str, str] = Field(default_factory=dict)
-    supported_strategies: tuple[str, ...] = Field(default=(), strict=False)
-    fault_tolerance: FaultToleranceRange = FaultToleranceRange()
-    requires: Requirements = Requirements()
-    limits: CapabilityLimits = CapabilityLimits()
-    access: dict[str, Literal["public", "protected", "private"]] = Field(default_factory=dict)
+    A daemon serves its document at GET /api/v1/capabilities; a client sends its own to POST /api/v1/capabilities.
+    Fields that are not listed here are ignored.
+    """
+
+    binding: Annotated[str, Field(description="who speaks: the name of the implementation, such as pybustcall or node")]
+    version: Annotated[str | None, Field(description="its version as its own language writes it, for people")] = None
+    semverx: Annotated[
+        str | None,
+        Field(description="its version as SemVer or SemverX, by which requirements go; without one, only `*` is met"),
+    ] = None
+    capabilities: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        description="the names of all that it can do and may be used, such as cache.bust; what is not here is not used",
+    )
+    endpoints: dict[str, str] = Field(
+        default_factory=dict,
+        description="the path of each capability that has one; they are told for people, and are the same everywhere",
+    )
+    supported_strategies: tuple[str, ...] = Field(
+        default=(), strict=False, description="the strategies of a bust that it knows, such as dimensional"
+    )
+    fault_tolerance: Annotated[FaultToleranceRange, Field(description="what it does with fault tolerance")] = (
+        FaultToleranceRange()
+    )
+    requires: Annotated[Requirements, Field(description="what it requires of the other side")] = Requirements()
+    limits: Annotated[CapabilityLimits, Field(description="how much it takes at once")] = CapabilityLimits()
+    access: dict[str, Access] = Field(
+        default_factory=dict,
+        description=(
+            "who may use a capability: public is anybody, protected whoever has the token, private nobody but the"
+            " operator; one that is private and not among the capabilities can be used by nobody at all"
+        ),
+    )
 
 
 class BindingCapabilities(_Reply):
@@ -355,8 +410,119 @@ class RegisterReply(_Reply):
     cache_key: str
 
 
+Name = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=256,
+        description="a cache dependency's name, such as pricing-model or @scope/name: at most 256 bytes of UTF-8",
+        json_schema_extra={"format": "bustcall-name"},
+    ),
+]
+Version = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=256,
+        description="a SemVer or SemverX version, such as 1.2.3 or 1.stable.2.stable.3.legacy",
+        json_schema_extra={"format": "bustcall-version"},
+    ),
+]
+
+
+class AnnounceRequest(_Request):
+    """POST /api/v1/dependencies: there is a cache dependency of this name, in these versions.
+
+    `current` is the version in use; without it the first announcement takes the best of `versions`, and later ones
+    leave it as it is. Only a hot swap changes it.
+    """
+
+    name: Name
+    versions: Annotated[tuple[Version, ...], Field(min_length=1, max_length=256, strict=False)]
+    current: Version | None = None
+
+
+class DependencyReply(_Reply):
+    """One cache dependency: the version in use, and all that are known, in ascending order."""
+
+    name: str
+    current: str
+    versions: tuple[str, ...] = Field(default=(), strict=False)
+
+
+class DependenciesReply(_Reply):
+    """GET /api/v1/dependencies: all of them, by name."""
+
+    dependencies: tuple[DependencyReply, ...] = Field(default=(), strict=False)
+
+
+class ResolveRequest(_Request):
+    """POST /api/v1/resolve: tell which known version of a cache dependency `name@range` means."""
+
+    spec: Annotated[
+        str,
+        Field(
+            min_length=1,
+            max_length=1300,
+            description="name@range, such as pricing-model@^2.0.0",
+            json_schema_extra={"format": "bustcall-spec"},
+        ),
+    ]
+
+
+class ResolveReply(_Reply):
+    """What a spec was resolved to. `resolved` is name@version, `state` the version's: stable, legacy, experimental."""
+
+    spec: str
+    resolved: str
+    version: str
+    state: Literal["stable", "legacy", "experimental"]
+
+
+class SwapItem(_Request):
+    """One dependency of a hot swap. `from`, if given, must be its current version; the rest opts in to a rule each."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    name: Name
+    to: Version
+    from_: Version | None = Field(default=None, alias="from")
+    allow_experimental: bool = False
+    validated: bool = False
+    migrate: bool = False
+    rollback: bool = False
+
+
+class HotSwapRequest(_Request):
+    """POST /api/v1/hotswap: replace cache dependencies, all or none, and bust what depends on them."""
+
+    swaps: Annotated[tuple[SwapItem, ...], Field(min_length=1, max_length=MAX_SWAPS, strict=False)]
+
+
+class Swapped(_Reply):
+    """One dependency that a hot swap replaced."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    name: str
+    from_: str = Field(alias="from")
+    to: str
+
+
+class HotSwapReply(_Reply):
+    """What a hot swap came to: `busted` is how many entries that depended on the swapped went."""
+
+    committed: bool
+    busted: Annotated[int, Field(ge=0)] = 0
+    fault_stage: Annotated[int, Field(ge=0, le=12)] = 12
+    swaps: tuple[Swapped, ...] = Field(default=(), strict=False)
+
+
 class Problem(_Reply):
-    """RFC 9457, application/problem+json: why a daemon of ours refused. `field` names what to mend."""
+    """RFC 9457, application/problem+json: why a daemon of ours refused.
+
+    `field` names what to mend; `unmet` tells, one sentence each, which requirements or rules are not met.
+    """
 
     type: str = "about:blank"
     title: str
@@ -364,6 +530,7 @@ class Problem(_Reply):
     detail: str
     field: str | None = None
     supported: tuple[str, ...] | None = Field(default=None, strict=False)
+    unmet: tuple[str, ...] | None = Field(default=None, strict=False)
 
 
 def explain(error: ValidationError) -> tuple[str | None, str]:

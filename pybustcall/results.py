@@ -22,7 +22,18 @@ from pybustcall.errors import (
     Panic,
     ProtocolViolation,
 )
-from pybustcall.faults import CLEAN, TABLE, Band, Fault, FaultKind, Outcome, band_of, call_stage
+from pybustcall.faults import (
+    CLEAN,
+    OVERSIGHT,
+    TABLE,
+    Band,
+    Fault,
+    FaultKind,
+    Outcome,
+    Oversight,
+    band_of,
+    call_stage,
+)
 from pybustcall.models import redact
 
 if TYPE_CHECKING:
@@ -123,6 +134,11 @@ class BustResult:
         return band_of(self.stage)
 
     @property
+    def oversight(self) -> Oversight:
+        """What the bust asks of people: nothing, to be told, to look into it, or to act."""
+        return OVERSIGHT[self.band]
+
+    @property
     def causes(self) -> tuple[Fault, ...]:
         """What went wrong on the way, in order, also on the way to a success."""
         return tuple(attempt.error for attempt in self.attempts if attempt.error is not None)
@@ -205,15 +221,17 @@ def failure(
     causes: tuple[Fault, ...],
     elapsed: float,
     result: BustResult | None = None,
+    *,
+    may_be_applied: bool = False,
 ) -> BustFailed:
     """Make the error of a call that raises: what happened, where, whether it was applied, and what to do.
 
-    `what` names the call without telling its target.
+    `what` names the call without telling its target; `may_be_applied`: a call without a result that changes something.
     """
     acknowledged = result is not None and result.status == "busted"
     chosen = BustFailed if acknowledged else error_class(ending, causes)
     stage = result.stage if result is not None else stage_of(Outcome.FAILED, causes)
-    applied: Applied = result.applied if result is not None else "no"
+    applied: Applied = result.applied if result is not None else applied_of(causes) if may_be_applied else "no"
     verdict = {
         "yes": "it was applied",
         "no": "it was not applied",
@@ -226,6 +244,8 @@ def failure(
     told = f"{head} (stage {stage}, {band_of(stage)}, after {elapsed:.3f} s)"
     if result is not None:
         told += f"; {_who_has_it(result) or verdict}"
+    elif may_be_applied:
+        told += f"; {verdict}"
     reasons = "; ".join(summary(causes)) or "no attempt could be made"
     if result is not None and result.note:
         reasons += f" ({result.note})"

@@ -408,8 +408,8 @@ def can_hot_swap(
         "migrate": migrate,
         "rollback": rollback,
     }
-    met = {need: f"with {need}=True" for need in given} | {"same_major": f"within major {old.major}"}
-    taken = {need: f"{need}=True" for need in given} | {"same_major": f"a candidate of major {old.major}"}
+    met = {need: f"with {need}" for need in given} | {"same_major": f"within major {old.major}"}
+    taken = {need: need for need in given} | {"same_major": f"a candidate of major {old.major}"}
     passed: dict[str, str] = {}
     failed: dict[str, str] = {}
     for part, before, after in zip(_PARTS, old.states, new.states, strict=True):

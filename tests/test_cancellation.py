@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import anyio
 import pytest
 
-from pybustcall import TLS, BustcallClient, BustResult, ClientClosed, Hedge, Pool, Probes, Retry
+from pybustcall import TLS, BustcallClient, BustResult, ClientClosed, Hedge, Pool, Probes, Requirements, Retry
 from pybustcall.delivery import RESERVE
 from pybustcall.errors import OutboxError
 from pybustcall.outbox import Outbox, OutboxStore, StoredBust
@@ -314,6 +314,12 @@ CASES = {
     "write-ahead to all, one down": Case(
         plans=((), None), how={"write_ahead": True, "delivery": "all"}, outbox=True, status="partial"
     ),
+    "asks first what the daemon can do": Case(plans=((),), settings={"requires": Requirements(semverx=">=0.1")}),
+    "asks a peer first, after a refusal": Case(
+        plans=(None, ()),
+        settings={"requires": Requirements(capabilities=("cache.bust",), semverx=">=0.1")},
+        outbox=True,
+    ),
     "waits for a slot": Case(
         plans=((Answer(delay=0.01),),), settings={"pool": Pool(per_daemon=1, total=1)}, busy=1, outbox=True
     ),
@@ -448,6 +454,7 @@ class Bench:
         begun = loop.time()
         await eventually(lambda: all(task.done() for task in steps.tasks))
         assert loop.time() - begun < 1.0, "a task went on for longer than a loser may linger"
+        await eventually(lambda: not _asking())  # whoever else waits for that has the answer of it
         for task in busy:
             assert (await task).ok
         pool = client.statistics().pool
@@ -467,6 +474,11 @@ class Bench:
             check_row(row, self.urls, free=free)
         if begun:
             assert self.applied(target) or any(row["target"] == target for row in rows), "the bust is lost"
+
+
+def _asking() -> bool:
+    """Tell whether a daemon is being asked what it can do: that is the client's own, and not the call's."""
+    return any(task.get_name() == "pybustcall-negotiation" for task in asyncio.all_tasks())
 
 
 def _strays(before: set[asyncio.Task[Any]]) -> set[asyncio.Task[Any]]:

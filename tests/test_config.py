@@ -30,6 +30,10 @@ per_daemon = 5
 [pybustcall.failback]
 hold = 5
 
+[pybustcall.requires]
+semverx = "^1.0.0"
+capabilities = ["cache.bust.tag"]
+
 [pybustcall.outbox]
 path = "outbox.db"
 rows = 10
@@ -62,6 +66,8 @@ def test_the_environment_sets_every_setting_it_names() -> None:
             "BUSTCALL_OUTBOX": "outbox.db",
             "BUSTCALL_PROBES": "off",
             "BUSTCALL_CLIENT_ID": "web-1",
+            "BUSTCALL_REQUIRES_SEMVERX": ">=0.1",
+            "BUSTCALL_REQUIRES_CAPABILITIES": "cache.bust.tag, cache.bust.prefix",
             "PATH": "/bin",
         }
     )
@@ -72,6 +78,9 @@ def test_the_environment_sets_every_setting_it_names() -> None:
     assert (settings.timeout, settings.fault_tolerance, settings.max_reply_bytes) == (2.5, 3, 2048)
     assert settings.tls is not None
     assert (settings.tls.ca, settings.tls.cert, settings.tls.key) == ("ca.pem", "cert.pem", "key.pem")
+    assert settings.requires is not None
+    assert settings.requires.semverx == ">=0.1"
+    assert settings.requires.capabilities == ("cache.bust.tag", "cache.bust.prefix")
     assert settings.trust_env
     assert settings.allow_insecure_token
     assert settings.reveal_targets
@@ -109,6 +118,7 @@ def test_variables_of_others_are_left_alone() -> None:
         ("BUSTCALL_FAULT_TOLERANCE", "6.5", "BUSTCALL_FAULT_TOLERANCE: expected a valid integer"),
         ("BUSTCALL_DISABLED", "perhaps", "BUSTCALL_DISABLED: expected a valid boolean"),
         ("BUSTCALL_RETRY_ATTEMPTS", "0", "BUSTCALL_RETRY_ATTEMPTS: retry.attempts must be an integer of at least 1"),
+        ("BUSTCALL_REQUIRES_SEMVERX", ">>1", "BUSTCALL_REQUIRES_SEMVERX: range '>>1' "),
     ],
 )
 def test_a_bad_variable_is_named_with_what_was_expected_and_found(variable: str, value: str, why: str) -> None:
@@ -130,6 +140,8 @@ def test_a_toml_table_sets_everything(tmp_path: Path) -> None:
     assert settings.timeout == 3.0
     assert settings.retry == Retry(attempts=2, base=1.0)
     assert settings.pool == Pool(per_daemon=5)
+    assert settings.requires is not None
+    assert (settings.requires.semverx, settings.requires.capabilities) == ("^1.0.0", ("cache.bust.tag",))
     assert settings.tls is not None
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pybustcall.errors import InvalidRequest
 from pybustcall.faults import (
     CLEAN,
+    OVERSIGHT,
     TABLE,
     AttemptFailed,
     Band,
@@ -19,6 +20,7 @@ from pybustcall.faults import (
     FaultKind,
     Incidents,
     Outcome,
+    Oversight,
     Same,
     band_of,
     call_stage,
@@ -29,6 +31,7 @@ from pybustcall.faults import (
     meet,
     raises,
 )
+from pybustcall.results import BustResult
 
 STAGES = range(13)
 stages = st.integers(0, 12)
@@ -41,6 +44,15 @@ def test_bands_are_half_open_but_for_the_last() -> None:
     """PANIC [0,3), EXCEPTION [3,6), WARNING [6,9), SILENT [9,12]."""
     expected = [Band.PANIC] * 3 + [Band.EXCEPTION] * 3 + [Band.WARNING] * 3 + [Band.SILENT] * 4
     assert [band_of(stage) for stage in STAGES] == expected
+
+
+@pytest.mark.requirement("INT-14")
+def test_each_band_has_a_level_of_oversight_that_every_bust_records() -> None:
+    """The worse the band, the more it asks of people."""
+    levels = [BustResult("a", "failed", stage).oversight for stage in range(13)]
+    expected = [Oversight.HALTED] * 3 + [Oversight.REVIEWED] * 3 + [Oversight.NOTIFIED] * 3 + [Oversight.AUTONOMOUS] * 4
+    assert levels == expected
+    assert OVERSIGHT.keys() == set(Band)
 
 
 @pytest.mark.parametrize("stage", [-1, 13, True, False, 6.0, "6", None, float("nan")])

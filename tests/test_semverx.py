@@ -696,7 +696,7 @@ def test_a_part_passes_iff_all_that_its_pair_takes_is_given(pair: tuple[State, S
             "2.1.0",
             "2.stable.2.experimental.0.stable",
             {},
-            ["minor: stable to experimental takes allow_experimental=True"],
+            ["minor: stable to experimental takes allow_experimental"],
         ),
         (
             "2.stable.1.stable.0.experimental",
@@ -705,7 +705,7 @@ def test_a_part_passes_iff_all_that_its_pair_takes_is_given(pair: tuple[State, S
             [
                 "major: stable to stable takes a candidate of major 2",
                 "minor: stable to stable takes a candidate of major 2",
-                "patch: experimental to stable takes a candidate of major 2 and validated=True",
+                "patch: experimental to stable takes a candidate of major 2 and validated",
             ],
         ),
         (
@@ -713,9 +713,9 @@ def test_a_part_passes_iff_all_that_its_pair_takes_is_given(pair: tuple[State, S
             "2.stable.1.stable.0.legacy",
             {"migrate": True, "validated": True, "rollback": True},
             [
-                "major: legacy to stable with migrate=True",
-                "minor: experimental to stable within major 2 with validated=True",
-                "patch: stable to legacy with rollback=True",
+                "major: legacy to stable with migrate",
+                "minor: experimental to stable within major 2 with validated",
+                "patch: stable to legacy with rollback",
             ],
         ),
     ],

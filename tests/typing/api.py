@@ -12,6 +12,7 @@ from pybustcall import (
     ClientStatistics,
     DaemonCapabilities,
     DaemonStatus,
+    DependencyReply,
     Event,
     Failback,
     FailedOver,
@@ -20,7 +21,14 @@ from pybustcall import (
     OutboxCounts,
     Pool,
     ReplayReport,
+    Requirements,
+    Resolution,
     Retry,
+    SemverX,
+    SemverXRange,
+    Swap,
+    SwapResult,
+    can_hot_swap,
 )
 from pybustcall.errors import BustFailed, DeadlineExceeded
 
@@ -41,8 +49,17 @@ async def use() -> None:
         assert_type(await same.outbox.counts(), OutboxCounts)
         assert_type(same.topology(), FleetView)
         assert_type(same.statistics(), ClientStatistics)
+        assert_type(await same.supports("cache.hotswap"), bool)
+        assert_type(await same.announce("pricing-model", ["2.1.0"]), DependencyReply)
+        assert_type(await same.resolve("pricing-model@^2.0.0"), Resolution)
+        assert_type(await same.hot_swap([Swap("pricing-model", to="2.2.0", migrate=True)]), SwapResult)
+        await same.register("products/7.html", depends_on=["pricing-model"])
         same.on_event(hook)()
         same.reset()
+    BustcallClient(requires=Requirements(semverx=">=0.1", capabilities=("cache.hotswap",)))
+    assert_type(SemverXRange.parse("^1.0.0").matches(SemverX.parse("1.2.3")), bool)
+    if not (verdict := can_hot_swap("1.0.0", "2.0.0")):
+        assert_type(verdict.reasons, tuple[str, ...])
     try:
         await client.bust("a")
     except DeadlineExceeded as error:

@@ -1,0 +1,210 @@
+"""Hot swaps: what a caller says of one, at which daemon it is done, and what it came to.
+
+A registry of dependencies is each daemon's own, and a swap must be done at one, once. So unlike a bust it is never sent
+to a second daemon while the first may have done it: it is repeated there, with its idempotency key, which the daemon's
+registry answers by. The rules, the busts and the all-or-none are the daemon's (docs/explanation/contract.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeVar, final
+
+from pybustcall.dispatcher import Daemon, dispatch
+from pybustcall.errors import InvalidRequest, InvalidVersion
+from pybustcall.faults import TABLE, Fault, FaultKind, Outcome
+from pybustcall.fleet import Fleet, Policies
+from pybustcall.models import MAX_SWAPS, HotSwapRequest, SwapItem
+from pybustcall.results import applied_of, stage_of
+from pybustcall.semverx import SemverX, SemverXRange, Spec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from pybustcall.dispatcher import Ask, Receipt
+    from pybustcall.models import HotSwapReply
+    from pybustcall.policies import Retry
+
+__all__ = ["Resolution", "Swap", "SwapResult", "at_one", "check_name", "check_spec", "check_version", "swap_request"]
+
+_Daemon = TypeVar("_Daemon", bound=Daemon)
+_Reply = TypeVar("_Reply")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """One cache dependency to be replaced.
+
+    - `name`: the dependency; `to`: the version that is to be current
+    - `from_`: the version that must be current before; None for whatever is
+    - `allow_experimental`: opts in to an experimental version
+    - `validated`: says that an experimental version passed its validation, and may become stable
+    - `migrate`: says that what depends on a legacy version is ready for a stable one
+    - `rollback`: says that this is a way back, which alone may lead to a legacy version
+    """
+
+    name: str
+    to: str
+    from_: str | None = None
+    allow_experimental: bool = False
+    validated: bool = False
+    migrate: bool = False
+    rollback: bool = False
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SwapResult:
+    """What a hot swap that was committed came to.
+
+    - `swaps`: what was replaced, each with the version that was current before in `from_`
+    - `busted`: how many entries that depended on them went
+    - `daemon`: URL of the daemon that did it; `stage`: 12 (clean) down to 9 (after faults); `causes`: those
+    - `elapsed`: seconds; `key`: the idempotency key that it carried
+    """
+
+    swaps: tuple[Swap, ...]
+    busted: int
+    daemon: str
+    stage: int
+    causes: tuple[Fault, ...] = ()
+    elapsed: float = 0.0
+    key: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        request: HotSwapRequest,
+        reply: HotSwapReply,
+        daemon: str,
+        causes: tuple[Fault, ...],
+        elapsed: float,
+        key: str,
+    ) -> SwapResult:
+        """Make the result of what was asked and what a daemon answered."""
+        before = {swapped.name: swapped.from_ for swapped in reply.swaps}
+        return cls(
+            swaps=tuple(
+                Swap(item.name, item.to, before.get(item.name, item.from_), *(getattr(item, flag) for flag in _FLAGS))
+                for item in request.swaps
+            ),
+            busted=reply.busted,
+            daemon=daemon,
+            stage=stage_of(Outcome.ACKNOWLEDGED, causes),
+            causes=causes,
+            elapsed=elapsed,
+            key=key,
+        )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """What `name@range` was resolved to.
+
+    - `resolved`: name@version
+    - `version`: the best known version that matches; `state`: stable, legacy or experimental
+    - `daemon`: URL of the daemon whose registry says so
+    """
+
+    spec: str
+    resolved: str
+    version: SemverX
+    state: str
+    daemon: str
+
+
+def check_name(name: object, field: str) -> str:
+    """Return the name of a dependency if it can be one; raise `InvalidRequest` otherwise."""
+    try:
+        return Spec(name, SemverXRange.parse("*")).name  # type: ignore[arg-type]  # it says what is wrong
+    except InvalidVersion as error:
+        raise InvalidRequest(f"{field} is no dependency's name: {error}; nothing was sent", field=field) from None
+
+
+def check_version(version: object, field: str) -> str:
+    """Return the text of a version if it is one; raise `InvalidRequest` otherwise."""
+    try:
+        SemverX.parse(str(version) if isinstance(version, SemverX) else version)
+    except InvalidVersion as error:
+        raise InvalidRequest(f"{field} is no version: {error}; nothing was sent", field=field) from None
+    return str(version)
+
+
+def check_spec(spec: object) -> str:
+    """Return `name@range` if it is that; raise `InvalidRequest` otherwise."""
+    try:
+        Spec.parse(spec)
+    except InvalidVersion as error:
+        raise InvalidRequest(f"spec is not name@range: {error}; nothing was sent", field="spec") from None
+    return str(spec)
+
+
+def swap_request(swaps: Iterable[Swap]) -> HotSwapRequest:
+    """Make the request of checked swaps; raise `InvalidRequest` before anything is sent if one cannot be sent."""
+    try:
+        listed = tuple(swaps)
+    except TypeError:
+        raise InvalidRequest("swaps must be a list of Swap; nothing was sent", field="swaps") from None
+    if not 1 <= len(listed) <= MAX_SWAPS:
+        raise InvalidRequest(
+            f"swaps must be 1 to {MAX_SWAPS} together, not {len(listed)}; nothing was sent", field="swaps"
+        )
+    items = [_item(swap, f"swaps[{number}]") for number, swap in enumerate(listed)]
+    names = [item.name for item in items]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InvalidRequest(f"swaps names {twice!r} twice; nothing was sent", field="swaps")
+    return HotSwapRequest(swaps=tuple(items))
+
+
+_FLAGS: Final = ("allow_experimental", "validated", "migrate", "rollback")
+
+
+def _item(swap: object, where: str) -> SwapItem:
+    if not isinstance(swap, Swap):
+        raise InvalidRequest(f"{where} must be a Swap, not {type(swap).__name__}; nothing was sent", field=where)
+    for flag in _FLAGS:
+        if type(getattr(swap, flag)) is not bool:
+            raise InvalidRequest(f"{where}.{flag} must be true or false; nothing was sent", field=f"{where}.{flag}")
+    return SwapItem(
+        name=check_name(swap.name, f"{where}.name"),
+        to=check_version(swap.to, f"{where}.to"),
+        from_=None if swap.from_ is None else check_version(swap.from_, f"{where}.from_"),
+        **{flag: getattr(swap, flag) for flag in _FLAGS},
+    )
+
+
+async def at_one(
+    ask: Ask[_Daemon, _Reply],
+    daemons: Sequence[_Daemon],
+    *,
+    client_id: str,
+    deadline: float,
+    retry: Retry | None,
+    random: Callable[[], float],
+) -> tuple[Receipt[_Daemon, _Reply], tuple[Fault, ...]]:
+    """Have something done at one daemon, once: the hub, or the next that can be reached if it surely was not done.
+
+    Return the last receipt, and the faults of all. Each daemon but the last has half of the time that is left; a fault
+    that forbids going on ends it.
+    """
+    loop = asyncio.get_running_loop()
+    fleet = Fleet([daemon.url for daemon in daemons], Policies(), client_id=client_id, now=loop.time(), random=random)
+    order = fleet.order(loop.time())
+    causes: tuple[Fault, ...] = ()
+    while True:
+        index = order.pop(0)
+        left = deadline - loop.time()
+        end = deadline - left / 2 if order else deadline
+        receipt = await dispatch(ask, daemons, fleet, deadline=end, retry=retry, random=random, only=index)
+        causes += receipt.causes
+        surely_not = applied_of(causes) == "no"
+        if receipt.reply is not None or not order or not surely_not or not _next_may(receipt.causes):
+            return receipt, causes
+
+
+def _next_may(causes: Iterable[Fault]) -> bool:
+    """Tell whether another daemon could do better."""
+    return all(TABLE[cause.kind].next or cause.kind is FaultKind.NO_SLOT for cause in causes)
