@@ -21,13 +21,13 @@ from concurrent.futures import CancelledError
 from functools import partial, wraps
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import click
 from pydantic import SecretStr
 
 from pybustcall.bustcall_core import BustcallClient, ClientOutbox
-from pybustcall.capabilities import VERSION
+from pybustcall.capabilities import SEMVERX, VERSION, advertisement, unmet
 from pybustcall.config import settings_from_env, settings_from_toml
 from pybustcall.errors import (
     BustcallError,
@@ -36,9 +36,11 @@ from pybustcall.errors import (
     DaemonsUnavailable,
     DeadlineExceeded,
     InvalidRequest,
+    InvalidVersion,
 )
 from pybustcall.faults import check_tolerance, raises
-from pybustcall.models import DEFAULT_STRATEGY, MAX_TARGET_BYTES, check_target
+from pybustcall.hotswap import Swap
+from pybustcall.models import DEFAULT_STRATEGY, MAX_TARGET_BYTES, Requirements, check_target
 from pybustcall.outbox import RowState
 from pybustcall.results import BustResult, error_class, summary
 
@@ -49,7 +51,8 @@ if TYPE_CHECKING:
 
     from pybustcall.capabilities import DaemonCapabilities
     from pybustcall.delivery import DeliveryMode
-    from pybustcall.models import DaemonStatus
+    from pybustcall.hotswap import Resolution, SwapResult
+    from pybustcall.models import Access, CapabilityDocument, DaemonStatus, DependencyReply
 
 __all__ = ["cli", "run"]
 
@@ -276,6 +279,7 @@ def _as_dict(result: BustResult, *, tolerated: bool) -> dict[str, Any]:
         "status": result.status,
         "stage": result.stage,
         "band": result.band,
+        "oversight": result.oversight,
         "applied": result.applied,
         "daemon": result.daemon,
         "cache_key": result.cache_key,
@@ -372,7 +376,7 @@ def capabilities(client: BustcallClient, as_json: bool) -> int:
     def tell(reply: DaemonCapabilities) -> str:
         names = ", ".join(sorted(reply.names)) or "nothing advertised"
         binding = f"{reply.document.binding} {reply.document.version}" if reply.document else "base protocol only"
-        return f"{binding}: {names}"
+        return f"{binding}: {names}{_requirements(reply.document)}"
 
     def to_json(reply: DaemonCapabilities) -> dict[str, Any]:
         return {
@@ -380,9 +384,29 @@ def capabilities(client: BustcallClient, as_json: bool) -> int:
             "capabilities": sorted(reply.names),
             "document": reply.document.model_dump(mode="json") if reply.document else None,
             "bindings": {name: binding.model_dump(mode="json") for name, binding in reply.bindings.items()},
+            "unmet": list(_unmet(reply.document)),
         }
 
     return _run(_ask_each(client, client.capabilities, tell, to_json, as_json=as_json))
+
+
+def _unmet(document: CapabilityDocument | None) -> tuple[str, ...]:
+    """Tell what this client lacks of what a daemon requires, a sentence each."""
+    if document is None:
+        return ()
+    try:
+        return unmet(document.requires, SEMVERX, advertisement().capabilities)
+    except InvalidVersion as error:
+        return (f"what it requires cannot be read: {error}",)
+
+
+def _requirements(document: CapabilityDocument | None) -> str:
+    if document is None or (document.requires.semverx, document.requires.capabilities) == ("*", ()):
+        return ""
+    requires = document.requires
+    told = ", ".join([*([f"version {requires.semverx}"] if requires.semverx != "*" else []), *requires.capabilities])
+    lacks = _unmet(document)
+    return f"; requires of clients: {told} ({'; '.join(lacks) if lacks else 'this one fits'})"
 
 
 async def _ask_each(
@@ -407,6 +431,166 @@ async def _ask_each(
                 line = {"daemon": daemon, "ok": True, **to_json(reply)}
                 click.echo(json.dumps(line) if as_json else f"{daemon}: {_printable(tell(reply))}")
     return _REFUSED if _REFUSED in codes else max(codes)
+
+
+@cli.command()
+@click.argument("spec")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@_asking_options
+def resolve(client: BustcallClient, spec: str, as_json: bool) -> int:
+    """Tell which known version of a cache dependency SPEC means, such as "pricing-model@^2.0.0"."""
+
+    def tell(found: Resolution) -> list[str]:
+        return [f"{found.resolved} ({found.state}) by {found.daemon}"]
+
+    def to_json(found: Resolution) -> dict[str, Any]:
+        return {
+            "spec": found.spec,
+            "resolved": found.resolved,
+            "version": str(found.version),
+            "state": found.state,
+            "daemon": found.daemon,
+        }
+
+    return _run(_use(client, lambda: client.resolve(spec), tell, to_json, as_json=as_json))
+
+
+@cli.command()
+@click.argument("name")
+@click.argument("versions", nargs=-1, required=True, metavar="VERSION...")
+@click.option("--current", help="The version in use; the best VERSION if this is the first that is told of NAME.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@_asking_options
+def announce(client: BustcallClient, name: str, versions: tuple[str, ...], current: str | None, as_json: bool) -> int:
+    """Tell a daemon that there is a cache dependency NAME in these VERSIONs."""
+
+    def tell(known: DependencyReply) -> list[str]:
+        return [f"{known.name}: current {known.current}, known {', '.join(known.versions)}"]
+
+    def to_json(known: DependencyReply) -> dict[str, Any]:
+        return known.model_dump(mode="json")
+
+    return _run(_use(client, lambda: client.announce(name, versions, current=current), tell, to_json, as_json=as_json))
+
+
+@cli.command("hot-swap")
+@click.argument("swaps", nargs=-1, required=True, metavar="NAME=VERSION...")
+@click.option("--allow-experimental", is_flag=True, help="Take experimental versions.")
+@click.option("--validated", is_flag=True, help="What replaces an experimental version was tried in its place.")
+@click.option("--migrate", is_flag=True, help="What depends on a legacy version is ready for a stable one.")
+@click.option("--rollback", is_flag=True, help="Go back, which alone may lead to a legacy version.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@_asking_options
+def hot_swap(
+    client: BustcallClient,
+    swaps: tuple[str, ...],
+    allow_experimental: bool,
+    validated: bool,
+    migrate: bool,
+    rollback: bool,
+    as_json: bool,
+) -> int:
+    """Make each VERSION of the cache dependency NAME the current one, all or none, and bust what depends on them."""
+
+    def swap(text: str) -> Swap:
+        name, equals, version = text.rpartition("=")
+        if not equals:
+            raise click.UsageError(f"a swap is NAME=VERSION, such as pricing-model=2.1.0, not {text!r}")
+        return Swap(
+            name,
+            version,
+            allow_experimental=allow_experimental,
+            validated=validated,
+            migrate=migrate,
+            rollback=rollback,
+        )
+
+    def tell(done: SwapResult) -> list[str]:
+        after = f", after faults: {'; '.join(summary(done.causes))}" if done.causes else ""
+        swapped = [f"swapped {swap.name} from {swap.from_} to {swap.to}" for swap in done.swaps]
+        return [*swapped, f"committed by {done.daemon} in {done.elapsed:.3f} s, {done.busted} busted{after}"]
+
+    def to_json(done: SwapResult) -> dict[str, Any]:
+        return {
+            "swaps": [{"name": swap.name, "from": swap.from_, "to": swap.to} for swap in done.swaps],
+            "busted": done.busted,
+            "daemon": done.daemon,
+            "stage": done.stage,
+            "elapsed": round(done.elapsed, 6),
+            "key": done.key,
+        }
+
+    asked = [swap(text) for text in swaps]
+    return _run(_use(client, lambda: client.hot_swap(asked), tell, to_json, as_json=as_json))
+
+
+async def _use(
+    client: BustcallClient,
+    call: Callable[[], Awaitable[_T]],
+    tell: Callable[[_T], list[str]],
+    to_json: Callable[[_T], dict[str, Any]],
+    *,
+    as_json: bool,
+) -> int:
+    """Make one call of the client and tell what it came to, or why it failed and which rules are not met."""
+    async with client:
+        try:
+            done = await call()
+        except BustFailed as error:
+            reasons = list(dict.fromkeys(reason for cause in error.causes for reason in cause.unmet))
+            line = {"ok": False, "error": type(error).__name__, "text": str(error), "applied": error.applied}
+            if as_json:
+                click.echo(json.dumps({**line, "unmet": reasons}))
+            else:
+                click.echo("\n".join(_printable(text) for text in [f"Error: {error}", *reasons]), err=True)
+            return _UNAVAILABLE if isinstance(error, DaemonsUnavailable | DeadlineExceeded) else _REFUSED
+    if as_json:
+        click.echo(json.dumps({"ok": True, **to_json(done)}))
+    else:
+        click.echo("\n".join(_printable(text) for text in tell(done)))
+    return 0
+
+
+@cli.command()
+@click.argument("url")
+@click.option("--strict", is_flag=True, help="Ask also for what only daemons of ours must do.")
+@click.option(
+    "--token-file", type=click.Path(path_type=Path), help="File with the bearer token (or set BUSTCALL_TOKEN)."
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Seconds for each request.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each check.")
+def conformance(url: str, strict: bool, token_file: Path | None, timeout: float, as_json: bool) -> int:
+    """Check that the daemon at URL, in whatever language, does what this client relies on.
+
+    It busts and registers keys that begin with "conformance/", and announces dependencies that begin with
+    "conformance-". What the daemon does not advertise is skipped. Exits with 1 if a check failed, with 3 if nothing
+    answered.
+    """
+    from pybustcall.testing import check_daemon  # noqa: PLC0415 - it loads a web server
+
+    try:
+        token = _token("BUSTCALL_TOKEN", token_file)
+        verdicts = asyncio.run(check_daemon(url, token=token, strict=strict, timeout=timeout))
+    except ConfigurationError as error:
+        raise _Failure(str(error), _USAGE) from error
+    words = {"passed": "pass", "failed": "FAIL", "skipped": "skipped"}
+    width = max(len(verdict.name) for verdict in verdicts)
+    for verdict in verdicts:
+        line = {"check": verdict.name, "verdict": words[verdict.outcome], "detail": verdict.detail}
+        text = f"{verdict.name:<{width}}  {words[verdict.outcome]:<7}  {_printable(verdict.detail)}"
+        click.echo(json.dumps(line) if as_json else text.rstrip())
+    count = Counter(verdict.outcome for verdict in verdicts)
+    if not as_json:
+        click.echo(f"{count['passed']} passed, {count['failed']} failed, {count['skipped']} skipped")
+    if not any(verdict.answered and not verdict.skipped for verdict in verdicts):
+        return _UNAVAILABLE
+    return _REFUSED if count["failed"] else 0
 
 
 @cli.group()
@@ -551,7 +735,28 @@ def _printable(text: str) -> str:
 @click.option(
     "--token-file", type=click.Path(path_type=Path), help="File with the token to ask for (or BUSTCALL_TOKEN)."
 )
+@click.option(
+    "--operator-token-file",
+    type=click.Path(path_type=Path),
+    help="File with a second token, which opens what is private, too (or BUSTCALL_OPERATOR_TOKEN).",
+)
+@click.option(
+    "--access", multiple=True, metavar="NAME=TIER", help="Make a capability public, protected or private; repeat it."
+)
+@click.option("--require-semverx", default="*", metavar="RANGE", help="The SemverX versions that clients must have.")
+@click.option(
+    "--require-capability",
+    "required",
+    multiple=True,
+    metavar="NAME",
+    help="What clients must be able to do; repeat it.",
+)
 @click.option("--state", type=click.Path(path_type=Path), help="File to remember idempotency keys in, over restarts.")
+@click.option(
+    "--registry",
+    type=click.Path(path_type=Path),
+    help="File to keep dependencies and registered entries in, over restarts.",
+)
 @click.option("--drain", type=click.FloatRange(0, 3600), default=10.0, show_default=True, help="Seconds to finish in.")
 @click.option("--json", "as_json", is_flag=True, help="Say where it listens as a JSON object.")
 def daemon(
@@ -563,7 +768,12 @@ def daemon(
     register: Path | None,
     hosts: tuple[str, ...],
     token_file: Path | None,
+    operator_token_file: Path | None,
+    access: tuple[str, ...],
+    require_semverx: str,
+    required: tuple[str, ...],
     state: Path | None,
+    registry: Path | None,
     drain: float,
     as_json: bool,
 ) -> int:
@@ -583,9 +793,18 @@ def daemon(
         click.echo(line)  # and flushes it
 
     try:
-        token = os.environ.get("BUSTCALL_TOKEN") or None if token_file is None else _read_token(token_file)
         settings = package.DaemonSettings(
-            host=host, port=port, socket=socket, token=token, allowed_hosts=hosts, drain=drain, state=state
+            host=host,
+            port=port,
+            socket=socket,
+            token=_token("BUSTCALL_TOKEN", token_file),
+            operator_token=_token("BUSTCALL_OPERATOR_TOKEN", operator_token_file),
+            access=_access(access),
+            requires=Requirements(semverx=require_semverx, capabilities=required),
+            allowed_hosts=hosts,
+            drain=drain,
+            state=state,
+            registry=registry,
         )
         package.check_settings(settings)
         index = package.Index()
@@ -596,6 +815,19 @@ def daemon(
     except (ConfigurationError, package.BackendFailure) as error:
         raise _Failure(str(error), _CANNOT_START) from error
     return 0
+
+
+def _token(variable: str, path: Path | None) -> str | None:
+    """Read a token of the daemon's: the file's, or else the environment's."""
+    return os.environ.get(variable) or None if path is None else _read_token(path)
+
+
+def _access(given: tuple[str, ...]) -> dict[str, Access]:
+    """Read NAME=TIER; whether there are such names and tiers is the daemon's to say."""
+    pairs = [text.partition("=") for text in given]
+    if not all(equals for _, equals, _ in pairs):
+        raise click.UsageError("--access takes NAME=TIER, such as cache.bust=public")
+    return {name: cast("Access", tier) for name, _, tier in pairs}
 
 
 def _run(work: Coroutine[Any, Any, _T]) -> _T:

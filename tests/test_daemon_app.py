@@ -36,6 +36,7 @@ from pybustcall.daemon import (
 )
 from pybustcall.daemon import app as app_module
 from pybustcall.daemon import serving as serving_module
+from pybustcall.daemon.access import Refusal
 from pybustcall.errors import ConfigurationError
 from pybustcall.models import (
     BindingCapabilities,
@@ -119,12 +120,12 @@ async def bust(client: Client, target: str = "main.css", **more: object) -> dict
         return found
 
 
-async def refused(response: aiohttp.ClientResponse, status: int) -> Problem:
+async def refused(response: aiohttp.ClientResponse, status: int, kind: str = "about:blank") -> Problem:
     """Read a problem, and hold that it is one in form."""
     assert response.status == status
     assert response.content_type == "application/problem+json"
     problem = Problem.model_validate_json(await response.read())
-    assert (problem.type, problem.title, problem.status) == ("about:blank", HTTPStatus(status).phrase, status)
+    assert (problem.type, problem.title, problem.status) == (kind, HTTPStatus(status).phrase, status)
     assert problem.detail
     return problem
 
@@ -208,7 +209,8 @@ async def test_the_capabilities_say_what_is_served() -> None:
         assert document.version == "1.2.3"
         assert document.semverx == "0.experimental.1.experimental.0.experimental"
         assert document.capabilities == (
-            "cache.bust", "cache.register", "daemon.status", "daemon.capabilities", "cache.bust.idempotent"
+            "cache.bust", "cache.bust.idempotent", "cache.dependencies", "cache.hotswap", "cache.register",
+            "daemon.capabilities", "daemon.negotiate", "daemon.status", "semver.resolve",
         )  # fmt: skip
         assert document.supported_strategies == ("direct", "dimensional", "hybrid")
         assert (document.limits.max_target_bytes, document.limits.max_body_bytes) == (8192, 9000)
@@ -740,6 +742,7 @@ async def test_requests_under_way_finish_while_new_ones_are_turned_away() -> Non
                         await refused(response, 503)
                         break
             assert (response.headers["Retry-After"], response.headers["Connection"]) == ("1", "close")
+            assert response.headers["Bustcall-Capabilities"].startswith("sha256:")
             with pytest.raises(aiohttp.ClientConnectorError):
                 await get(url)
             assert not task.done()
@@ -1068,5 +1071,5 @@ async def test_a_socket_that_goes_meanwhile_is_no_error(tmp_path: Path) -> None:
 
 def test_json_with_a_number_too_long_to_read_is_refused() -> None:
     """Python's own limit on digits is a refusal, not a failure."""
-    with pytest.raises(app_module._Refusal, match="number that cannot be read"):
+    with pytest.raises(Refusal, match="number that cannot be read"):
         app_module._parse_json(json.dumps({"x": 1})[:-2].encode() + b"1" * 5000 + b"}")

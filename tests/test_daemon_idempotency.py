@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import logging
 import os
@@ -407,14 +406,6 @@ async def test_a_missing_directory_is_told(tmp_path: Path) -> None:
         await Idempotency(tmp_path / "missing" / "s").open()
 
 
-@pytest.mark.parametrize("code", [sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_READONLY | 1 << 8])
-def test_a_file_that_cannot_be_written_is_the_operators_to_mend(code: int) -> None:
-    """Also by the extended codes."""
-    error = sqlite3.OperationalError("attempt to write a readonly database")
-    error.sqlite_errorcode = code
-    assert "attempt to write a readonly database" in str(module._mistake(error, Path("s")))
-
-
 def spoil_wholly(path: Path) -> None:
     path.write_bytes(random.Random(7).randbytes(20_000))
 
@@ -488,32 +479,15 @@ def test_without_a_file_there_is_nothing_to_set_aside() -> None:
     store = module._Store(None, 600, 10, Clock())
     store.remember(b"n", b"r", b"body")
     assert store.recall(b"n") == (b"r", b"body")
-    store._set_aside("as if")
+    store.database.set_aside("as if")
     assert store.recall(b"n") is None
-    store.close()
-    store.close()
-
-
-def test_a_transaction_that_fails_changes_nothing() -> None:
-    """Whatever made it fail."""
-    db = sqlite3.connect(":memory:", isolation_level=None)
-    db.execute("CREATE TABLE t (x)")
-
-    def fail() -> None:
-        with module._transaction(db):
-            db.execute("INSERT INTO t VALUES (1)")
-            raise LookupError
-
-    with pytest.raises(LookupError):
-        fail()
-    assert db.execute("SELECT count(*) FROM t").fetchone() == (0,)
-    assert not db.in_transaction
-    db.close()
+    store.database.close()
+    store.database.close()
 
 
 def shrink(memory: Idempotency) -> None:
     """Let SQLite forget the pages that it has read."""
-    db = memory._store._db
+    db = memory._store.database._db
     assert db is not None
     db.execute("PRAGMA shrink_memory")
 
@@ -540,7 +514,7 @@ async def test_what_cannot_be_remembered_is_applied_all_the_same(
     async with remembering(tmp_path / "s") as memory:
 
         def limit(pages: int) -> None:
-            db = memory._store._db
+            db = memory._store.database._db
             assert db is not None
             db.execute(f"PRAGMA max_page_count = {pages}")
 
@@ -576,20 +550,6 @@ async def test_a_disk_that_is_full_at_the_start_is_tried_again(
     await memory.close()
     (told,) = warnings_in(caplog)
     assert told.startswith("idempotency keys cannot be remembered for now: ")
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
-def test_a_file_that_cannot_be_made_for_want_of_room_may_pass(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    """Anything else is the operator's to mend."""
-
-    def fail(*_: object) -> int:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "open", fail)
-    with pytest.raises(OSError if number == errno.ENOSPC else ConfigurationError, match=os.strerror(number)):
-        module._make_private(tmp_path / "s")
 
 
 class Stuck(Clock):

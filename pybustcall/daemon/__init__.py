@@ -1,9 +1,11 @@
 """The reference daemon: an independent reading of the wire, with a cache behind it.
 
 It imports the vocabulary only (errors, models, faults, topology, capabilities), never a module of the client, so that
-the two check each other. `app` answers, `serving` listens and drains, `connections` keeps the connections in bounds,
-`engine` decides what a bust removes, `index` knows what depends on what, `backends` hold the caches themselves,
-`idempotency` remembers what was answered, `history` remembers faults, `openapi` writes the contract down.
+the two check each other. `app` answers, `access` lets in, `serving` listens and drains, `connections` keeps the
+connections in bounds, `engine` decides what a bust removes, `index` knows what depends on what, `backends` hold the
+caches themselves, `dependencies` decides what may replace what, `swaps` does it, `registry` keeps both over restarts,
+`idempotency` remembers what was answered, `database` minds the files, `history` remembers faults, `openapi` writes the
+contract down.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from pybustcall.daemon.engine import Engine, IndexFull, Removal, UnknownStrategy
 from pybustcall.daemon.history import FaultHistory
 from pybustcall.daemon.idempotency import Idempotency, KeyReused
 from pybustcall.daemon.index import Index
+from pybustcall.daemon.registry import Registry
 from pybustcall.daemon.serving import serve
+from pybustcall.daemon.swaps import Swaps
 
 __all__ = [
     "Backend",
@@ -36,7 +40,9 @@ __all__ = [
     "KeyReused",
     "MemoryBackend",
     "RefusedKey",
+    "Registry",
     "Removal",
+    "Swaps",
     "UnknownStrategy",
     "check_settings",
     "create_app",

@@ -1,83 +1,98 @@
-"""The daemon over HTTP: who is let in, what is well formed, and how every refusal reads.
+"""The daemon over HTTP: what is served where, what is well formed, and how every answer reads.
 
-This module decides the routes, the admission (host, origin, token) and the answers. Listening and draining are
-`serving`'s, what a bust removes is the engine's to decide, and whether it was done already is `idempotency`'s. Refusals
-are RFC 9457 problems, name the field to mend, and never repeat what was sent.
+This module decides the routes, what is advertised of them, and the answers. Who is let in is `access`'s to decide,
+listening and draining are `serving`'s, what a bust removes is the engine's, and whether it was done already is
+`idempotency`'s. Refusals are RFC 9457 problems, name the field to mend, and never repeat what was sent.
 
 The order of the questions is fixed: is the daemon draining (503), is it this host (421), is it this origin (403), is
-it somebody known (401), does it expect what nobody does (417), is there such a route (404, 405), is it JSON (415) of a
-bearable size (413) that came in time (408), does it parse (400), does it say what the route needs (422), is its
-idempotency key its own (422), is there room (507). What is no HTTP at all comes before all of them (400).
+it somebody known (401) who may do this (403), does the client fit (428, 426), does it expect what nobody does (417), is
+there such a route (404, 405), is it JSON (415) of a bearable size (413) that came in time (408), does it parse (400),
+does it say what the route needs (422), is its idempotency key its own (422), is there room (507). What is no HTTP at
+all comes before all of them (400).
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
-import ipaddress
 import json
 import logging
 import os
 import re
-import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, final
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Final, TypeVar, final
 
 from aiohttp import HttpVersion11, web
 from pydantic import BaseModel, ValidationError
 
-from pybustcall.capabilities import SEMVERX, VERSION
+from pybustcall.capabilities import SEMVERX, VERSION, digest_of
+from pybustcall.daemon.access import (
+    DIGEST_HEADER,
+    Admission,
+    Clients,
+    Refusal,
+    check_access,
+    check_requires,
+    check_token,
+    is_loopback,
+    presentable,
+    said_binding,
+    tiers_of,
+)
 from pybustcall.daemon.backends import BackendFailure, RefusedKey
 from pybustcall.daemon.connections import Connection
+from pybustcall.daemon.dependencies import NotCurrent, RegistryFull, SwapRefused, Unreadable, Unresolved, resolved
 from pybustcall.daemon.engine import IndexFull, UnknownStrategy
 from pybustcall.daemon.history import FaultHistory
 from pybustcall.daemon.idempotency import Idempotency, KeyReused, fingerprint_of, name_of
 from pybustcall.daemon.openapi import openapi_document
+from pybustcall.daemon.registry import Registry, RegistryFailure
+from pybustcall.daemon.swaps import SwapFailed, Swaps
 from pybustcall.errors import ConfigurationError
 from pybustcall.faults import CLEAN, TABLE, FaultKind
 from pybustcall.models import (
     BINDING,
     MAX_TARGET_BYTES,
     STRATEGIES,
+    Access,
+    AnnounceRequest,
     BindingCapabilities,
     BindingStatus,
     BustRequest,
     CapabilityDocument,
     CapabilityLimits,
-    Problem,
+    DependenciesReply,
+    DependencyReply,
+    HotSwapRequest,
     RegisterReply,
     RegisterRequest,
+    Requirements,
+    ResolveReply,
+    ResolveRequest,
     StatusReply,
     cache_key_of,
     explain,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from aiohttp.typedefs import Handler
 
+    from pybustcall.daemon.dependencies import Dependency
     from pybustcall.daemon.engine import Engine
 
-__all__ = ["DAEMON", "DELEGATE", "GRACE", "Daemon", "DaemonSettings", "check_settings", "create_app"]
+__all__ = ["DAEMON", "DELEGATE", "GRACE", "ROUTES", "Daemon", "DaemonSettings", "Route", "check_settings", "create_app"]
 
 DELEGATE: Final = "pybustcall-daemon"
 
-_ROUTES: Final[Mapping[str, str]] = {
-    "cache.bust": "/api/v1/bust",
-    "cache.register": "/api/v1/entries",
-    "daemon.status": "/api/v1/status",
-    "daemon.capabilities": "/api/v1/capabilities",
-}
-_IDEMPOTENT: Final = "cache.bust.idempotent"  # a header of busts, not a route
-_CAPABILITIES: Final[Mapping[str, str]] = {**_ROUTES, _IDEMPOTENT: _ROUTES["cache.bust"]}
-_BINDINGS_ROUTE: Final = "/api/v1/bindings/capabilities"
-_OPENAPI_ROUTE: Final = "/openapi.json"
-_OPEN_TO_ALL: Final = frozenset({_ROUTES["daemon.capabilities"], _BINDINGS_ROUTE, _OPENAPI_ROUTE})
+_UNRESOLVED: Final = "urn:bustcall:problem:unresolved"
+_SWAP_REFUSED: Final = "urn:bustcall:problem:swap-refused"
+_IDEMPOTENT: Final = "cache.bust.idempotent"  # a header of busts and hot swaps, not a route
+_ALWAYS: Final = frozenset({"daemon.status", "daemon.capabilities", "daemon.negotiate"})  # whatever is required
 
 _REJECTED: Final = TABLE[FaultKind.REJECTED].stage
 _DENIED: Final = TABLE[FaultKind.NOT_ALLOWED].stage
@@ -85,13 +100,11 @@ _BROKEN: Final = TABLE[FaultKind.SERVER_ERROR].stage
 
 GRACE: Final = 0.25  # seconds for the last bytes of answers, and for handlers to end when cancelled
 
-_VISIBLE: Final = re.compile(r"[!-~]+")
 _KEY: Final = re.compile(r"[!-~]{1,255}")
 _KEY_HEADER: Final = "Idempotency-Key"
 _REPLAYED_HEADER: Final = "Idempotency-Replayed"
 _HOST_NAME: Final = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
-_HOST_HEADER: Final = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[^\[\]:@/\s]+)(?::[0-9]{1,5})?")
-_BINDING_NAME: Final = re.compile(r"[A-Za-z0-9._+@/-]{1,64}")
+_ENTITY_TAG: Final = re.compile(r'(?:W/)?"([^"]*)"')
 
 _log = logging.getLogger("pybustcall.daemon")
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -104,7 +117,11 @@ class DaemonSettings:
 
     - `host`, `port`: the address; port 0 lets the system choose
     - `socket`: path of a Unix socket to listen on instead (mode 0600)
-    - `token`: asked for as `Authorization: Bearer` on every route but the capabilities; never in the repr
+    - `token`: asked for as `Authorization: Bearer` by every capability that is protected; never in the repr
+    - `operator_token`: another one, which opens what is private, too; never in the repr
+    - `access`: the tiers of capabilities, for those that shall have others than these: public for the capabilities
+      themselves, protected for everything else
+    - `requires`: what clients must have before they may do more than ask
     - `allowed_hosts`: names, beyond IP addresses, localhost and `host`, that a `Host` header may say
     - `max_body_bytes`: of one request
     - `read_timeout`: seconds that the head of a request may take to arrive, and again its body
@@ -113,12 +130,17 @@ class DaemonSettings:
     - `drain`: seconds that requests under way have to finish when the daemon is told to stop
     - `state`: file in which to remember idempotency keys (mode 0600, this daemon's alone), so that a restarted daemon
       still knows them; without one they are forgotten at the end
+    - `registry`: file in which to keep registered entries, dependencies and hot swaps (likewise private), so that a
+      restarted daemon still knows them
     """
 
     host: str = "127.0.0.1"
     port: int = 8989
     socket: str | os.PathLike[str] | None = None
     token: str | None = field(default=None, repr=False)
+    operator_token: str | None = field(default=None, repr=False)
+    access: Mapping[str, Access] = field(default_factory=dict)
+    requires: Requirements = field(default_factory=Requirements)
     allowed_hosts: tuple[str, ...] = ()
     max_body_bytes: int = 65536
     read_timeout: float = 10.0
@@ -126,18 +148,21 @@ class DaemonSettings:
     max_entries: int = 1_000_000
     drain: float = 10.0
     state: str | os.PathLike[str] | None = None
+    registry: str | os.PathLike[str] | None = None
 
 
 def check_settings(settings: DaemonSettings) -> None:
     """Raise `ConfigurationError`, naming the setting, if the daemon cannot or must not run with these settings."""
-    if settings.token is not None and not _VISIBLE.fullmatch(settings.token):
-        raise ConfigurationError(
-            "the token must be visible ASCII characters without spaces, and at least one", setting="token"
-        )
+    check_token(settings.token, "token")
+    check_token(settings.operator_token, "operator_token")
+    if settings.operator_token is not None and settings.operator_token == settings.token:
+        raise ConfigurationError("the operator token must be another than the token", setting="operator_token")
+    check_access(settings.access, _capabilities())
+    check_requires(settings.requires)
     if settings.socket is None:
         if type(settings.port) is not int or not 0 <= settings.port <= 65535:
             raise ConfigurationError(f"the port must be 0 to 65535, not {settings.port!r}", setting="port")
-        if settings.token is None and not _is_loopback(settings.host):
+        if settings.token is None and settings.operator_token is None and not is_loopback(settings.host):
             raise ConfigurationError(
                 f"listening on {settings.host!r} lets other machines in, which needs a token; set one (BUSTCALL_TOKEN),"
                 " or listen on 127.0.0.1",
@@ -170,51 +195,7 @@ def check_settings(settings: DaemonSettings) -> None:
         raise ConfigurationError(f"the drain must be 0 seconds or more, not {settings.drain!r}", setting="drain")
 
 
-def _is_loopback(host: str) -> bool:
-    address = _ip_address(host)
-    return host.lower() == "localhost" or (address is not None and address.is_loopback)
-
-
-def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(host)
-    except ValueError:
-        return None
-
-
 # Refusals
-
-
-class _Refusal(Exception):
-    """A request ends here: what to answer, and at which stage to remember it."""
-
-    def __init__(
-        self,
-        status: int,
-        detail: str,
-        *,
-        stage: int = _REJECTED,
-        field_name: str | None = None,
-        supported: tuple[str, ...] | None = None,
-        headers: Mapping[str, str] | None = None,
-        binding: str = "unknown",
-    ) -> None:
-        super().__init__(detail)
-        self.stage = stage
-        self.binding = binding
-        self._headers = headers
-        self._problem = Problem(
-            title=HTTPStatus(status).phrase, status=status, detail=detail, field=field_name, supported=supported
-        )
-
-    def response(self) -> web.Response:
-        return web.Response(
-            status=self._problem.status,
-            body=self._problem.model_dump_json(exclude_none=True).encode(),
-            headers=self._headers,
-            content_type="application/problem+json",
-        )
-
 
 _DETAILS: Final[Mapping[int, tuple[int, str]]] = {
     404: (_DENIED, "there is no such route; see /api/v1/capabilities for those that there are"),
@@ -223,65 +204,13 @@ _DETAILS: Final[Mapping[int, tuple[int, str]]] = {
 }
 
 
-def _refusal_of(error: web.HTTPException, most: int) -> _Refusal:
+def _refusal_of(error: web.HTTPException, most: int) -> Refusal:
     """Say an exception of aiohttp's in our own words."""
     if error.status == 413:
-        return _Refusal(413, f"the body is larger than {most} bytes")
+        return Refusal(413, f"the body is larger than {most} bytes")
     stage, detail = _DETAILS.get(error.status, (_REJECTED, "the request cannot be served as it is"))
     allow = error.headers.get("Allow")
-    return _Refusal(error.status, detail, stage=stage, headers=None if allow is None else {"Allow": allow})
-
-
-# Admission
-
-
-def _admit(request: web.Request, settings: DaemonSettings) -> None:
-    """Raise the refusal of a request for another host, from another origin or nobody known, or oddly expecting."""
-    listener = request.get_extra_info("socket")
-    hosts = request.headers.getall("Host", [])
-    if listener is None or listener.family != socket.AF_UNIX:
-        _admit_host(hosts, settings)
-    _admit_origin(request, hosts)
-    if settings.token is not None and request.path not in _OPEN_TO_ALL:
-        _admit_token(request.headers.getall("Authorization", []), settings.token)
-    if _expects(request) not in {None, "100-continue"}:
-        stage, detail = _DETAILS[417]
-        raise _Refusal(417, detail, stage=stage)
-
-
-def _admit_host(hosts: list[str], settings: DaemonSettings) -> None:
-    found = _HOST_HEADER.fullmatch(hosts[0]) if len(hosts) == 1 else None
-    name = found["name"].strip("[]").lower().removesuffix(".") if found else ""
-    known = {"localhost", settings.host.lower().removesuffix(".")}
-    known.update(host.lower().removesuffix(".") for host in settings.allowed_hosts)
-    if not name or (name not in known and _ip_address(name) is None):
-        raise _Refusal(
-            421,
-            "this daemon does not answer for that host; its operator can add it to the allowed hosts",
-            stage=_DENIED,
-        )
-
-
-def _admit_origin(request: web.Request, hosts: list[str]) -> None:
-    own = {f"{scheme}://{host.lower()}" for host in hosts for scheme in ("http", "https")}
-    origins = request.headers.getall("Origin", [])
-    sites = request.headers.getall("Sec-Fetch-Site", [])
-    if any(origin.lower() not in own for origin in origins) or any(
-        site.lower() not in {"same-origin", "none"} for site in sites
-    ):
-        raise _Refusal(403, "pages of other origins may not call this daemon", stage=_DENIED)
-
-
-def _admit_token(given: list[str], token: str) -> None:
-    scheme, _, value = given[0].partition(" ") if len(given) == 1 else ("", "", "")
-    same = hmac.compare_digest(value.strip().encode("utf-8", "surrogateescape"), token.encode())
-    if scheme.lower() != "bearer" or not same:
-        raise _Refusal(
-            401,
-            "this daemon wants its token, as Authorization: Bearer",
-            stage=_DENIED,
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+    return Refusal(error.status, detail, stage=stage, headers=None if allow is None else {"Allow": allow})
 
 
 # Reading
@@ -290,6 +219,12 @@ def _admit_token(given: list[str], token: str) -> None:
 def _expects(request: web.Request) -> str | None:
     """Tell what the request expects before it sends its body; HTTP/1.0 knows nothing of that."""
     return request.headers.get("Expect", "").lower() or None if request.version >= HttpVersion11 else None
+
+
+def _check_expectation(request: web.Request) -> None:
+    if _expects(request) not in {None, "100-continue"}:
+        stage, detail = _DETAILS[417]
+        raise Refusal(417, detail, stage=stage)
 
 
 async def _expect_later(_request: web.Request) -> None:
@@ -304,23 +239,26 @@ async def _say_expectation(request: web.Request, response: web.StreamResponse) -
 
 async def _read_document(request: web.Request, settings: DaemonSettings) -> object:
     """Read the body as JSON. Raises the refusal if it is something else, too large, late or cut off."""
+    return _parse_json(await _read_body(request, settings))
+
+
+async def _read_body(request: web.Request, settings: DaemonSettings) -> bytes:
     if request.content_type != "application/json":
-        raise _Refusal(415, "the body must be application/json")
+        raise Refusal(415, "the body must be application/json")
     if (request.content_length or 0) > settings.max_body_bytes:
-        raise _Refusal(413, f"the body is larger than {settings.max_body_bytes} bytes")
+        raise Refusal(413, f"the body is larger than {settings.max_body_bytes} bytes")
     try:
         async with asyncio.timeout(settings.read_timeout):
             if _expects(request) == "100-continue":
                 await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 request.writer.output_size = 0  # of the answer proper, nothing was written yet
-            body = await request.read()
+            return await request.read()
     except TimeoutError:
-        raise _Refusal(
+        raise Refusal(
             408, f"the body did not arrive within {settings.read_timeout:g} seconds", headers={"Connection": "close"}
         ) from None
     except web.RequestPayloadError:
-        raise _Refusal(400, "the body is not what its headers announce") from None
-    return _parse_json(body)
+        raise Refusal(400, "the body is not what its headers announce") from None
 
 
 def _parse_json(body: bytes) -> object:
@@ -328,31 +266,30 @@ def _parse_json(body: bytes) -> object:
     try:
         return json.loads(body.decode(), object_pairs_hook=_once, parse_constant=_no_constant)
     except UnicodeDecodeError:
-        raise _Refusal(400, "the body is not UTF-8") from None
+        raise Refusal(400, "the body is not UTF-8") from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise _Refusal(400, f"the body is not JSON: {error.msg} ({where})") from None
+        raise Refusal(400, f"the body is not JSON: {error.msg} ({where})") from None
     except RecursionError:
-        raise _Refusal(400, "the body is nested too deep") from None
+        raise Refusal(400, "the body is nested too deep") from None
     except ValueError:
-        raise _Refusal(400, "the body has a number that cannot be read") from None
+        raise Refusal(400, "the body has a number that cannot be read") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise _Refusal(400, "the body names a field twice; which of them counts cannot be told")
+        raise Refusal(400, "the body names a field twice; which of them counts cannot be told")
     return found
 
 
 def _no_constant(_name: str) -> float:
-    raise _Refusal(400, "the body has NaN or Infinity, which JSON does not know")
+    raise Refusal(400, "the body has NaN or Infinity, which JSON does not know")
 
 
 def _binding_of(document: object) -> str:
     """Tell the binding that a request says, if it can be shown; "unknown" otherwise."""
-    said = document.get("binding") if isinstance(document, dict) else None
-    return said if isinstance(said, str) and _BINDING_NAME.fullmatch(said) else "unknown"
+    return presentable(document.get("binding") if isinstance(document, dict) else None)
 
 
 def _read_key(request: web.Request, binding: str) -> str | None:
@@ -361,7 +298,7 @@ def _read_key(request: web.Request, binding: str) -> str | None:
     if not given:
         return None
     if len(given) != 1 or not _KEY.fullmatch(given[0]):
-        raise _Refusal(
+        raise Refusal(
             400,
             f"{_KEY_HEADER} must be there once, with 1 to 255 visible ASCII characters",
             field_name=_KEY_HEADER,
@@ -376,7 +313,7 @@ def _validate(model: type[_Model], document: object) -> _Model:
     except ValidationError as error:
         name, reason = explain(error)
         detail = reason if name is None or reason.startswith(f"{name} ") else f"{name}: {reason}"
-        raise _Refusal(422, detail, field_name=name, binding=_binding_of(document)) from None
+        raise Refusal(422, detail, field_name=name, binding=_binding_of(document)) from None
 
 
 # Answering
@@ -392,13 +329,26 @@ class Daemon:
         settings: DaemonSettings,
         history: FaultHistory,
         idempotency: Idempotency,
+        swaps: Swaps,
         version: str,
     ) -> None:
         self._engine = engine
+        self._swaps = swaps
         self._settings = settings
         self._history = history
         self._idempotency = idempotency
         self._version = version
+        self._admission = Admission(
+            hosts=(settings.host, *settings.allowed_hosts),
+            token=settings.token,
+            operator_token=settings.operator_token,
+            tiers=tiers_of(_capabilities(), settings.access),
+        )
+        self._clients = Clients(settings.requires)
+        self._usable = tuple(name for name in _capabilities() if self._admission.is_usable(name))
+        self._document = self._describe().model_dump_json(exclude_none=True).encode()
+        self.digest = digest_of(self._document)
+        self._served: dict[web.AbstractRoute, str] = {}
         self._stopping = asyncio.Event()
         self._quiet = asyncio.Event()
         self._requests = 0
@@ -418,15 +368,15 @@ class Daemon:
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if self._stopping.is_set():
             headers = {"Retry-After": "1", "Connection": "close"}
-            return _Refusal(503, "this daemon is stopping; ask another, or again later", headers=headers).response()
+            return Refusal(503, "this daemon is stopping; ask another, or again later", headers=headers).response()
         self._requests += 1
         if request.task not in self._connections:
             self._connections.add(request.task)
             request.task.add_done_callback(self._connections.discard)
         try:
             return await self._answer(request, handler)
-        except _Refusal as refusal:
-            return self._refuse(refusal)
+        except Refusal as refusal:
+            return self._refuse(refusal, said_binding(request.headers))
         finally:
             self._requests -= 1
             if self._requests == 0 and self._stopping.is_set():
@@ -434,25 +384,37 @@ class Daemon:
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
-            _admit(request, self._settings)
+            capability = self._served.get(request.match_info.route)
+            self._admission.admit(request, capability)
+            if capability is not None and capability not in _ALWAYS:
+                self._clients.check(request.headers)
+            _check_expectation(request)
             return await handler(request)
-        except (_Refusal, ConnectionError):
+        except (Refusal, ConnectionError):
             raise
         except web.HTTPException as error:
             raise _refusal_of(error, self._settings.max_body_bytes) from None
         except Exception:  # noqa: BLE001 - the outermost room: logged in full, told as a problem
             _log.exception("unexpected error while answering %s", request.method)
-            raise _Refusal(500, "the daemon failed; its log says why", stage=_BROKEN) from None
+            raise Refusal(500, "the daemon failed; its log says why", stage=_BROKEN) from None
 
-    def _refuse(self, refusal: _Refusal) -> web.Response:
-        self._history.record(refusal.stage, str(refusal), binding=refusal.binding)
+    def _refuse(self, refusal: Refusal, said: str = "unknown") -> web.Response:
+        """Remember a refusal; `said` is the binding that the headers say, which a body may say better."""
+        if refusal.stage is not None:
+            binding = said if refusal.binding == "unknown" else refusal.binding
+            self._history.record(refusal.stage, str(refusal), binding=binding)
         return refusal.response()
 
     def refuse_unread(self, status: int) -> web.Response:
         """Make the refusal of what is no request, and remember it."""
-        if status < 500:
-            return self._refuse(_Refusal(status, "the request is not HTTP as this daemon reads it"))
-        return self._refuse(_Refusal(status, "the daemon failed before it could answer", stage=_BROKEN))
+        refusal = (
+            Refusal(status, "the request is not HTTP as this daemon reads it")
+            if status < 500
+            else Refusal(status, "the daemon failed before it could answer", stage=_BROKEN)
+        )
+        response = self._refuse(refusal)
+        response.headers[DIGEST_HEADER] = self.digest
+        return response
 
     def refuse_expectation(self, request: web.Request, response: web.HTTPExpectationFailed) -> None:
         """Make a problem of aiohttp's own refusal, and remember it."""
@@ -475,9 +437,10 @@ class Daemon:
         if key is None:
             return _ok(await apply())
         try:
-            answer = await self._idempotency.once(name_of(self._settings.token, key), fingerprint_of(asked), apply)
+            name = name_of(self._admission.credential(request), key)
+            answer = await self._idempotency.once(name, fingerprint_of(asked), apply)
         except KeyReused as error:
-            raise _Refusal(422, f"{_KEY_HEADER}: {error}", field_name=_KEY_HEADER, binding=binding) from None
+            raise Refusal(422, f"{_KEY_HEADER}: {error}", field_name=_KEY_HEADER, binding=binding) from None
         return _ok(answer.body, {_REPLAYED_HEADER: "true"} if answer.replayed else None)
 
     async def _bust(self, asked: BustRequest, binding: str, started: float) -> bytes:
@@ -485,12 +448,14 @@ class Daemon:
         try:
             removal = await self._engine.bust(asked.target, asked.strategy)
         except UnknownStrategy as error:
-            raise _Refusal(422, str(error), field_name="strategy", supported=error.supported, binding=binding) from None
+            raise Refusal(422, str(error), field_name="strategy", supported=error.supported, binding=binding) from None
         except RefusedKey as error:
-            raise _Refusal(422, f"target {error}", field_name="target", binding=binding) from None
+            raise Refusal(422, f"target {error}", field_name="target", binding=binding) from None
         except BackendFailure as error:
             _log.error("a bust was not applied in full: %s", error)
-            raise _Refusal(500, f"the bust was not applied in full: {error}", stage=_BROKEN, binding=binding) from None
+            raise Refusal(500, f"the bust was not applied in full: {error}", stage=_BROKEN, binding=binding) from None
+        finally:
+            await self._swaps.registry.try_save()
         return json.dumps(
             {
                 "status": "success",
@@ -508,10 +473,69 @@ class Daemon:
         try:
             self._engine.register(asked.key, asked.depends_on, most=self._settings.max_entries)
         except RefusedKey as error:
-            raise _Refusal(422, f"key {error}", field_name="key", binding=binding) from None
+            raise Refusal(422, f"key {error}", field_name="key", binding=binding) from None
         except IndexFull as error:
-            raise _Refusal(507, str(error), stage=_BROKEN, binding=binding) from None
+            raise Refusal(507, str(error), stage=_BROKEN, binding=binding) from None
+        try:
+            await self._swaps.registry.save()
+        except RegistryFailure as error:
+            raise _told(error, "nothing was registered", binding) from error
         return _json(RegisterReply(cache_key=cache_key_of(asked.key)))
+
+    async def announce(self, request: web.Request) -> web.Response:
+        """POST /api/v1/dependencies."""
+        asked, binding = await self._read(request, AnnounceRequest)
+        try:
+            known = await self._swaps.registry.announce(asked)
+        except Unreadable as error:
+            raise Refusal(422, str(error), field_name=error.field, binding=binding) from None
+        except NotCurrent as error:
+            raise Refusal(409, str(error), field_name="current", binding=binding) from None
+        except (RegistryFull, RegistryFailure) as error:
+            raise _told(error, "nothing was announced", binding) from error
+        return _json(_reply_of(known))
+
+    async def dependencies(self, _request: web.Request) -> web.Response:
+        """GET /api/v1/dependencies."""
+        known = self._swaps.registry.dependencies
+        return _json(DependenciesReply(dependencies=tuple(_reply_of(known[name]) for name in sorted(known))))
+
+    async def resolve(self, request: web.Request) -> web.Response:
+        """POST /api/v1/resolve."""
+        asked, binding = await self._read(request, ResolveRequest)
+        try:
+            spec, version = resolved(asked.spec, self._swaps.registry.dependencies)
+        except Unreadable as error:
+            raise Refusal(422, str(error), field_name=error.field, binding=binding) from None
+        except Unresolved as error:
+            raise Refusal(422, str(error), field_name="spec", kind=_UNRESOLVED, binding=binding) from None
+        return _json(
+            ResolveReply(
+                spec=asked.spec, resolved=f"{spec.name}@{version}", version=str(version), state=version.state.value
+            )
+        )
+
+    async def hotswap(self, request: web.Request) -> web.Response:
+        """POST /api/v1/hotswap."""
+        document = await _read_document(request, self._settings)
+        binding = _binding_of(document)
+        key = _read_key(request, binding)
+        asked = _validate(HotSwapRequest, document)
+        name = None if key is None else name_of(self._admission.credential(request), key)
+        try:
+            answer = await self._swaps.swap(asked, name)
+        except KeyReused as error:
+            raise Refusal(422, f"{_KEY_HEADER}: {error}", field_name=_KEY_HEADER, binding=binding) from None
+        except Unreadable as error:
+            raise Refusal(422, str(error), field_name=error.field, binding=binding) from None
+        except SwapRefused as error:
+            raise Refusal(409, str(error), kind=_SWAP_REFUSED, unmet=error.unmet, binding=binding) from None
+        except (RegistryFull, RegistryFailure) as error:
+            raise _told(error, "no version has changed", binding) from error
+        except SwapFailed as error:
+            _log.error("a hot swap failed: %s", error)
+            raise Refusal(500, str(error), stage=_BROKEN, binding=binding) from None
+        return _json(answer.reply, {_REPLAYED_HEADER: "true"} if answer.replayed else None)
 
     async def status(self, _request: web.Request) -> web.Response:
         """GET /api/v1/status. It answers in trouble too: a size that cannot be told is "unknown"."""
@@ -529,34 +553,52 @@ class Daemon:
             )
         )
 
-    async def capabilities(self, _request: web.Request) -> web.Response:
-        """GET /api/v1/capabilities."""
-        guarded: Literal["public", "protected"] = "public" if self._settings.token is None else "protected"
-        return _json(
-            CapabilityDocument(
-                binding=BINDING,
-                version=self._version,
-                semverx=SEMVERX,
-                capabilities=tuple(_CAPABILITIES),
-                endpoints=dict(_ROUTES),
-                supported_strategies=STRATEGIES,
-                limits=CapabilityLimits(
-                    max_target_bytes=MAX_TARGET_BYTES, max_body_bytes=self._settings.max_body_bytes
-                ),
-                access={name: "public" if route in _OPEN_TO_ALL else guarded for name, route in _CAPABILITIES.items()},
-            )
+    async def capabilities(self, request: web.Request) -> web.Response:
+        """GET /api/v1/capabilities: the document, or 304 if the client has it."""
+        if _has(request.headers.getall("If-None-Match", []), self.digest):
+            return web.Response(status=304, headers=self._entity_tag())
+        return _ok(self._document, self._entity_tag())
+
+    async def negotiate(self, request: web.Request) -> web.Response:
+        """POST /api/v1/capabilities: the client's document, which is checked and remembered, for the daemon's."""
+        body = await _read_body(request, self._settings)
+        self._clients.meet(digest_of(body), _validate(CapabilityDocument, _parse_json(body)))
+        return _ok(self._document, self._entity_tag())
+
+    def _entity_tag(self) -> dict[str, str]:
+        return {"ETag": f'"{self.digest}"'}
+
+    def _describe(self) -> CapabilityDocument:
+        return CapabilityDocument(
+            binding=BINDING,
+            version=self._version,
+            semverx=SEMVERX,
+            capabilities=self._usable,
+            endpoints={name: path for name, path in _endpoints().items() if name in self._usable},
+            supported_strategies=STRATEGIES,
+            requires=self._settings.requires,
+            limits=CapabilityLimits(max_target_bytes=MAX_TARGET_BYTES, max_body_bytes=self._settings.max_body_bytes),
+            access=self._admission.advertised(),
         )
 
     async def bindings(self, _request: web.Request) -> web.Response:
         """GET /api/v1/bindings/capabilities, in the form of the existing daemon."""
         entry = BindingCapabilities(
-            binding=BINDING, capabilities=tuple(_CAPABILITIES), semverx=SEMVERX, stage="experimental", p2p_enabled=False
+            binding=BINDING, capabilities=self._usable, semverx=SEMVERX, stage="experimental", p2p_enabled=False
         )
         return web.json_response({BINDING: entry.model_dump(mode="json")})
 
     async def openapi(self, _request: web.Request) -> web.Response:
         """GET /openapi.json: the contract of these routes."""
         return web.json_response(openapi_document())
+
+    def add_routes(self, router: web.UrlDispatcher) -> None:
+        """Serve what the table of routes says."""
+        for route in ROUTES:
+            for method in ("GET", "HEAD") if route.method == "GET" else (route.method,):
+                answer = MethodType(route.answer, self)
+                added = router.add_route(method, route.path, answer, expect_handler=_expect_later)
+                self._served[added] = route.capability
 
     async def _read(self, request: web.Request, model: type[_Model]) -> tuple[_Model, str]:
         document = await _read_document(request, self._settings)
@@ -587,21 +629,81 @@ class Daemon:
 DAEMON: Final = web.AppKey("daemon", Daemon)
 
 
-def _json(model: BaseModel) -> web.Response:
-    return _ok(model.model_dump_json(exclude_none=True).encode())
+@final
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One route: what is served there, and which capability it takes to ask for it."""
+
+    method: str
+    path: str
+    capability: str
+    answer: Callable[[Daemon, web.Request], Awaitable[web.StreamResponse]]
+
+
+ROUTES: Final = (
+    Route("POST", "/api/v1/bust", "cache.bust", Daemon.bust),
+    Route("POST", "/api/v1/entries", "cache.register", Daemon.register),
+    Route("POST", "/api/v1/dependencies", "cache.dependencies", Daemon.announce),
+    Route("GET", "/api/v1/dependencies", "cache.dependencies", Daemon.dependencies),
+    Route("POST", "/api/v1/resolve", "semver.resolve", Daemon.resolve),
+    Route("POST", "/api/v1/hotswap", "cache.hotswap", Daemon.hotswap),
+    Route("GET", "/api/v1/status", "daemon.status", Daemon.status),
+    Route("GET", "/api/v1/capabilities", "daemon.capabilities", Daemon.capabilities),
+    Route("POST", "/api/v1/capabilities", "daemon.negotiate", Daemon.negotiate),
+    Route("GET", "/api/v1/bindings/capabilities", "daemon.capabilities", Daemon.bindings),
+    Route("GET", "/openapi.json", "daemon.capabilities", Daemon.openapi),
+)
+"""All that is served: the first route of a capability is its endpoint."""
+
+
+def _endpoints() -> dict[str, str]:
+    """Tell the path of each capability that has a route."""
+    return {route.capability: route.path for route in reversed(ROUTES)}
+
+
+def _capabilities() -> tuple[str, ...]:
+    """Tell the names of all capabilities."""
+    return tuple(sorted({*_endpoints(), _IDEMPOTENT}))
+
+
+def _has(tags: list[str], digest: str) -> bool:
+    """Tell whether an If-None-Match names this digest: RFC 9110, 13.1.2, where weak tags count, too."""
+    listed = ", ".join(tags)
+    return listed.strip() == "*" or digest in _ENTITY_TAG.findall(listed)
+
+
+async def _say_digest(request: web.Request, response: web.StreamResponse) -> None:
+    """Let every answer tell which capability document is in effect."""
+    response.headers[DIGEST_HEADER] = request.app[DAEMON].digest
+
+
+def _json(model: BaseModel, headers: Mapping[str, str] | None = None) -> web.Response:
+    return _ok(model.model_dump_json(exclude_none=True, by_alias=True).encode(), headers)
 
 
 def _ok(body: bytes, headers: Mapping[str, str] | None = None) -> web.Response:
     return web.Response(body=body, headers=headers, content_type="application/json", charset="utf-8")
 
 
-def _remembering(idempotency: Idempotency) -> Callable[[web.Application], AsyncIterator[None]]:
-    """Make the memory part of an application's life: open before its first request, closed after its last."""
+def _reply_of(known: Dependency) -> DependencyReply:
+    return DependencyReply(name=known.name, current=known.current, versions=known.versions)
+
+
+def _told(error: RegistryFull | RegistryFailure, became: str, binding: str) -> Refusal:
+    """Say that there is no room, or that the registry fails, and what became of what was asked."""
+    full = isinstance(error, RegistryFull) or error.full
+    if isinstance(error, RegistryFailure):
+        _log.error("%s", error)
+    return Refusal(507 if full else 500, f"{error}; {became}", stage=_BROKEN, binding=binding)
+
+
+def _remembering(memory: Idempotency | Swaps) -> Callable[[web.Application], AsyncIterator[None]]:
+    """Make a memory part of an application's life: open before its first request, closed after its last."""
 
     async def context(_app: web.Application) -> AsyncIterator[None]:
-        await idempotency.open()
+        await memory.open()
         yield
-        await idempotency.close()
+        await memory.close()
 
     return context
 
@@ -617,32 +719,33 @@ def create_app(
     *,
     history: FaultHistory | None = None,
     idempotency: Idempotency | None = None,
+    swaps: Swaps | None = None,
     version: str | None = None,
 ) -> web.Application:
     """Make the web application; `serve` runs it, and so does any other runner of aiohttp's.
 
     - `idempotency`: the memory of keys, opened and closed with the application; by default one in `settings.state`
+    - `swaps`: the dependencies and their swaps, likewise; by default with a registry in `settings.registry`
     - `version`: the installed pybustcall's unless given
 
-    Raises `ConfigurationError` as `check_settings` does. That a file of keys cannot be used is told when it starts.
+    Raises `ConfigurationError` as `check_settings` does. That a file cannot be used is told when it starts.
     """
     check_settings(settings)
     memory = Idempotency(settings.state) if idempotency is None else idempotency
+    hot = Swaps(engine, Registry(settings.registry)) if swaps is None else swaps
     app = web.Application(middlewares=[_guard], client_max_size=settings.max_body_bytes)
     daemon = Daemon(
         engine,
         settings,
         FaultHistory() if history is None else history,
         memory,
+        hot,
         VERSION if version is None else version,
     )
     app[DAEMON] = daemon
     app.cleanup_ctx.append(_remembering(memory))
+    app.cleanup_ctx.append(_remembering(hot))
     app.on_response_prepare.append(_say_expectation)
-    app.router.add_post(_ROUTES["cache.bust"], daemon.bust, expect_handler=_expect_later)
-    app.router.add_post(_ROUTES["cache.register"], daemon.register, expect_handler=_expect_later)
-    app.router.add_get(_ROUTES["daemon.status"], daemon.status, expect_handler=_expect_later)
-    app.router.add_get(_ROUTES["daemon.capabilities"], daemon.capabilities, expect_handler=_expect_later)
-    app.router.add_get(_BINDINGS_ROUTE, daemon.bindings, expect_handler=_expect_later)
-    app.router.add_get(_OPENAPI_ROUTE, daemon.openapi, expect_handler=_expect_later)
+    app.on_response_prepare.append(_say_digest)
+    daemon.add_routes(app.router)
     return app

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, final
@@ -19,7 +20,7 @@ from pybustcall.models import STRATEGIES, check_target
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from pybustcall.daemon.backends import Backend
     from pybustcall.daemon.index import Index
@@ -80,6 +81,11 @@ class Engine:
     def __repr__(self) -> str:
         return f"Engine({self._backend!r}, {self._index!r})"
 
+    @property
+    def index(self) -> Index:
+        """What this engine knows of entries and their dependents."""
+        return self._index
+
     async def bust(self, target: str, strategy: str) -> Removal:
         """Remove what `target` and `strategy` cover.
 
@@ -91,6 +97,21 @@ class Engine:
             raise UnknownStrategy
         keys = self._covered(target, strategy)
         return await self._call(lambda: _remove_all(self._backend, keys, wide=strategy != "direct"))
+
+    def dependents(self, names: Iterable[str]) -> list[str]:
+        """List the entries that depend on any of these names, also by way of others."""
+        return sorted({key for name in names for key in self._index.dependents(name)})
+
+    async def bust_dependents(self, names: Iterable[str]) -> Removal:
+        """Remove what depends on any of these names, with the variants; the names themselves need be no keys.
+
+        Raises `BackendFailure` if a key could not be removed, after all the others were tried.
+        """
+        keys = self.dependents(names)
+        try:
+            return await self._call(lambda: _remove_all(self._backend, keys, wide=True))
+        except RefusedKey as error:
+            raise BackendFailure(f"0 removed, 1 not removed: a key {error}") from error
 
     def _covered(self, target: str, strategy: str) -> Sequence[str]:
         dependents = self._index.dependents(target)
@@ -129,6 +150,16 @@ class Engine:
         for key, depends_on in entries.items():
             self._index.add(key, depends_on)
         return len(entries)
+
+    def restore(self, entries: Mapping[str, Iterable[str]]) -> None:
+        """Register what an earlier process knew, joined with what is registered already: to bust more costs a miss.
+
+        A key that this backend could never hold is left out.
+        """
+        for key, depends_on in entries.items():
+            with suppress(RefusedKey):
+                self._backend.check(key)
+                self._index.add(key, (*self._index.dependencies(key), *depends_on))
 
     async def check_ready(self) -> None:
         """Raise `BackendFailure` if the cache cannot be used now."""

@@ -20,27 +20,24 @@ that is over, goes on as if there were no memory.
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import hmac
 import json
 import logging
-import os
 import sqlite3
-import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar, final
 
+from pybustcall.daemon.database import Database, Kind, close_in, open_in, transaction
 from pybustcall.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    import os
+    from collections.abc import Awaitable, Callable
 
     from pybustcall.models import BustRequest
 
@@ -56,21 +53,20 @@ MOST: Final = 100_000
 _PATIENCE: Final = 1.0  # seconds that a request waits for the memory, each time that it needs it
 _MOST_WAITING: Final = 1000  # questions to a memory that does not answer; more would only fill this process
 _QUIET: Final = 10.0  # seconds between two lines of the log about a memory that fails
-_LOCK_PATIENCE: Final = 1.0  # seconds that opening waits for whoever has the file
 
-_APPLICATION: Final = 0x70624964  # "pbId", by which a database is known as ours
-_VERSION: Final = 1
-_SCHEMA: Final = (
-    """CREATE TABLE answers (
-        id INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE, request BLOB NOT NULL, body BLOB NOT NULL, at REAL NOT NULL
-    )""",
-    "CREATE INDEX answers_at ON answers (at)",
-    f"PRAGMA application_id = {_APPLICATION}",
-    f"PRAGMA user_version = {_VERSION}",
+_KIND: Final = Kind(
+    setting="state",
+    application=0x70624964,  # "pbId"
+    version=1,
+    schema=(
+        """CREATE TABLE answers (
+            id INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE, request BLOB NOT NULL, body BLOB NOT NULL,
+            at REAL NOT NULL
+        )""",
+        "CREATE INDEX answers_at ON answers (at)",
+    ),
+    loss="idempotency keys used before are forgotten",
 )
-_DAMAGE: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-_OPERATORS_TO_MEND: Final = frozenset({sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM})
-_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 # What may befall the memory while it is used. None of it keeps a request from being applied.
 _FAILURES: Final = (sqlite3.Error, OSError, ConfigurationError)
@@ -83,10 +79,6 @@ class KeyReused(Exception):
 
     def __init__(self) -> None:
         super().__init__("the key was used for another request; use a new key for each request")
-
-
-class _Damaged(sqlite3.DatabaseError):
-    """The file is ours, and cannot be used as it is."""
 
 
 @final
@@ -121,47 +113,28 @@ def fingerprint_of(asked: BustRequest) -> bytes:
 
 @final
 class _Store:
-    """The table of answers, in a file or, without a path, in memory. Used in one thread only.
-
-    A file belongs to one daemon at a time: what another daemon did to its own cache says nothing of this one's. A
-    damaged file is set aside and a new one begun, also in the midst of the work.
-    """
+    """The table of answers, in a file or, without a path, in memory. Used in one thread only."""
 
     def __init__(self, path: Path | None, window: float, most: int, clock: Callable[[], float]) -> None:
-        self._path = path
+        self.database = Database(_KIND, path, self._prepare)
         self._window = window
         self._most = most
         self._clock = clock
-        self._db: sqlite3.Connection | None = None
         self._count = 0
         self._now = 0.0
 
-    def open(self) -> None:
-        """Open the file or make it. Raises `ConfigurationError` for what the operator must mend."""
-        self._opened()
-
-    def close(self) -> None:
-        """Close the file."""
-        db, self._db = self._db, None
-        if db is not None:
-            db.close()
-
     def recall(self, name: bytes) -> tuple[bytes, bytes] | None:
         """Tell what was remembered under a name, and is not too old: the fingerprint and the body."""
-        return self._do(lambda db: self._recall(db, name))
+        return self.database.do(lambda db: self._recall(db, name))
 
     def remember(self, name: bytes, request: bytes, body: bytes) -> None:
         """Remember an answer; what is too old goes, and so does the oldest if there are too many."""
-        self._do(lambda db: self._remember(db, name, request, body))
+        self.database.do(lambda db: self._remember(db, name, request, body))
 
-    def _do(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        try:
-            return work(self._opened())
-        except sqlite3.Error as error:
-            if not _is_damage(error):
-                raise
-            self._set_aside(str(error))
-            return work(self._opened())
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        self._now = self._clock()
+        _date_back(db, self._now)
+        self._count = db.execute("SELECT count(*) FROM answers").fetchone()[0]
 
     def _recall(self, db: sqlite3.Connection, name: bytes) -> tuple[bytes, bytes] | None:
         now = self._tell_time(db)
@@ -172,7 +145,7 @@ class _Store:
 
     def _remember(self, db: sqlite3.Connection, name: bytes, request: bytes, body: bytes) -> None:
         now = self._tell_time(db)
-        with _transaction(db):
+        with transaction(db):
             gone = db.execute("DELETE FROM answers WHERE at <= ? OR name = ?", (now - self._window, name)).rowcount
             db.execute("INSERT INTO answers (name, request, body, at) VALUES (?, ?, ?, ?)", (name, request, body, now))
             there = self._count - gone + 1
@@ -189,135 +162,9 @@ class _Store:
         self._now = now
         return now
 
-    # Opening
-
-    def _opened(self) -> sqlite3.Connection:
-        if self._db is None:
-            try:
-                self._connect()
-            except sqlite3.Error as error:
-                if not _is_damage(error):
-                    raise
-                self._set_aside(str(error))
-                self._connect()
-        assert self._db is not None  # noqa: S101 - made by _connect
-        return self._db
-
-    def _connect(self) -> None:
-        if self._path is not None:
-            _make_private(self._path)
-        try:
-            db = sqlite3.connect(self._path or ":memory:", timeout=_LOCK_PATIENCE, isolation_level=None)
-            try:
-                self._prepare(db)
-            except BaseException:
-                db.close()
-                raise
-        except sqlite3.Error as error:
-            mistake = _mistake(error, self._path)
-            if mistake is None:
-                raise
-            raise mistake from error
-        self._db = db
-
-    def _prepare(self, db: sqlite3.Connection) -> None:
-        for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = NORMAL"):
-            db.execute(f"PRAGMA {pragma}")
-        if not _pragma(db, "application_id") and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            with _transaction(db):
-                for statement in _SCHEMA:
-                    db.execute(statement)
-        elif _pragma(db, "application_id") != _APPLICATION:
-            raise _refuse(self._path, "is a database of something else, which is left as it is; choose another path")
-        elif (version := _pragma(db, "user_version")) != _VERSION:
-            raise _Damaged(f"it is of version {version}, not {_VERSION}")
-        elif (found := _pragma(db, "quick_check(1)")) != "ok":
-            raise _Damaged(str(found))
-        self._now = self._clock()
-        _date_back(db, self._now)
-        self._count = db.execute("SELECT count(*) FROM answers").fetchone()[0]
-
-    def _set_aside(self, why: str) -> None:
-        """Rename what cannot be used, so that a new file can be begun; it may be looked at, and is never removed."""
-        with suppress(sqlite3.Error):
-            self.close()
-        if self._path is None:
-            return
-        aside = next(path for path in map(self._numbered, count(1)) if not os.path.lexists(path))
-        self._path.rename(aside)
-        for suffix in ("-wal", "-shm", "-journal"):
-            with suppress(FileNotFoundError):
-                Path(f"{self._path}{suffix}").rename(f"{aside}{suffix}")
-        _log.warning(
-            "the state file %r cannot be used (%s); it was set aside as %r and a new one begun: idempotency keys used"
-            " before are forgotten",
-            str(self._path), why, str(aside),
-        )  # fmt: skip
-
-    def _numbered(self, number: int) -> Path:
-        return Path(f"{self._path}.corrupt-{number}")
-
-
-def _make_private(path: Path) -> None:
-    """See to it that there is a file with mode 0600. Raises `ConfigurationError` if there cannot be one.
-
-    A file that is there is not opened: closing it again would release the locks of another daemon in this process.
-    """
-    try:
-        with suppress(FileExistsError):
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            raise _refuse(path, "is not a regular file; choose another path")
-        if stat.S_IMODE(mode) != 0o600:
-            path.chmod(0o600)
-    except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise
-        raise _refuse(path, f"cannot be used: {error.strerror}; choose another path, or make its directory") from error
-
-
-def _mistake(error: sqlite3.Error, path: Path | None) -> ConfigurationError | None:
-    """Say what the operator must mend before the file can be opened; None if it is nothing of that kind."""
-    code = _code(error)
-    if code == sqlite3.SQLITE_BUSY:
-        return _refuse(path, "is in use by another process; give each daemon a file of its own")
-    if code in _OPERATORS_TO_MEND:
-        return _refuse(path, f"cannot be used: {error}")
-    return None
-
-
-def _refuse(path: Path | None, why: str) -> ConfigurationError:
-    return ConfigurationError(f"the state file {str(path)!r} {why}", setting="state")
-
-
-def _code(error: sqlite3.Error) -> int:
-    """Tell the primary code of an error; 0 for those that Python's module makes itself."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF
-
-
-def _is_damage(error: sqlite3.Error) -> bool:
-    return isinstance(error, _Damaged) or _code(error) in _DAMAGE
-
-
-def _pragma(db: sqlite3.Connection, name: str) -> object:
-    return db.execute(f"PRAGMA {name}").fetchone()[0]
-
 
 def _date_back(db: sqlite3.Connection, now: float) -> None:
     db.execute("UPDATE answers SET at = ? WHERE at > ?", (now, now))
-
-
-@contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:  # a full disk may have ended it already
-            db.execute("ROLLBACK")
-        raise
 
 
 # On the event loop
@@ -375,14 +222,11 @@ class Idempotency:
         be there. A damaged one is renamed, and a new one begun.
         """
         thread = ThreadPoolExecutor(1, thread_name_prefix="pybustcall-idempotency")
+        may_pass = (sqlite3.Error, OSError)
         try:
-            await asyncio.get_running_loop().run_in_executor(thread, self._store.open)
-        except (sqlite3.Error, OSError) as error:
+            await open_in(thread, self._store.database, may_pass)
+        except may_pass as error:
             self._warn("idempotency keys cannot be remembered for now", error)
-        except BaseException as error:
-            thread.submit(self._store.close)  # cancelled, the thread goes on, and may yet open the file
-            thread.shutdown(wait=not isinstance(error, asyncio.CancelledError))
-            raise
         self._thread = thread
 
     async def close(self) -> None:
@@ -390,21 +234,17 @@ class Idempotency:
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        ended = False
         try:
             tasks = {flight.task for flight in self._flights.values()}
             for task in tasks:
                 task.cancel()
             if tasks:
                 await asyncio.wait(tasks)
-            closing = asyncio.get_running_loop().run_in_executor(thread, self._store.close)
-            ended = bool((await asyncio.wait({closing}, timeout=self._patience))[0])
-            if not ended or closing.exception() is not None:
+        finally:
+            if not await close_in(thread, self._store.database, self._patience):
                 _log.warning(
                     "the memory of idempotency keys was not closed properly; the last of them may be forgotten"
                 )
-        finally:
-            thread.shutdown(wait=ended)
 
     async def once(self, name: bytes, request: bytes, apply: Callable[[], Awaitable[bytes]]) -> Answer:
         """Have a request applied, unless that was done: then tell its body again.

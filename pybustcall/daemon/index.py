@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, final
 from sortedcontainers import SortedDict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 __all__ = ["Index", "is_variant"]
 
@@ -42,33 +42,53 @@ class Index:
         self._entries: SortedDict[str, tuple[str, ...]] = SortedDict()
         self._dependents: dict[str, set[str]] = {}
         self._size = 0
+        self._tell: Callable[[str, tuple[str, ...] | None], None] | None = None
+
+    def watch(self, tell: Callable[[str, tuple[str, ...] | None], None] | None) -> None:
+        """Have every change told once it is made: the key, and what it depended on before, None if it was no entry.
+
+        There is one watcher at a time; None is nobody.
+        """
+        self._tell = tell
 
     def add(self, key: str, depends_on: Iterable[str] = ()) -> None:
         """Register an entry; if it is known already, what it depends on is replaced."""
         dependencies = tuple(dict.fromkeys(name for name in depends_on if name != key))
-        self.remove(key)
+        before = self._forget(key)
         self._entries[key] = dependencies
         self._size += _size_of(key)
         for name in dependencies:
             self._dependents.setdefault(name, set()).add(key)
+        if self._tell is not None:
+            self._tell(key, before)
 
     def remove(self, key: str) -> bool:
         """Forget an entry and what it depends on; tell whether it was known. What depends on it stays registered."""
+        before = self._forget(key)
+        if before is not None and self._tell is not None:
+            self._tell(key, before)
+        return before is not None
+
+    def _forget(self, key: str) -> tuple[str, ...] | None:
         dependencies = self._entries.pop(key, None)
         if dependencies is None:
-            return False
+            return None
         self._size -= _size_of(key)
         for name in dependencies:
             self._dependents[name].remove(key)
             if not self._dependents[name]:
                 del self._dependents[name]
-        return True
+        return dependencies
 
     def __contains__(self, key: object) -> bool:
         return key in self._entries
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the registered keys, in order."""
+        return iter(self._entries)
 
     def __repr__(self) -> str:
         return f"Index({len(self)} entries, {self._size} bytes of keys)"

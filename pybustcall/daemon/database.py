@@ -1,0 +1,257 @@
+"""A private SQLite file: opened or made, refused if it is not ours, set aside if it is damaged.
+
+This module decides what becomes of the file that a setting names, whatever is found there, and how a transaction ends.
+What is kept in the file, when it is written, and what follows if it cannot be, is decided by the rooms that own it.
+
+Every database is used in one thread of its own; `open_in` and `close_in` are the two ends of that thread's life.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import sqlite3
+import stat
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar, final
+
+from pybustcall.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from concurrent.futures import ThreadPoolExecutor
+
+__all__ = ["Damaged", "Database", "Kind", "close_in", "error_code", "is_damage", "open_in", "transaction"]
+
+_T = TypeVar("_T")
+
+_LOCK_PATIENCE: Final = 1.0  # seconds that opening waits for whoever has the file
+
+_DAMAGE: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_OPERATORS_TO_MEND: Final = frozenset({sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM})
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+
+_log = logging.getLogger("pybustcall.daemon")
+
+
+class Damaged(sqlite3.DatabaseError):
+    """The file is ours, and cannot be used as it is."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What a database is for.
+
+    - `setting`: which setting names its file, as in "state"
+    - `application`, `version`: by which its files are known as ours
+    - `schema`: the statements that make a new one
+    - `loss`: what setting a damaged file aside means, as in "idempotency keys used before are forgotten"
+    """
+
+    setting: str
+    application: int
+    version: int
+    schema: tuple[str, ...]
+    loss: str
+
+
+@final
+class Database:
+    """A database in a private file or, without a path, in memory. Used in one thread only.
+
+    A file belongs to one daemon at a time: what another daemon did to its own cache says nothing of this one's. A
+    damaged file is set aside and a new one begun, also in the midst of the work. `prepare` is called with each
+    connection that was opened.
+    """
+
+    def __init__(self, kind: Kind, path: Path | None, prepare: Callable[[sqlite3.Connection], None]) -> None:
+        self._kind = kind
+        self._path = path
+        self._prepare = prepare
+        self._db: sqlite3.Connection | None = None
+
+    def open(self) -> None:
+        """Open the file or make it. Raises `ConfigurationError` for what the operator must mend."""
+        self._opened()
+
+    def close(self) -> None:
+        """Close the file."""
+        db, self._db = self._db, None
+        if db is not None:
+            db.close()
+
+    def use(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Do `work` with the connection. A damage that it meets is raised: what to do then is the caller's affair."""
+        return work(self._opened())
+
+    def do(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Do `work` with the connection; if it meets a damage, do it again in a new file."""
+        try:
+            return self.use(work)
+        except sqlite3.Error as error:
+            if not is_damage(error):
+                raise
+            self.set_aside(str(error))
+            return self.use(work)
+
+    def set_aside(self, why: str) -> None:
+        """Rename what cannot be used, so that a new file can be begun; it may be looked at, and is never removed."""
+        with suppress(sqlite3.Error):
+            self.close()
+        if self._path is None:
+            return
+        aside = next(path for path in map(self._numbered, count(1)) if not os.path.lexists(path))
+        self._path.rename(aside)
+        for suffix in ("-wal", "-shm", "-journal"):
+            with suppress(FileNotFoundError):
+                Path(f"{self._path}{suffix}").rename(f"{aside}{suffix}")
+        _log.warning(
+            "the %s file %r cannot be used (%s); it was set aside as %r and a new one begun: %s",
+            self._kind.setting, str(self._path), why, str(aside), self._kind.loss,
+        )  # fmt: skip
+
+    def _numbered(self, number: int) -> Path:
+        return Path(f"{self._path}.corrupt-{number}")
+
+    # Opening
+
+    def _opened(self) -> sqlite3.Connection:
+        if self._db is None:
+            try:
+                self._connect()
+            except sqlite3.Error as error:
+                if not is_damage(error):
+                    raise
+                self.set_aside(str(error))
+                self._connect()
+        assert self._db is not None  # noqa: S101 - made by _connect
+        return self._db
+
+    def _connect(self) -> None:
+        if self._path is not None:
+            _make_private(self._path, self._kind.setting)
+        try:
+            db = sqlite3.connect(self._path or ":memory:", timeout=_LOCK_PATIENCE, isolation_level=None)
+            try:
+                self._check(db)
+                self._prepare(db)
+            except BaseException:
+                db.close()
+                raise
+        except sqlite3.Error as error:
+            mistake = _mistake(error, self._path, self._kind.setting)
+            if mistake is None:
+                raise
+            raise mistake from error
+        self._db = db
+
+    def _check(self, db: sqlite3.Connection) -> None:
+        for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = NORMAL"):
+            db.execute(f"PRAGMA {pragma}")
+        if not _pragma(db, "application_id") and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            with transaction(db):
+                for statement in self._kind.schema:
+                    db.execute(statement)
+                db.execute(f"PRAGMA application_id = {self._kind.application}")
+                db.execute(f"PRAGMA user_version = {self._kind.version}")
+        elif _pragma(db, "application_id") != self._kind.application:
+            why = "is a database of something else, which is left as it is; choose another path"
+            raise _refuse(self._path, self._kind.setting, why)
+        elif (version := _pragma(db, "user_version")) != self._kind.version:
+            raise Damaged(f"it is of version {version}, not {self._kind.version}")
+        elif (found := _pragma(db, "quick_check(1)")) != "ok":
+            raise Damaged(str(found))
+
+
+def _make_private(path: Path, setting: str) -> None:
+    """See to it that there is a file with mode 0600. Raises `ConfigurationError` if there cannot be one.
+
+    A file that is there is not opened: closing it again would release the locks of another daemon in this process.
+    """
+    try:
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise _refuse(path, setting, "is not a regular file; choose another path")
+        if stat.S_IMODE(mode) != 0o600:
+            path.chmod(0o600)
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise
+        why = f"cannot be used: {error.strerror}; choose another path, or make its directory"
+        raise _refuse(path, setting, why) from error
+
+
+def _mistake(error: sqlite3.Error, path: Path | None, setting: str) -> ConfigurationError | None:
+    """Say what the operator must mend before the file can be opened; None if it is nothing of that kind."""
+    code = error_code(error)
+    if code == sqlite3.SQLITE_BUSY:
+        return _refuse(path, setting, "is in use by another process; give each daemon a file of its own")
+    if code in _OPERATORS_TO_MEND:
+        return _refuse(path, setting, f"cannot be used: {error}")
+    return None
+
+
+def _refuse(path: Path | None, setting: str, why: str) -> ConfigurationError:
+    return ConfigurationError(f"the {setting} file {str(path)!r} {why}", setting=setting)
+
+
+def error_code(error: Exception) -> int:
+    """Tell SQLite's primary code of an error; 0 for those that it did not make itself."""
+    code: int = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Tell whether the file cannot be used as it is, and never will be."""
+    return isinstance(error, Damaged) or error_code(error) in _DAMAGE
+
+
+def _pragma(db: sqlite3.Connection, name: str) -> object:
+    return db.execute(f"PRAGMA {name}").fetchone()[0]
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """Have what is done within committed as one; if anything fails, nothing of it was done."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:  # a full disk may have ended it already
+            db.execute("ROLLBACK")
+        raise
+
+
+# The thread
+
+
+async def open_in(thread: ThreadPoolExecutor, database: Database, tolerated: tuple[type[Exception], ...] = ()) -> None:
+    """Open a database in its thread. If that fails, the thread ends, unless the failure is one that is `tolerated`."""
+    try:
+        await asyncio.get_running_loop().run_in_executor(thread, database.open)
+    except tolerated:
+        raise
+    except BaseException as error:
+        thread.submit(database.close)  # cancelled, the thread goes on, and may yet open the file
+        thread.shutdown(wait=not isinstance(error, asyncio.CancelledError))
+        raise
+
+
+async def close_in(thread: ThreadPoolExecutor, database: Database, patience: float) -> bool:
+    """Close a database and end its thread; tell whether that was done properly within `patience` seconds."""
+    done = False
+    try:
+        closing = asyncio.get_running_loop().run_in_executor(thread, database.close)
+        done = bool((await asyncio.wait({closing}, timeout=patience))[0])
+        return done and closing.exception() is None
+    finally:
+        thread.shutdown(wait=done)

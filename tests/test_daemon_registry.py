@@ -1,0 +1,764 @@
+"""The registry: what was answered is still known after a restart, and what cannot be written down is not answered."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sqlite3
+import stat
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pybustcall.daemon import (
+    DaemonSettings,
+    Engine,
+    FilesBackend,
+    Idempotency,
+    Index,
+    MemoryBackend,
+    Registry,
+    Swaps,
+    create_app,
+    serve,
+)
+from pybustcall.daemon.dependencies import Change, NotCurrent
+from pybustcall.daemon.registry import MOST_SWAPS, WINDOW, Errands, Phase, RegistryFailure, Swap
+from pybustcall.errors import ConfigurationError
+from pybustcall.models import AnnounceRequest
+from tests.conftest import PATIENCE, StartDaemon, eventually
+from tests.test_daemon_app import BUST, ENTRIES, refused, running
+from tests.test_daemon_idempotency import (
+    SPOILERS,
+    Clock,
+    files_limited,
+    make_dangling,
+    make_database,
+    make_fifo,
+    modes_in,
+    warnings_in,
+)
+
+THREAD = "pybustcall-registry"
+
+
+def memory() -> Engine:
+    index = Index()
+    return Engine(MemoryBackend(index), index)
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(THREAD)]
+
+
+@asynccontextmanager
+async def keeping(
+    path: Path | None = None, engine: Engine | None = None, **more: Any
+) -> AsyncIterator[tuple[Registry, Engine]]:
+    """Open a registry; afterwards it is closed, and neither task nor thread of it is left."""
+    tasks = asyncio.all_tasks()
+    registry, engine = Registry(path, **more), engine or memory()
+    await registry.open(engine)
+    try:
+        yield registry, engine
+    finally:
+        await registry.close()
+    assert asyncio.all_tasks() <= tasks
+    assert not threads()
+
+
+async def register(registry: Registry, engine: Engine, key: str, *depends_on: str) -> None:
+    engine.register(key, depends_on)
+    await registry.save()
+
+
+async def known(path: Path) -> dict[str, tuple[str, ...]]:
+    """Tell which entries a new process finds in the file."""
+    async with keeping(path) as (_, engine):
+        return {key: engine.index.dependencies(key) for key in engine.index}
+
+
+def entries_of(engine: Engine) -> dict[str, tuple[str, ...]]:
+    return {key: engine.index.dependencies(key) for key in engine.index}
+
+
+def model(*versions: str, current: str | None = None, name: str = "model") -> AnnounceRequest:
+    return AnnounceRequest(name=name, versions=versions, current=current)
+
+
+async def in_thread(registry: Registry, work: Callable[[sqlite3.Connection], Any]) -> Any:
+    """Do something with the registry's own connection, in its thread."""
+    assert registry._thread is not None
+    return await asyncio.get_running_loop().run_in_executor(registry._thread, registry._database.use, work)
+
+
+@contextmanager
+def held_up(registry: Registry) -> Iterator[None]:
+    """Let the registry's thread do nothing meanwhile, as a disk does that does not answer."""
+    assert registry._thread is not None
+    free = threading.Event()
+    registry._thread.submit(free.wait, PATIENCE)
+    try:
+        yield
+    finally:
+        free.set()
+
+
+def limit(pages: int, db: sqlite3.Connection) -> None:
+    db.execute(f"PRAGMA max_page_count = {pages}")  # no less than there are already
+
+
+@asynccontextmanager
+async def full(registry: Registry) -> AsyncIterator[None]:
+    """Let the database have no page more than it has; afterwards there is room again."""
+    await in_thread(registry, partial(limit, 1))
+    yield
+    await in_thread(registry, partial(limit, 1_000_000))
+
+
+LARGE = tuple(f"{number:03}{'x' * 97}" for number in range(80))  # more than there is room for in a page that is there
+
+
+# Entries
+
+
+@pytest.mark.requirement("IMP-12")
+async def test_what_was_registered_is_known_after_a_restart(tmp_path: Path) -> None:
+    """With what it depends on, in order, and only as it was registered last."""
+    async with keeping(tmp_path / "r") as (registry, engine):
+        await register(registry, engine, "page", "model", "templates")
+        await register(registry, engine, "other", "model")
+        await register(registry, engine, "other", "templates")
+        assert modes_in(tmp_path) == {0o600}
+    assert await known(tmp_path / "r") == {"page": ("model", "templates"), "other": ("templates",)}
+    assert os.listdir(tmp_path) == ["r"]
+
+
+async def test_what_a_bust_removed_is_gone_after_a_restart(tmp_path: Path) -> None:
+    """Where the registry is the cache."""
+    async with keeping(tmp_path / "r") as (registry, engine):
+        for key in ("page", "other"):
+            await register(registry, engine, key, key[0])
+        await engine.bust("p", "dimensional")
+        await registry.try_save()
+        found = await in_thread(registry, lambda db: db.execute("SELECT key FROM entries").fetchall())
+    assert found == [("other",)]
+    assert await known(tmp_path / "r") == {"other": ("o",)}
+
+
+async def test_without_a_file_nothing_is_written(tmp_path: Path) -> None:
+    """And there is no thread."""
+    async with keeping() as (registry, engine):
+        await register(registry, engine, "page", "model")
+        await engine.bust("model", "dimensional")
+        await registry.try_save()
+        await registry.announce(model("1.0.0"))
+        assert not threads()
+        assert repr(registry) == "Registry(in memory, 1 dependencies, 0 swaps)"
+        await registry.close()
+
+
+async def test_the_index_is_followed_between_open_and_close_only(tmp_path: Path) -> None:
+    """A second closing does nothing."""
+    async with keeping(tmp_path / "r") as (registry, engine):
+        assert str(tmp_path / "r") in repr(registry)
+        engine.register("page")
+        await registry.close()
+        engine.register("late")
+        await registry.save()
+        await registry.try_save()
+    assert await known(tmp_path / "r") == {"page": ()}
+
+
+async def test_what_a_file_says_is_joined_with_what_is_registered_already(tmp_path: Path) -> None:
+    """To bust too much costs a miss; keys that the cache could never hold are left out."""
+    async with keeping(tmp_path / "r") as (registry, engine):
+        await register(registry, engine, "page", "b")
+        await register(registry, engine, "/absolute", "b")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    engine = Engine(FilesBackend(cache), Index())
+    engine.register("page", ["a"])
+    async with keeping(tmp_path / "r", engine):
+        assert entries_of(engine) == {"page": ("a", "b")}
+
+
+async def test_registrations_that_come_together_share_a_commit(tmp_path: Path) -> None:
+    """However many: those that come while one is under way wait for the next, which takes them all."""
+    statements: list[str] = []
+    async with keeping(tmp_path / "r") as (registry, engine):
+        await in_thread(registry, lambda db: db.set_trace_callback(statements.append))
+        with held_up(registry):
+            first = asyncio.create_task(register(registry, engine, "first"))
+            await eventually(registry._writing.locked)
+            rest = [asyncio.create_task(register(registry, engine, f"page{number}")) for number in range(100)]
+            await eventually(lambda: len(engine.index) == 101)
+        await asyncio.gather(first, *rest)
+        await in_thread(registry, lambda db: db.set_trace_callback(None))
+    assert statements.count("COMMIT") == 2
+    assert len(await known(tmp_path / "r")) == 101
+
+
+async def test_a_registration_that_is_repeated_waits_for_the_first(tmp_path: Path) -> None:
+    """It is answered no sooner than it is written."""
+    async with keeping(tmp_path / "r") as (registry, engine):
+        with held_up(registry):
+            asked = [asyncio.create_task(register(registry, engine, "page", "a")) for _ in range(2)]
+            await eventually(lambda: registry._gathering is not None or registry._writing.locked())
+            await asyncio.sleep(0)
+            assert not any(task.done() for task in asked)
+        await asyncio.gather(*asked)
+        assert registry._unwritten == {}
+
+
+async def test_a_caller_that_is_cancelled_breaks_no_writing_off(tmp_path: Path) -> None:
+    """Neither its own nor another's."""
+    async with keeping(tmp_path / "r") as (registry, engine):
+        with held_up(registry):
+            first, second = (asyncio.create_task(register(registry, engine, key)) for key in "ab")
+            third = asyncio.create_task(registry.announce(model("1.0.0")))
+            await eventually(lambda: len(engine.index) == 2)
+            for task in (first, third):
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+        await second
+        await eventually(lambda: "model" in registry.dependencies)
+    assert await known(tmp_path / "r") == {"a": (), "b": ()}
+
+
+async def test_a_registration_that_cannot_be_written_is_taken_back(tmp_path: Path) -> None:
+    """What was registered before stands, in memory as in the file; with room again it can be repeated."""
+    async with keeping(tmp_path / "r") as (registry, engine):
+        await register(registry, engine, "page", "model")
+        async with full(registry):
+            for key in ("page", "other"):
+                with pytest.raises(RegistryFailure, match="cannot be written: database or disk is full") as caught:
+                    await register(registry, engine, key, *LARGE)
+                assert caught.value.full
+            assert entries_of(engine) == {"page": ("model",)}
+        await register(registry, engine, "other", *LARGE)
+    assert await known(tmp_path / "r") == {"page": ("model",), "other": LARGE}
+
+
+async def test_registrations_that_wait_behind_one_that_fails_fail_too(tmp_path: Path) -> None:
+    """They may stand on it: all that was not written is taken back, and whoever waits is told."""
+    async with keeping(tmp_path / "r") as (registry, engine):
+        await register(registry, engine, "page", "model")
+        async with full(registry):
+            with held_up(registry):
+                first = asyncio.create_task(register(registry, engine, "page", *LARGE))
+                await eventually(registry._writing.locked)
+                second = asyncio.create_task(register(registry, engine, "page", "b"))
+                third = asyncio.create_task(register(registry, engine, "other", "b"))
+                await eventually(lambda: len(engine.index) == 2)
+            told = await asyncio.gather(first, second, third, return_exceptions=True)
+        assert [type(error) for error in told] == [RegistryFailure] * 3
+        assert [getattr(error, "full", None) for error in told] == [True, True, True]
+        assert entries_of(engine) == {"page": ("model",)}
+    assert await known(tmp_path / "r") == {"page": ("model",)}
+
+
+async def test_a_removal_is_not_taken_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The bust goes on, a line of the log says so, and the next commit notes it."""
+    async with keeping(tmp_path / "r") as (registry, engine):
+        for key in ("page", "new"):
+            await register(registry, engine, key, "model")
+        async with full(registry):
+            with held_up(registry):
+                first = asyncio.create_task(register(registry, engine, "other", *LARGE))
+                await eventually(registry._writing.locked)
+                assert (await engine.bust("page", "direct")).count == 1
+                busted = asyncio.create_task(registry.try_save())
+                await asyncio.sleep(0)
+            with pytest.raises(RegistryFailure):
+                await first
+            await busted
+        assert entries_of(engine) == {"new": ("model",)}
+        await registry.save()
+        found = await in_thread(registry, lambda db: db.execute("SELECT key FROM entries").fetchall())
+    assert found == [("new",)]
+    (told,) = warnings_in(caplog)
+    assert told.startswith("what was busted could not be noted, and may be taken as registered after a restart: ")
+
+
+async def test_a_bust_does_not_wait_for_a_registry_that_hangs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And not at all if it removed no entry."""
+    async with keeping(tmp_path / "r", patience=0.05) as (registry, engine):
+        await register(registry, engine, "page")
+        with held_up(registry):
+            engine.register("other")
+            await registry.try_save()
+            assert not caplog.records
+            await engine.bust("page", "direct")
+            await registry.try_save()
+        await registry.save()
+    (told,) = warnings_in(caplog)
+    assert told.endswith("not written in 0.05 seconds")
+    assert await known(tmp_path / "r") == {"other": ()}
+
+
+# The file
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Path.mkdir, "is not a regular file"),
+        (make_fifo, "is not a regular file"),
+        (make_dangling, "No such file or directory"),
+        (make_database, "is a database of something else"),
+    ],
+)
+async def test_what_is_not_ours_is_left_as_it_is(tmp_path: Path, make: Callable[[Path], None], reason: str) -> None:
+    """It is a mistake of the operator's, told by name."""
+    path = tmp_path / "r"
+    make(path)
+    before = path.lstat()
+    with pytest.raises(ConfigurationError, match=reason) as caught:
+        await Registry(path).open(memory())
+    assert caught.value.setting == "registry"
+    assert str(path) in str(caught.value)
+    assert (path.lstat().st_ino, path.lstat().st_size) == (before.st_ino, before.st_size)
+    assert not threads()
+
+
+async def test_a_file_is_one_daemons_alone(tmp_path: Path) -> None:
+    """Also between the two files that a daemon may have."""
+    async with keeping(tmp_path / "r"):
+        with pytest.raises(ConfigurationError, match="in use by another process") as caught:
+            await Registry(tmp_path / "r").open(memory())
+        assert caught.value.setting == "registry"
+    with pytest.raises(ConfigurationError, match="is a database of something else"):
+        await Idempotency(tmp_path / "r").open()
+
+
+async def test_a_disk_that_is_full_at_the_start_is_the_operators_to_mend(tmp_path: Path) -> None:
+    """A daemon that does not know its entries would leave old values behind."""
+    with files_limited(0), pytest.raises(ConfigurationError, match="make room") as caught:
+        await Registry(tmp_path / "r").open(memory())
+    assert caught.value.setting == "registry"
+    assert not threads()
+
+
+def spoil_a_row(path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE entries SET depends_on = '7'")
+    db.close()
+
+
+def spoil_a_phase(path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute("INSERT INTO swaps VALUES (1, NULL, x'', 'sleeping', '[]', 0, 0)")
+    db.close()
+
+
+@pytest.mark.parametrize("spoil", [*SPOILERS, spoil_a_row, spoil_a_phase])
+async def test_a_damaged_file_is_set_aside(
+    tmp_path: Path, spoil: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whole, and a new one is begun; one line of the log says so."""
+    path = tmp_path / "r"
+    async with keeping(path) as (registry, engine):
+        await register(registry, engine, "page", "model")
+    spoil(path)
+    assert await known(path) == {}
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert sorted(os.listdir(tmp_path)) == ["r", "r.corrupt-1"]
+    (told,) = warnings_in(caplog)
+    assert "the registry file" in told
+    assert "cannot be used" in told
+
+
+def damage(path: Path) -> Callable[[sqlite3.Connection], None]:
+    """Spoil every page but the schema's, and have SQLite forget those that it has read."""
+
+    def spoil(db: sqlite3.Connection) -> None:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with path.open("r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(4096)
+            file.write(b"\xff" * (size - 4096))
+        db.execute("PRAGMA shrink_memory")
+
+    return spoil
+
+
+async def test_a_file_damaged_in_the_midst_of_the_work_is_written_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With all that this daemon knows, and what it was just about to write."""
+    path = tmp_path / "r"
+    async with keeping(path) as (registry, engine):
+        await registry.announce(model("1.0.0"))
+        swap = await registry.prepare(b"name", b"request", (Change("model", "1.0.0", "1.1.0"),))
+        for number in range(300):
+            engine.register(f"page{number}", ["model"])
+        await registry.save()
+        await in_thread(registry, damage(path))
+        await register(registry, engine, "page7", "templates")
+        entries = entries_of(engine)
+    async with keeping(path) as (registry, engine):
+        assert entries_of(engine) == entries
+        assert registry.dependencies["model"].current == "1.0.0"
+        assert registry.unfinished() == (swap,)
+    assert sorted(os.listdir(tmp_path))[:2] == ["r", "r.corrupt-1"]
+    assert len(warnings_in(caplog)) == 1
+
+
+async def test_a_file_that_could_not_be_written_anew_is_not_taken_as_whole(tmp_path: Path) -> None:
+    """The next writing tries again to write everything."""
+    path = tmp_path / "r"
+    async with keeping(path) as (registry, engine):
+        for number in range(300):
+            engine.register(f"page{number}", ["model"])
+        await registry.save()
+        await in_thread(registry, damage(path))
+        with files_limited(0), pytest.raises(RegistryFailure):
+            await register(registry, engine, "other")
+        await register(registry, engine, "another")
+    assert len(await known(path)) == 301
+
+
+async def test_closing_writes_what_is_not_written_yet(tmp_path: Path) -> None:
+    """Though nobody waits for it."""
+    async with keeping(tmp_path / "r") as (_, engine):
+        engine.register("page", ["model"])
+    assert await known(tmp_path / "r") == {"page": ("model",)}
+
+
+async def test_a_registry_that_hangs_does_not_hold_up_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is left behind, and ends when it can."""
+    registry, engine = Registry(tmp_path / "r", patience=0.02), memory()
+    await registry.open(engine)
+    with held_up(registry):
+        engine.register("page")
+        await registry.close()
+    await eventually(lambda: not threads())
+    assert "not closed properly" in warnings_in(caplog)[-1]
+
+
+async def test_an_opening_that_is_cancelled_leaves_nothing_open(tmp_path: Path) -> None:
+    """The thread closes what it was about to open, and ends."""
+    path = tmp_path / "r"
+    async with keeping(path) as (registry, engine):
+        await register(registry, engine, "page")
+        opening = asyncio.create_task(Registry(path).open(memory()))  # waits for the file, which is in use
+        await eventually(lambda: len(threads()) == 2)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        await eventually(lambda: len(threads()) == 1)
+    assert await known(path) == {"page": ()}
+
+
+async def test_a_registry_that_is_closed_takes_nothing(tmp_path: Path) -> None:
+    """Rather than promise it."""
+    async with keeping(tmp_path / "r") as (registry, _):
+        await registry.close()
+        with pytest.raises(RegistryFailure, match="it is closed"):
+            await registry.announce(model("1.0.0"))
+
+
+# Dependencies
+
+
+async def test_dependencies_are_known_after_a_restart(tmp_path: Path) -> None:
+    """With their versions, and the current one."""
+    async with keeping(tmp_path / "r") as (registry, _):
+        first = await registry.announce(model("1.0.0"))
+        told = await registry.announce(model("1.1.0", "2.0.0"))
+        assert (first.versions, told.versions) == (("1.0.0",), ("1.0.0", "1.1.0", "2.0.0"))
+        assert await registry.announce(model("1.1.0", current="1.0.0")) is told
+    async with keeping(tmp_path / "r") as (registry, _):
+        assert registry.dependencies == {"model": told}
+        with pytest.raises(NotCurrent):
+            await registry.announce(model("2.0.0", current="2.0.0"))
+
+
+async def test_an_announcement_that_cannot_be_written_changes_nothing(tmp_path: Path) -> None:
+    """And can be repeated."""
+    many = [f"1.0.{number}-{'x' * 200}" for number in range(80)]
+    async with keeping(tmp_path / "r") as (registry, _):
+        async with full(registry):
+            with pytest.raises(RegistryFailure):
+                await registry.announce(model(*many))
+            assert registry.dependencies == {}
+        await registry.announce(model(*many))
+        assert len(registry.dependencies["model"].versions) == 80
+
+
+async def test_announcements_at_once_lose_no_version(tmp_path: Path) -> None:
+    """Each stands on the one before."""
+    async with keeping(tmp_path / "r") as (registry, _):
+        await asyncio.gather(*(registry.announce(model(f"1.0.{number}")) for number in range(50)))
+        assert len(registry.dependencies["model"].versions) == 50
+
+
+# Swaps
+
+
+CHANGES = (Change("model", "1.0.0", "1.1.0"),)
+
+
+async def done(registry: Registry, name: bytes | None) -> Swap:
+    swap = await registry.prepare(name, b"request", CHANGES)
+    return await registry.end(await registry.put(swap, Phase.COMMITTED, CHANGES, busted=2), Phase.DONE, busted=3)
+
+
+@pytest.mark.requirement("IMP-12")
+async def test_a_phase_and_its_versions_are_one_transaction(tmp_path: Path) -> None:
+    """Both or neither, in memory as in the file; the new version is known from then on."""
+    more = tuple(Change(f"m{number}", "1.0.0", f"1.0.1-{'x' * 200}") for number in range(60))
+    async with keeping(tmp_path / "r") as (registry, _):
+        for it in (*CHANGES, *more):
+            await registry.announce(model("1.0.0", name=it.name))
+        swap = await registry.prepare(b"name", b"request", (*CHANGES, *more))
+        async with full(registry):
+            with pytest.raises(RegistryFailure):
+                await registry.put(swap, Phase.COMMITTED, (*CHANGES, *more))
+        assert {it.current for it in registry.dependencies.values()} == {"1.0.0"}
+        assert registry.unfinished() == (swap,)
+    async with keeping(tmp_path / "r") as (registry, _):
+        assert {it.current for it in registry.dependencies.values()} == {"1.0.0"}
+        assert registry.unfinished() == (swap,)
+        await registry.put(swap, Phase.COMMITTED, (*CHANGES, *more))
+    async with keeping(tmp_path / "r") as (registry, _):
+        assert "1.0.0" not in {it.current for it in registry.dependencies.values()}
+        assert registry.dependencies["model"].versions == ("1.0.0", "1.1.0")
+        assert [it.phase for it in registry.unfinished()] == [Phase.COMMITTED]
+
+
+async def test_a_swap_is_found_by_its_key_for_ten_minutes(tmp_path: Path) -> None:
+    """Also after a restart, and also if the clock was set back meanwhile."""
+    clock = Clock()
+    async with keeping(tmp_path / "r", clock=clock) as (registry, _):
+        await registry.announce(model("1.0.0"))
+        swap = await done(registry, b"name")
+        assert (swap.busted, swap.at) == (5, clock.now)
+    clock.now -= 86_400
+    async with keeping(tmp_path / "r", clock=clock) as (registry, _):
+        assert registry.swap_named(b"name") == replace(swap, at=clock.now)
+        clock.now -= 86_400
+        assert registry.swap_named(b"name") is not None
+        clock.now += WINDOW - 1
+        assert registry.swap_named(b"name") is not None
+        assert registry.swap_named(b"other") is None
+        clock.now += 1
+        assert registry.swap_named(b"name") is None
+        await done(registry, b"other")
+        found = await in_thread(registry, lambda db: db.execute("SELECT name FROM swaps").fetchall())
+    assert found == [(b"other",)]
+
+
+async def test_only_so_many_swaps_are_remembered() -> None:
+    """The newest of those that are over, and all that are not."""
+    async with keeping() as (registry, _):
+        await registry.announce(model("1.0.0"))
+        prepared = await registry.prepare(None, b"", CHANGES)
+        for number in range(MOST_SWAPS + 10):
+            await done(registry, b"%d" % number)
+        assert registry.swap_named(b"9") is None
+        assert registry.swap_named(b"10") is not None
+        assert registry.unfinished() == (prepared,)
+        await registry.prepare(None, b"", CHANGES)
+        assert len(registry._swaps) == MOST_SWAPS + 2
+
+
+async def test_a_swap_that_was_rolled_back_frees_its_key(tmp_path: Path) -> None:
+    """One that is not committed is not found by it either."""
+    async with keeping(tmp_path / "r") as (registry, _):
+        await registry.announce(model("1.0.0"))
+        swap = await registry.prepare(b"name", b"request", CHANGES)
+        assert registry.swap_named(b"name") is None
+        assert (await registry.end(swap, Phase.ROLLED_BACK)).name is None
+        await done(registry, b"name")
+        found = await in_thread(registry, lambda db: db.execute("SELECT name, phase FROM swaps").fetchall())
+    assert found == [(None, "rolled_back"), (b"name", "done")]
+
+
+async def test_an_end_that_cannot_be_written_is_an_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The file says less, which the next start ends alike; and the key's next swap takes its row's place."""
+    async with keeping(tmp_path / "r") as (registry, _):
+        await registry.announce(model("1.0.0"))
+        swap = await registry.prepare(b"name", b"request", CHANGES)
+        with files_limited(0):
+            assert (await registry.end(swap, Phase.ROLLED_BACK)).phase is Phase.ROLLED_BACK
+        assert registry.unfinished() == ()
+        await done(registry, b"name")
+        found = await in_thread(registry, lambda db: db.execute("SELECT name, phase FROM swaps").fetchall())
+    assert found == [(b"name", "done")]
+    (told,) = warnings_in(caplog)
+    assert told.startswith("the end of a hot swap (rolled_back) could not be noted")
+
+
+# Errands
+
+
+async def test_the_failure_of_an_errand_that_nobody_waits_for_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Its caller went away. One that is awaited is told to whoever awaits it, and one that was cancelled to nobody."""
+    errands, go = Errands(), asyncio.Event()
+
+    async def fail() -> None:
+        await go.wait()
+        raise LookupError("gone")
+
+    abandoned = asyncio.create_task(errands.run(fail()))
+    awaited = asyncio.create_task(errands.run(fail()))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    abandoned.cancel()
+    await asyncio.wait({abandoned})
+    go.set()
+    with pytest.raises(LookupError):
+        await awaited
+    assert warnings_in(caplog) == ["a request whose client went away failed: gone"]
+    hanging = asyncio.create_task(errands.run(asyncio.Event().wait()))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    hanging.cancel()
+    await asyncio.wait({hanging})
+    await errands.end(0.01)
+    assert len(warnings_in(caplog)) == 1
+
+
+# Over HTTP
+
+
+async def test_a_registration_that_cannot_be_written_is_a_507(tmp_path: Path) -> None:
+    """Or a 500, if it is no want of room that keeps it from being written; a bust goes on in either case."""
+    async with running(registry=tmp_path / "r") as client:
+        async with client.post(ENTRIES, json={"key": "page", "depends_on": ["model"]}) as response:
+            assert response.status == 200
+        with files_limited(0):
+            async with client.post(ENTRIES, json={"key": "other"}) as response:
+                problem = await refused(response, 500)
+            assert "the registry cannot be written" in problem.detail
+            assert problem.detail.endswith("; nothing was registered")
+            async with client.post(BUST, json={"target": "model"}) as response:
+                assert (response.status, (await response.json())["removed"]) == (200, 1)
+        async with client.post(ENTRIES, json={"key": "other"}) as response:
+            assert response.status == 200
+    assert await known(tmp_path / "r") == {"other": ()}
+
+
+async def test_a_registry_without_room_is_a_507(tmp_path: Path) -> None:
+    """Nothing is promised."""
+    engine, registry = memory(), Registry(tmp_path / "r")
+    app = create_app(engine, DaemonSettings(), swaps=Swaps(engine, registry))
+    async with TestClient(TestServer(app)) as client:
+        async with full(registry):
+            async with client.post(ENTRIES, json={"key": "page", "depends_on": LARGE}) as response:
+                problem = await refused(response, 507)
+    assert problem.detail.endswith("disk is full; nothing was registered")
+    assert await known(tmp_path / "r") == {}
+
+
+async def test_a_registry_that_cannot_be_used_is_told_at_the_start(tmp_path: Path) -> None:
+    """The daemon does not begin to serve, and leaves nothing, of its other file either."""
+
+    def unexpected(url: str) -> None:
+        raise AssertionError(url)
+
+    settings = DaemonSettings(port=0, registry=tmp_path, state=tmp_path / "s")
+    with pytest.raises(ConfigurationError, match="is not a regular file") as caught:
+        await serve(memory(), settings, ready=unexpected)
+    assert caught.value.setting == "registry"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pybustcall")]
+
+
+@pytest.mark.requirement("IMP-12")
+async def test_a_killed_daemon_still_knows_its_entries(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """Kill -9 as soon as they were answered, and a new process with the same file: dependents go with their subject."""
+    options = ("--registry", str(tmp_path / "r"))
+    daemon = start_daemon(*options)
+    pages = [daemon.root / f"page{number}" for number in range(50)]
+    for page in pages:
+        page.write_text("old")
+
+    async def tell(client: aiohttp.ClientSession, page: Path) -> None:
+        async with client.post(ENTRIES, json={"key": page.name, "depends_on": ["product:7"]}) as response:
+            assert response.status == 200
+
+    async with aiohttp.ClientSession(daemon.url) as client:
+        await asyncio.gather(*(tell(client, page) for page in pages))
+        daemon.kill()
+    async with aiohttp.ClientSession(start_daemon(*options).url) as client:
+        async with client.post(BUST, json={"target": "product:7"}) as response:
+            assert (await response.json())["removed"] == 50
+    assert not any(page.exists() for page in pages)
+
+
+async def test_a_daemon_that_ends_in_order_still_knows(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """The file is whole, private, and alone."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    daemon = start_daemon("--registry", str(kept / "r"))
+    async with aiohttp.ClientSession(daemon.url) as client:
+        async with client.post(ENTRIES, json={"key": "page", "depends_on": ["model"]}) as response:
+            assert response.status == 200
+        assert modes_in(kept) == {0o600}
+    daemon.process.terminate()
+    daemon.process.wait(PATIENCE)
+    assert os.listdir(kept) == ["r"]
+    assert await known(kept / "r") == {"page": ("model",)}
+
+
+# Any order of things
+
+actions = st.tuples(
+    st.sampled_from(["register", "register", "bust", "wait", "cancel", "fill", "make room"]),
+    st.sampled_from("abc"),
+    st.sampled_from([(), ("m",), ("n",), LARGE]),
+)
+
+
+async def play(runs: list[list[tuple[str, str, tuple[str, ...]]]], path: Path) -> None:
+    """Register, bust, fill the disk and cancel in any order; in the end the file says what the memory says."""
+    expected: dict[str, tuple[str, ...]] = {}
+    for run in runs:
+        async with keeping(path, patience=PATIENCE) as (registry, engine):
+            assert entries_of(engine) == expected
+            asked: list[asyncio.Task[None]] = []
+            for what, key, depends_on in run:
+                match what:
+                    case "register":
+                        asked.append(asyncio.create_task(register(registry, engine, key, *depends_on)))
+                    case "bust":
+                        await engine.bust(key, "direct")
+                        asked.append(asyncio.create_task(registry.try_save()))
+                    case "wait":
+                        await asyncio.sleep(0)
+                    case "cancel":
+                        for task in asked[-2:]:
+                            task.cancel()
+                    case _:
+                        await in_thread(registry, partial(limit, 1 if what == "fill" else 1_000_000))
+            told = await asyncio.gather(*asked, return_exceptions=True)
+            assert {type(error) for error in told if error is not None} <= {RegistryFailure, asyncio.CancelledError}
+            await in_thread(registry, partial(limit, 1_000_000))
+            await registry._errands.end(PATIENCE)
+            await registry.save()
+            expected = entries_of(engine)
+            rows = await in_thread(registry, lambda db: db.execute("SELECT key, depends_on FROM entries").fetchall())
+            assert {key: tuple(json.loads(names)) for key, names in rows} == expected
+
+
+@given(st.lists(st.lists(actions, max_size=12), min_size=1, max_size=2))
+@settings(max_examples=40, deadline=None)
+def test_in_any_order_of_things_the_file_says_what_the_memory_says(
+    tmp_path_factory: pytest.TempPathFactory, runs: list[list[tuple[str, str, tuple[str, ...]]]]
+) -> None:
+    """Whatever failed, was taken back, or was cancelled on the way."""
+    asyncio.run(play(runs, tmp_path_factory.mktemp("r") / "r"))
