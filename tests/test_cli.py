@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -32,10 +34,10 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-@pytest.fixture
-def fake() -> Iterator[FakeDaemon]:
-    """A fake daemon on a loop of its own, since the command line runs one itself."""
-    daemon, started, stop = FakeDaemon(), threading.Event(), threading.Event()
+@contextmanager
+def running(daemon: FakeDaemon) -> Iterator[FakeDaemon]:
+    """Run a fake daemon on a loop of its own, since the command line runs one itself."""
+    started, stop = threading.Event(), threading.Event()
 
     async def serve() -> None:
         async with daemon:
@@ -45,9 +47,28 @@ def fake() -> Iterator[FakeDaemon]:
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
     assert started.wait(PATIENCE)
-    yield daemon
-    stop.set()
-    thread.join(PATIENCE)
+    try:
+        yield daemon
+    finally:
+        stop.set()
+        thread.join(PATIENCE)
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeDaemon]:
+    """A fake daemon with the base protocol."""
+    with running(FakeDaemon()) as daemon:
+        yield daemon
+
+
+EXTENSIONS = ("cache.dependencies", "semver.resolve", "cache.hotswap", "cache.register")
+
+
+@pytest.fixture
+def extended() -> Iterator[FakeDaemon]:
+    """A fake daemon that knows dependencies."""
+    with running(FakeDaemon(capabilities=EXTENSIONS)) as daemon:
+        yield daemon
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
@@ -138,6 +159,16 @@ def test_a_pipe_is_read_as_it_comes(start_daemon: StartDaemon) -> None:
         (["burst"], 2, "No such command 'burst'"),
         (["bust", "a", "--url", DOWN], 3, "no connection could be made (Connection refused)"),
         (["status", "--url", DOWN], 3, f"{DOWN}: no connection could be made"),
+        (["resolve", "a@b", "--url", DOWN], 2, "spec is not name@range"),
+        (["resolve", "a@^1", "--url", DOWN], 3, "no connection could be made"),
+        (["announce", "a", "one", "--url", DOWN], 2, "versions[0] is no version"),
+        (["announce", "a", "--url", DOWN], 2, "Missing argument 'VERSION...'"),
+        (["hot-swap", "a", "--url", DOWN], 2, "a swap is NAME=VERSION, such as pricing-model=2.1.0, not 'a'"),
+        (["hot-swap", "a=1.0.0", "a=2.0.0", "--url", DOWN], 2, "swaps names 'a' twice"),
+        (["hot-swap", "a=1.0.0", "--url", DOWN], 3, "it was not applied: http://127.0.0.1:1: no connection"),
+        (["conformance", "nonsense"], 2, "url 'nonsense' must begin with http://"),
+        (["conformance", "http://daemon.example", "--token-file", "missing"], 2, "missing: cannot be read"),
+        (["conformance", DOWN, "--timeout", "0"], 2, "0.0 is not in the range"),
         (["daemon", "--root", "missing", "--port", "0"], 4, "missing"),
         (["daemon", "--backend", "files"], 2, "go together"),
         (["daemon", "--backend", "memory", "--root", "."], 2, "go together"),
@@ -145,6 +176,12 @@ def test_a_pipe_is_read_as_it_comes(start_daemon: StartDaemon) -> None:
         (["daemon", "--port", "0", "--register", "missing.json"], 4, "missing.json"),
         (["daemon", "--token-file", "missing"], 4, "token file missing: cannot be read"),
         (["daemon", "--port", "99999"], 2, "99999 is not in the range"),
+        (["daemon", "--operator-token-file", "missing"], 4, "token file missing: cannot be read"),
+        (["daemon", "--access", "cache.bust"], 2, "--access takes NAME=TIER, such as cache.bust=public"),
+        (["daemon", "--access", "cache.bust=open"], 4, "the access of cache.bust must be one of public, protected"),
+        (["daemon", "--access", "tea=public"], 4, "there is no capability 'tea' to give access to"),
+        (["daemon", "--require-semverx", "new"], 4, "the versions that are required of clients: range 'new'"),
+        (["daemon", "--require-capability", "two words"], 4, "'two words' is not the name of a capability"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_a_sentence_and_an_exit_code(
@@ -255,6 +292,152 @@ def test_capabilities_asks_every_daemon(fake: FakeDaemon) -> None:
     assert "pybustcall 0.1.0a1: cache.bust, daemon.capabilities" in out
     code, out, _ = call("capabilities", "--url", fake.url, "--json")
     assert json.loads(out)["document"]["binding"] == "pybustcall"
+
+
+@pytest.mark.requirement("IMP-10")
+def test_capabilities_tells_what_a_daemon_requires(fake: FakeDaemon) -> None:
+    """And whether this client has it."""
+    for requires, told, lacks in (
+        ({"semverx": ">=0.1.0-0", "capabilities": ["cache.bust"]}, "version >=0.1.0-0, cache.bust (this one fits)", 0),
+        ({"capabilities": ["x.y"]}, "requires of clients: x.y (capability x.y is missing)", 1),
+        ({"semverx": "new"}, "version new (what it requires cannot be read: range 'new'", 1),
+    ):
+        fake.advertises = {"requires": requires}
+        code, out, _ = call("capabilities", "--url", fake.url)
+        assert code == 0
+        assert told in out
+        assert len(json.loads(call("capabilities", "--url", fake.url, "--json")[1])["unmet"]) == lacks
+    fake.advertises = {}
+    assert "requires" not in call("capabilities", "--url", fake.url)[1]
+    with running(FakeDaemon(document=False)) as older:
+        assert json.loads(call("capabilities", "--url", older.url, "--json")[1])["unmet"] == []
+
+
+def test_dependencies_are_announced_and_resolved(extended: FakeDaemon) -> None:
+    """In words and as JSON."""
+    at = ["--url", extended.url]
+    code, out, _ = call("announce", "model", "1.0.0", "1.1.0", "--current", "1.0.0", *at)
+    assert (code, out) == (0, "model: current 1.0.0, known 1.0.0, 1.1.0\n")
+    code, out, _ = call("announce", "model", "2.0.0-rc.1", "--json", *at)
+    assert json.loads(out) == {
+        "ok": True, "name": "model", "current": "1.0.0", "versions": ["1.0.0", "1.1.0", "2.0.0-rc.1"]
+    }  # fmt: skip
+    code, out, _ = call("resolve", "model@^1.0.0", *at)
+    assert (code, out) == (0, f"model@1.1.0 (stable) by {extended.url}\n")
+    code, out, _ = call("resolve", "model@>=2.0.0-rc.1", "--json", *at)
+    line = json.loads(out)
+    assert (line["ok"], line["resolved"], line["version"], line["state"], line["daemon"]) == (
+        True, "model@2.0.0-rc.1", "2.0.0-rc.1", "experimental", extended.url
+    )  # fmt: skip
+
+
+@pytest.mark.requirement("IMP-12")
+def test_dependencies_are_swapped_together(extended: FakeDaemon) -> None:
+    """Each with its version before; and how many entries went."""
+    at = ["--url", extended.url]
+    for name in ("model", "@scope/templates"):
+        call("announce", name, "1.0.0", *at)
+    extended.entries["page"] = ("model",)
+    code, out, _ = call("hot-swap", "model=1.1.0", "@scope/templates=1.2.0", *at)
+    assert code == 0
+    first, second, last = out.splitlines()
+    assert (first, second) == (
+        "swapped model from 1.0.0 to 1.1.0",
+        "swapped @scope/templates from 1.0.0 to 1.2.0",
+    )
+    assert last.startswith(f"committed by {extended.url} in 0.")
+    assert last.endswith(" s, 1 busted")
+    extended.swap_plan.append(Answer.problem(503))
+    code, out, _ = call("hot-swap", "model=1.2.0", *at)
+    assert code == 0
+    assert "0 busted, after faults: " in out
+    line = json.loads(call("hot-swap", "model=1.0.0", "--json", *at)[1])
+    assert line["swaps"] == [{"name": "model", "from": "1.2.0", "to": "1.0.0"}]
+    assert (line["ok"], line["stage"], line["busted"], line["daemon"]) == (True, 12, 0, extended.url)
+    assert [len(done.swaps) for done in extended.swaps] == [2, 1, 1]
+
+
+@pytest.mark.requirement("IMP-12")
+def test_a_swap_that_the_rules_refuse_is_told_with_every_reason(extended: FakeDaemon) -> None:
+    """Exit code 1, and nothing has changed; an option opts in to a rule."""
+    at = ["--url", extended.url]
+    call("announce", "model", "1.0.0", *at)
+    code, out, err = call("hot-swap", "model=2.0.0-rc.1", *at)
+    assert (code, out) == (1, "")
+    assert "it was not applied" in err
+    assert err.splitlines()[1:] == [
+        f"model: {part}: stable to experimental takes allow_experimental" for part in ("major", "minor", "patch")
+    ]
+    code, out, _ = call("hot-swap", "model=2.0.0-rc.1", "--json", *at)
+    line = json.loads(out)
+    assert (code, line["ok"], line["error"], line["applied"], len(line["unmet"])) == (1, False, "BustRejected", "no", 3)
+    for version, option in (
+        ("2.0.0-rc.1", "--allow-experimental"),
+        ("2.0.0", "--validated"),
+        ("1.0.0-legacy", "--rollback"),
+        ("3.0.0", "--migrate"),
+    ):
+        assert call("hot-swap", f"model={version}", *at)[0] == 1
+        assert call("hot-swap", f"model={version}", option, *at)[0] == 0
+
+
+def test_a_daemon_without_the_capability_is_told(fake: FakeDaemon) -> None:
+    """Exit code 1: repeating will not help."""
+    for arguments in (["resolve", "a"], ["announce", "a", "1.0.0"], ["hot-swap", "a=1.0.0"]):
+        code, out, err = call(*arguments, "--url", fake.url)
+        assert (code, out) == (1, "")
+        assert "it does not advertise " in err
+
+
+@pytest.mark.requirement("INT-01")
+@pytest.mark.requirement("INT-02")
+@pytest.mark.requirement("RES-12")
+def test_a_daemon_is_checked_for_conformance(start_daemon: StartDaemon) -> None:
+    """One line a check; exit code 0 if none failed; with --strict also what only daemons of ours must do."""
+    url = start_daemon().url
+    code, out, err = call("conformance", url)
+    *lines, last = out.splitlines()
+    assert (code, err) == (0, "")
+    assert re.fullmatch(r"busts a key and answers with its SHA-256 +pass", lines[0])
+    assert re.fullmatch(r"busts what depends on what is swapped +skipped  its cache does not hold .*", lines[-1])
+    assert last == f"{len(lines) - 1} passed, 0 failed, 1 skipped"
+    code, out, _ = call("conformance", url, "--strict", "--json")
+    checks = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert len(checks) > len(lines)
+    assert checks[0] == {"check": "busts a key and answers with its SHA-256", "verdict": "pass", "detail": ""}
+
+
+def test_a_daemon_that_fails_a_check_is_told(fake: FakeDaemon) -> None:
+    """Exit code 1, and what was found instead, without what would steer the terminal."""
+    fake.plan.append(Answer(body=b'{"success": true, "cache_key": "\\u001b[31m"}'))
+    code, out, _ = call("conformance", fake.url)
+    assert code == 1
+    assert "FAIL     cache_key does not begin with sha256:" in out
+    assert re.search(r"^swaps dependencies +skipped  it does not advertise ", out, re.MULTILINE)
+    assert ", 1 failed, " in out.splitlines()[-1]
+    assert "\x1b" not in out
+
+
+def test_a_daemon_that_is_not_there_cannot_be_checked() -> None:
+    """Exit code 3."""
+    code, out, _ = call("conformance", DOWN)
+    assert code == 3
+    assert out.splitlines()[-1].startswith("0 passed, ")
+    assert "not asked any more" in out
+
+
+def test_a_daemon_with_a_token_is_checked_with_it(
+    start_daemon: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a file or the environment, as everywhere."""
+    daemon = start_daemon(env={"BUSTCALL_TOKEN": "s3cret"})
+    assert call("conformance", daemon.url)[0] == 1
+    token = tmp_path / "token"
+    token.write_text("s3cret\n")
+    assert call("conformance", daemon.url, "--token-file", str(token))[0] == 0
+    monkeypatch.setenv("BUSTCALL_TOKEN", "s3cret")
+    assert call("conformance", daemon.url)[0] == 0
 
 
 def test_a_service_that_is_no_daemon_is_told(start_daemon: StartDaemon) -> None:

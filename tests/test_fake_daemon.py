@@ -15,11 +15,13 @@ import pytest
 import uvloop
 
 from pybustcall import TLS, BustcallClient
-from pybustcall.models import BustReply, Problem, cache_key_of
+from pybustcall.capabilities import SEMVERX, advertised_digest, advertisement, advertisement_bytes
+from pybustcall.models import BustReply, DependencyReply, HotSwapReply, Problem, cache_key_of
 from pybustcall.testing import Answer, FakeDaemon, check_daemon
 from tests.conftest import PATIENCE, eventually
 
 KEYED = ("cache.bust.idempotent",)
+EXTENDED = (*KEYED, "cache.register", "cache.dependencies", "semver.resolve", "cache.hotswap", "daemon.negotiate")
 CAPABILITIES = "/api/v1/capabilities"
 BINDINGS = "/api/v1/bindings/capabilities"
 
@@ -37,6 +39,12 @@ class Caller:
         headers = [("Content-Type", "application/json"), *(("Idempotency-Key", key) for key in keys)]
         async with self._session.post(self._url + "/api/v1/bust", data=body, headers=headers) as response:
             return response.status, await response.read(), response.headers.get("Idempotency-Replayed")
+
+    async def post(self, path: str, document: object, **headers: str) -> tuple[int, Any]:
+        """Return the status, and the body as JSON."""
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        async with self._session.post(self._url + "/api/v1/" + path, json=document, headers=sent) as response:
+            return response.status, await response.json(content_type=None)
 
     async def get(self, path: str) -> tuple[int, bytes]:
         """Return the status and the body."""
@@ -282,6 +290,13 @@ async def test_with_idempotency_keys_it_passes_the_conformance_suite() -> None:
     assert [verdict for verdict in verdicts if not verdict.ok] == []
 
 
+async def test_with_every_capability_it_passes_the_conformance_suite() -> None:
+    """What it says that it has, it has; and nothing is skipped."""
+    async with FakeDaemon(capabilities=EXTENDED) as fake:
+        verdicts = await check_daemon(fake.url, strict=True)
+    assert {verdict.outcome for verdict in verdicts} == {"passed"}
+
+
 async def test_keys_of_one_token_are_not_those_of_another() -> None:
     """Each has its own memory."""
     async with FakeDaemon(capabilities=KEYED) as fake:
@@ -417,3 +432,158 @@ async def hanging(request: Coroutine[Any, Any, object]) -> AsyncIterator[None]:
         await asyncio.wait([task])
         if not task.cancelled():
             assert isinstance(task.exception(), aiohttp.ClientError | None)
+
+
+# Dependencies, entries and hot swaps
+
+
+def knowing(fake: FakeDaemon, **current: str) -> None:
+    """Have a daemon know dependencies in these versions, which are current, and in 1.1.0."""
+    for name, version in current.items():
+        fake.dependencies[name] = DependencyReply(name=name, current=version, versions=(version, "1.1.0"))
+
+
+@pytest.mark.parametrize("path", ["entries", "dependencies", "resolve", "hotswap"])
+async def test_what_it_does_not_advertise_it_does_not_have(path: str) -> None:
+    """The route is missing."""
+    async with FakeDaemon() as fake, calling(fake) as caller:
+        assert (await caller.post(path, {}))[0] == 404
+
+
+async def test_a_hot_swap_that_had_an_effect_is_recorded() -> None:
+    """And shows in what the daemon knows; what depends is busted, also by way of others."""
+    async with FakeDaemon(capabilities=EXTENDED) as fake, calling(fake) as caller:
+        knowing(fake, model="1.0.0", templates="1.0.0")
+        fake.entries.update({"page": ("model",), "site": ("page",), "other": ("templates",)})
+        status, said = await caller.post("hotswap", {"swaps": [{"name": "model", "to": "1.2.0"}]})
+        assert (status, HotSwapReply.model_validate(said).busted) == (200, 2)
+        assert fake.dependencies["model"].versions == ("1.0.0", "1.1.0", "1.2.0")
+        assert (await caller.post("resolve", {"spec": "model"}))[1]["version"] == "1.2.0"
+        assert list(fake.entries) == ["other"]
+        assert [[(swap.name, swap.to) for swap in done.swaps] for done in fake.swaps] == [[("model", "1.2.0")]]
+        assert (fake.requests, applied(fake)) == ([], [])
+
+
+async def test_every_reason_against_a_hot_swap_is_told() -> None:
+    """And nothing has changed; the plan keeps its answers."""
+    async with FakeDaemon(capabilities=EXTENDED, swap_plan=[Answer(status=500)]) as fake, calling(fake) as caller:
+        knowing(fake, model="1.0.0", templates="1.0.0")
+        before = dict(fake.dependencies)
+        swaps = [
+            {"name": "model", "to": "2.0.0"},
+            {"name": "model", "to": "1.1.0"},
+            {"name": "templates", "from": "1.1.0", "to": "1.1.0"},
+            {"name": "nobody", "to": "1.0.0"},
+        ]
+        status, said = await caller.post("hotswap", {"swaps": swaps})
+        problem = Problem.model_validate(said)
+        assert (status, problem.type) == (409, "urn:bustcall:problem:swap-refused")
+        assert problem.unmet is not None
+        for reason in (
+            "model: is named twice",
+            "model: major: stable to stable takes a candidate of major 1",
+            "templates: the current version is 1.0.0, not 1.1.0",
+            "nobody: was not announced",
+        ):
+            assert reason in problem.unmet
+        assert (fake.dependencies, fake.swaps, len(fake.swap_plan)) == (before, [], 1)
+
+
+async def test_hot_swaps_have_a_plan_of_their_own() -> None:
+    """What is answered and what is done are two things: a swap whose answer is lost is done, once for its key."""
+    plan = [Answer(reset=True), Answer.problem(503), Answer(), Answer.problem(500)]
+    async with FakeDaemon(capabilities=EXTENDED, swap_plan=plan) as fake, calling(fake) as caller:
+        knowing(fake, model="1.0.0")
+        swap = {"swaps": [{"name": "model", "from": "1.0.0", "to": "1.1.0"}]}
+        with pytest.raises(aiohttp.ClientError):
+            await caller.post("hotswap", swap, Idempotency_Key="k")
+        assert (fake.dependencies["model"].current, len(fake.swaps)) == ("1.1.0", 1)
+        assert (await caller.post("hotswap", swap, Idempotency_Key="k"))[0] == 503
+        assert (await caller.post("hotswap", swap, Idempotency_Key="k"))[0] == 200
+        back = {"swaps": [{"name": "model", "to": "1.0.0"}]}
+        assert (await caller.post("hotswap", back, Idempotency_Key="other"))[0] == 500
+        assert (fake.dependencies["model"].current, len(fake.swaps)) == ("1.1.0", 1)
+        assert (await caller.post("hotswap", back, Idempotency_Key="k"))[0] == 422
+        assert (await caller.post("hotswap", back, Idempotency_Key="two words"))[0] == 400
+
+
+async def test_a_hot_swap_that_takes_its_time_is_judged_when_it_is_done() -> None:
+    """Another may have come first."""
+    async with FakeDaemon(capabilities=EXTENDED, swap_plan=[Answer(delay=0.05)]) as fake, calling(fake) as caller:
+        knowing(fake, model="1.0.0")
+        swap = {"swaps": [{"name": "model", "from": "1.0.0", "to": "1.1.0"}]}
+        late = asyncio.create_task(caller.post("hotswap", swap))
+        await eventually(lambda: not fake.swap_plan)
+        assert (await caller.post("hotswap", swap))[0] == 200
+        assert (await late)[0] == 409
+        assert len(fake.swaps) == 1
+
+
+async def test_a_bust_drops_entries_as_its_strategy_says() -> None:
+    """The entry alone, or what depends on it too; the reply tells how many."""
+    async with FakeDaemon(capabilities=EXTENDED) as fake, calling(fake) as caller:
+        for key, depends_on in (("a", ["x"]), ("b", ["a"]), ("c", [])):
+            assert (await caller.post("entries", {"key": key, "depends_on": depends_on}))[0] == 200
+        assert BustReply.model_validate_json((await caller.bust("a", strategy="direct"))[1]).removed == 1
+        fake.plan.append(Answer(applies=False))
+        assert BustReply.model_validate_json((await caller.bust("a"))[1]).removed == 0
+        assert BustReply.model_validate_json((await caller.bust("a"))[1]).removed == 1
+        assert list(fake.entries) == ["c"]
+    async with FakeDaemon() as fake, calling(fake) as caller:
+        assert BustReply.model_validate_json((await caller.bust("a"))[1]).removed is None
+
+
+# What it requires of its clients
+
+
+OURS = {"Bustcall_Version": SEMVERX, "Bustcall_Capabilities": advertised_digest()}
+
+
+async def test_a_client_of_another_version_is_refused() -> None:
+    """426, naming what is unmet; it may ask for status and capabilities. Requirements may change at any time."""
+    async with FakeDaemon(advertises={"requires": {"semverx": ">=99"}}) as fake, calling(fake) as caller:
+        for headers, says in ((OURS, "does not match >=99"), ({}, "its version is not known")):
+            status, said = await caller.post("bust", {"target": "a"}, **headers)
+            problem = Problem.model_validate(said)
+            assert (status, problem.type) == (426, "urn:bustcall:problem:incompatible")
+            assert problem.unmet is not None
+            assert says in problem.unmet[0]
+        assert (await caller.get("/api/v1/status"))[0] == (await caller.get(CAPABILITIES))[0] == 200
+        assert (await caller.get("/api/v1/nothing-here"))[0] == 404
+        assert (fake.requests, applied(fake)) == ([], [])
+        fake.advertises = {}
+        assert (await caller.bust())[0] == 200
+
+
+async def test_a_client_that_is_not_known_is_asked_to_advertise() -> None:
+    """428, until its document was sent, which is recorded."""
+    requires = {"semverx": ">=0.1.0-0", "capabilities": ["cache.bust"]}
+    async with FakeDaemon(advertises={"requires": requires}) as fake, calling(fake) as caller:
+        status, said = await caller.post("bust", {"target": "a"}, **OURS)
+        assert (status, said["type"]) == (428, "urn:bustcall:problem:advertise")
+        assert (await caller.post("bust", {"target": "a"}))[0] == 426  # of unknown version it cannot fit
+        async with aiohttp.ClientSession() as session:
+            headers = {"Content-Type": "application/json"}
+            async with session.post(fake.url + CAPABILITIES, data=advertisement_bytes(), headers=headers) as response:
+                assert (response.status, await response.read()) == await caller.get(CAPABILITIES)
+        assert (await caller.post("bust", {"target": "a"}, **OURS))[0] == 200
+        assert fake.advertised == [advertisement()]
+        fake.advertises = {"requires": {"capabilities": ["cache.telepathy"]}}
+        status, said = await caller.post("bust", {"target": "a"}, **OURS)
+        assert (status, said["unmet"]) == (426, ["capability cache.telepathy is missing"])
+        assert (await caller.post("capabilities", {"binding": "a"}))[0] == 426
+
+
+async def test_the_client_negotiates_with_it() -> None:
+    """As with a daemon of ours: it advertises itself when it is asked to, and busts."""
+    requires = {"capabilities": ["cache.bust"]}
+    async with FakeDaemon(advertises={"requires": requires}) as fake, BustcallClient(fake.url) as client:
+        assert (await client.bust("a")).stage == 12
+        assert fake.advertised == [advertisement()]
+
+
+@pytest.mark.parametrize("requires", [{"semverx": "new"}, {"semverx": 7}, "nothing"])
+async def test_requirements_that_cannot_be_read_are_asked_of_nobody(requires: object) -> None:
+    """They are for clients to trip over."""
+    async with FakeDaemon(advertises={"requires": requires}) as fake, calling(fake) as caller:
+        assert (await caller.bust())[0] == 200

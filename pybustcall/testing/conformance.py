@@ -3,93 +3,216 @@
 Each check sends requests of the base protocol, or of an extension that the daemon advertises, and says whether the
 answers are right. It decides nothing about how a daemon does it, in which language, or with which cache; every daemon
 that passes can serve busts.
+
+Keys and dependencies are new ones in each check, so that the suite can be run again, and by several at once. What was
+announced stays known to the daemon: there is no request that ends it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeVar, final
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, final
+from urllib.parse import urlsplit
 
 import aiohttp
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from pybustcall.capabilities import SEMVERX, advertised_digest, advertisement_bytes, check_requirements, digest_of
+from pybustcall.errors import ConfigurationError, InvalidVersion
 from pybustcall.models import (
+    BINDING,
+    MAX_TARGET_BYTES,
     BindingCapabilities,
     BustReply,
     CapabilityDocument,
+    DependenciesReply,
+    DependencyReply,
+    HotSwapReply,
     Problem,
+    ResolveReply,
     StatusReply,
+    cache_key_of,
     explain,
 )
+from pybustcall.semverx import SemverX
 from pybustcall.topology import DaemonAddress
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+    from types import TracebackType
 
 __all__ = ["CHECKS", "Check", "Verdict", "check_daemon"]
 
 _MAX_BYTES: Final = 4 * 1024 * 1024
 _BINDINGS: Final = TypeAdapter(dict[str, BindingCapabilities])
 _Model = TypeVar("_Model", bound=BaseModel)
+_BUST: Final = "/api/v1/bust"
+_CAPABILITIES: Final = "/api/v1/capabilities"
+_DEPENDENCIES: Final = "/api/v1/dependencies"
 _TARGET: Final = "conformance/naïve key.css"
+_SCRIPTS: Final = "conformance/ключ/キー/مفتاح/🔑/e\u0301.css"
 _KEY: Final = "Idempotency-Key"
 _REPLAYED: Final = "Idempotency-Replayed"
+_DIGEST: Final = "Bustcall-Capabilities"
 _IDEMPOTENT: Final = "cache.bust.idempotent"
+_KNOWS: Final = ("cache.dependencies",)
+_RESOLVES: Final = ("cache.dependencies", "semver.resolve")
+_SWAPS: Final = ("cache.dependencies", "cache.hotswap")
+_PAUSE: Final = 0.02  # seconds between two pieces of a body, so that they arrive one by one
+_PATIENCE: Final = 3  # checks in a row without an answer, after which nothing more is asked
 
 
 class _Unmet(Exception):
     """A check found something else than it asks for."""
 
 
+class _Skipped(Exception):
+    """A check does not apply to this daemon."""
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class _Answer:
+    """One answer; `closes`: it says that its connection ends with it."""
+
     status: int
     content_type: str
     body: bytes
     headers: Mapping[str, str] = field(default_factory=dict)
+    closes: bool = False
 
 
 @final
 class _Probe:
-    """Sends single requests to one daemon and reads the answers whole."""
+    """Sends single requests to one daemon, as pybustcall would, and reads the answers whole.
 
-    def __init__(self, session: aiohttp.ClientSession, base: str) -> None:
-        self._session = session
-        self._base = base
+    Each request has a connection of its own, or, of a probe that is `alone`, all have the same one if the daemon keeps
+    it. `connections` tells how many were made, `closings` how many the daemon said that it closes.
+    """
+
+    def __init__(
+        self, address: DaemonAddress, headers: Mapping[str, str], timeout: float, *, alone: bool = False
+    ) -> None:
+        self.connections = 0
+        self.closings = 0
+        self._address = address
+        self._headers = {
+            "Bustcall-Binding": BINDING,
+            "Bustcall-Version": SEMVERX,
+            _DIGEST: advertised_digest(),
+            **headers,
+        }
+        self._timeout = timeout
+        self._alone = alone
+
+    async def __aenter__(self) -> Self:
+        limits: dict[str, Any] = {"limit": 1} if self._alone else {"force_close": True}
+        path = self._address.socket_path
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_create_start.append(self._count)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(**limits) if path is None else aiohttp.UnixConnector(path, **limits),
+            headers=self._headers,
+            timeout=aiohttp.ClientTimeout(total=self._timeout),
+            trace_configs=[trace],
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._session.close()
+
+    async def _count(self, *_: object) -> None:
+        self.connections += 1
+
+    def alone(self) -> _Probe:
+        """Make a probe that keeps to one connection."""
+        return _Probe(self._address, self._headers, self._timeout, alone=True)
 
     async def send(
         self,
         method: str,
         path: str,
-        body: bytes | None = None,
+        body: bytes | Sequence[bytes] | None = None,
         content_type: str = "application/json",
         headers: Mapping[str, str] | None = None,
     ) -> _Answer:
-        headers = {**(headers or {}), **({} if body is None else {"Content-Type": content_type})}
+        """Send a request; a body that is given in pieces is sent so."""
+        sent = {**(headers or {}), **({} if body is None else {"Content-Type": content_type})}
+        data: object = body
+        if body is not None and not isinstance(body, bytes):
+            sent["Content-Length"] = str(sum(map(len, body)))
+            data = _in_pieces(body)
         async with self._session.request(
-            method, self._base + path, data=body, headers=headers, allow_redirects=False
+            method, self._address.base + path, data=data, headers=sent, allow_redirects=False
         ) as response:
-            text = await response.content.read(_MAX_BYTES)
-            return _Answer(response.status, response.content_type, text, response.headers)
+            read = bytearray()
+            async for piece in response.content.iter_any():
+                read += piece
+                if len(read) > _MAX_BYTES:
+                    raise _Unmet(f"its answer has more than {_MAX_BYTES} bytes")
+            said = response.headers.get("Connection", "").lower()
+            modern = response.version is not None and response.version >= aiohttp.HttpVersion11
+            closes = "close" in said or not (modern or "keep-alive" in said)
+            self.closings += closes
+            return _Answer(response.status, response.content_type, bytes(read), response.headers, closes)
+
+    async def send_raw(self, method: str, path: str) -> bytes:
+        """Send a request without a body that ends its connection; read, as they are, all bytes that come until then."""
+        where = urlsplit(self._address.base)
+        headers = {**self._headers, "Host": where.netloc, "Connection": "close"}
+        lines = [f"{method} {where.path}{path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        async with asyncio.timeout(self._timeout):
+            reader, writer = await self._connect(where.port)
+            try:
+                writer.write("\r\n".join([*lines, "", ""]).encode())
+                read = b""
+                while len(read) <= _MAX_BYTES and (piece := await reader.read(65536)):
+                    read += piece
+                return read
+            finally:
+                writer.close()
+                with suppress(OSError):
+                    await writer.wait_closed()
+
+    async def _connect(self, port: int | None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        address = self._address
+        if address.socket_path is not None:
+            return await asyncio.open_unix_connection(address.socket_path)
+        encrypted = address.is_encrypted
+        return await asyncio.open_connection(
+            address.host, port or (443 if encrypted else 80), ssl=True if encrypted else None
+        )
+
+    async def post(self, path: str, document: object, key: str | None = None) -> _Answer:
+        """Send a document, with an idempotency key or without."""
+        return await self.send("POST", path, json.dumps(document).encode(), headers={} if key is None else {_KEY: key})
 
     async def bust(self, **fields: object) -> _Answer:
-        return await self.send("POST", "/api/v1/bust", json.dumps(fields).encode())
+        return await self.post(_BUST, fields)
 
     async def bust_once(self, key: str, **fields: object) -> _Answer:
-        return await self.send("POST", "/api/v1/bust", json.dumps(fields).encode(), headers={_KEY: key})
+        return await self.post(_BUST, fields, key)
+
+
+async def _in_pieces(pieces: Sequence[bytes]) -> AsyncIterator[bytes]:
+    for number, piece in enumerate(pieces):
+        if number:
+            await asyncio.sleep(_PAUSE)
+        yield piece
+
+
+# The base
 
 
 async def _busts(probe: _Probe) -> None:
-    answer = await probe.bust(target=_TARGET, strategy="direct", binding="pybustcall", fault_tolerance=6)
-    _expect(answer, 200)
-    reply = _read(BustReply, answer)
-    if not reply.cache_key.startswith("sha256:"):
-        raise _Unmet(f"cache_key does not begin with sha256: ({reply.cache_key[:20]!r})")
-    if not reply.answers(_TARGET):
-        raise _Unmet("cache_key is not the SHA-256 of the target's UTF-8 bytes")
+    _expect_bust(await probe.bust(target=_TARGET, strategy="direct", binding="pybustcall", fault_tolerance=6))
 
 
 async def _busts_with_defaults(probe: _Probe) -> None:
@@ -105,6 +228,72 @@ async def _busts_again(probe: _Probe) -> None:
         _expect(await probe.bust(target=_TARGET), 200)
 
 
+async def _busts_in_any_script(probe: _Probe) -> None:
+    for escaped in (False, True):
+        body = json.dumps({"target": _SCRIPTS}, ensure_ascii=escaped).encode()
+        _expect_bust(await probe.send("POST", _BUST, body), _SCRIPTS)
+
+
+async def _reads_the_longest_target(probe: _Probe) -> None:
+    beginning = "conformance/"
+    rest = MAX_TARGET_BYTES - len(beginning)
+    for target in (beginning + "x" * rest, beginning + "é" * (rest // 2)):
+        answer = await probe.bust(target=target, strategy="direct")
+        _expect(answer, 200, 422)  # a cache of files has no such name, and may say so
+        if answer.status == 200:
+            _expect_bust(answer, target)
+
+
+async def _keeps_to_the_scale(probe: _Probe) -> None:
+    for tolerance in (0, 1, 6, 12):
+        answer = await probe.bust(target=_TARGET, fault_tolerance=tolerance)
+        _expect_bust(answer)
+        stage = json.loads(answer.body).get("fault_stage")
+        if stage is not None and stage not in range(13):
+            raise _Unmet(f"fault_stage is {stage}, which is not of the scale from 0 to 12")
+
+
+async def _keeps_its_connections(probe: _Probe) -> None:
+    async with probe.alone() as one:
+        for target in (_TARGET, f"{_TARGET}.map"):
+            _expect_bust(await one.bust(target=target, strategy="direct"), target)
+            _expect(await one.send("GET", "/api/v1/status"), 200)
+        if one.closings:
+            raise _Skipped("it closes its connections, and says so")
+        _expect_kept(one)
+
+
+async def _stays_in_step(probe: _Probe) -> None:
+    body = json.dumps({"target": "x" * 1000}).encode()
+    async with probe.alone() as one:
+        for path, sent, content_type, statuses in (
+            (_BUST, body, "text/plain", (415,)),
+            (_BUST, body[:-1], "application/json", (400,)),
+            (_BUST, b"", "application/json", (400, 411, 422)),
+            ("/api/v1/nothing-here", body, "application/json", (404, 405)),
+        ):
+            _expect(await one.send("POST", path, sent, content_type), *statuses)
+            _expect_bust(await one.bust(target=_TARGET, strategy="direct"))
+        _expect_kept(one)
+
+
+async def _reads_pieces(probe: _Probe) -> None:
+    body = json.dumps({"target": _TARGET, "strategy": "direct"}, ensure_ascii=False).encode()
+    middle = body.index("ï".encode()) + 1  # in the middle of a character
+    _expect_bust(await probe.send("POST", _BUST, (body[:middle], body[middle:])))
+
+
+async def _answers_head(probe: _Probe) -> None:
+    for path, statuses in (("/api/v1/status", (200, 404, 405, 501)), ("/api/v1/nothing-here", (404, 405, 501))):
+        head, _, rest = (await probe.send_raw("HEAD", path)).partition(b"\r\n\r\n")
+        found = re.match(rb"HTTP/1\.[01] (\d{3}) ", head)
+        if found is None or int(found[1]) not in statuses:
+            said = f"HTTP {found[1].decode()}" if found is not None else "no HTTP"
+            raise _Unmet(f"HEAD {path} is answered with {said}, expected one of {', '.join(map(str, statuses))}")
+        if rest:
+            raise _Unmet(f"the answer to HEAD {path} has a body of {len(rest)} bytes")
+
+
 async def _tells_its_status(probe: _Probe) -> None:
     answer = await probe.send("GET", "/api/v1/status")
     _expect(answer, 200)
@@ -112,7 +301,7 @@ async def _tells_its_status(probe: _Probe) -> None:
 
 
 async def _tells_its_capabilities(probe: _Probe) -> None:
-    answer = await probe.send("GET", "/api/v1/capabilities")
+    answer = await probe.send("GET", _CAPABILITIES)
     if answer.status == 200:
         _read(CapabilityDocument, answer)
         return
@@ -126,7 +315,7 @@ async def _tells_its_capabilities(probe: _Probe) -> None:
 
 
 async def _refuses_malformed_json(probe: _Probe) -> None:
-    _expect(await probe.send("POST", "/api/v1/bust", b'{"target": "a'), 400)
+    _expect(await probe.send("POST", _BUST, b'{"target": "a'), 400)
 
 
 async def _refuses_a_missing_target(probe: _Probe) -> None:
@@ -143,11 +332,11 @@ async def _refuses_a_tolerance_beyond_a_byte(probe: _Probe) -> None:
 
 async def _refuses_other_content_types(probe: _Probe) -> None:
     body = json.dumps({"target": _TARGET}).encode()
-    _expect(await probe.send("POST", "/api/v1/bust", body, "text/plain"), 415)
+    _expect(await probe.send("POST", _BUST, body, "text/plain"), 415)
 
 
 async def _refuses_other_methods(probe: _Probe) -> None:
-    _expect(await probe.send("GET", "/api/v1/bust"), 404, 405)
+    _expect(await probe.send("GET", _BUST), 404, 405)
 
 
 async def _knows_no_other_route(probe: _Probe) -> None:
@@ -155,28 +344,104 @@ async def _knows_no_other_route(probe: _Probe) -> None:
 
 
 async def _names_the_field(probe: _Probe) -> None:
-    for name, value in (("target", ""), ("target", "a\u0007b"), ("target", "x" * 8193), ("fault_tolerance", 13)):
+    for name, value in (
+        ("target", ""),
+        ("target", "a\u0007b"),
+        ("target", "x" * 8193),
+        ("target", "é" * 4097),
+        ("fault_tolerance", 13),
+    ):
         answer = await probe.bust(**{"target": _TARGET, name: value})
         _expect(answer, 422)
         if answer.content_type != "application/problem+json":
             raise _Unmet(f"a refusal is {answer.content_type}, not application/problem+json")
-        problem = _read(Problem, answer)
-        if problem.field != name:
-            raise _Unmet(f"the problem names the field {problem.field!r}, not {name!r}")
+        _expect_problem(answer, 422, name)
+
+
+# The capability document
+
+
+async def _document(probe: _Probe) -> tuple[CapabilityDocument, _Answer]:
+    answer = await probe.send("GET", _CAPABILITIES)
+    if answer.status == 404:
+        raise _Skipped("it has no capability document")
+    _expect(answer, 200)
+    return _read(CapabilityDocument, answer), answer
+
+
+async def _has_a_sound_document(probe: _Probe) -> None:
+    document, _ = await _document(probe)
+    if "cache.bust" not in document.capabilities:
+        raise _Unmet("capabilities does not name cache.bust, which is the base")
+    try:
+        check_requirements(document.requires)
+        if document.semverx is not None:
+            SemverX.parse(document.semverx)
+    except ConfigurationError as error:
+        raise _Unmet(f"requires.{error}") from error
+    except InvalidVersion as error:
+        raise _Unmet(f"semverx: {error}") from error
+
+
+async def _tells_what_is_unchanged(probe: _Probe) -> None:
+    _, answer = await _document(probe)
+    tag = f'"{digest_of(answer.body)}"'
+    if answer.headers.get("ETag") != tag:
+        raise _Unmet(f"its ETag is {answer.headers.get('ETag')}, not {tag}")
+    same = await probe.send("GET", _CAPABILITIES, headers={"If-None-Match": tag})
+    _expect(same, 304)
+    if same.body or same.headers.get("ETag") != tag:
+        raise _Unmet("a 304 has a body, or another ETag")
+    _expect(await probe.send("GET", _CAPABILITIES, headers={"If-None-Match": '"another"'}), 200)
+
+
+async def _signs_every_answer(probe: _Probe) -> None:
+    _, answer = await _document(probe)
+    digest = digest_of(answer.body)
+    for method, path, body, content_type in (
+        ("GET", _CAPABILITIES, None, ""),
+        ("GET", "/api/v1/status", None, ""),
+        ("POST", _BUST, json.dumps({"target": _TARGET}).encode(), "application/json"),
+        ("POST", _BUST, b'{"target": ""}', "application/json"),
+        ("POST", _BUST, b"{", "application/json"),
+        ("POST", _BUST, b"{}", "text/plain"),
+        ("GET", _BUST, None, ""),
+        ("GET", "/api/v1/nothing-here", None, ""),
+    ):
+        sent = {"If-None-Match": answer.headers.get("ETag", "")} if path == _CAPABILITIES else None
+        signed = await probe.send(method, path, body, content_type, sent)
+        if signed.headers.get(_DIGEST) != digest:
+            told = signed.headers.get(_DIGEST)
+            raise _Unmet(f"{_DIGEST} of an HTTP {signed.status} ({method} {path}) is {told}, not {digest}")
+
+
+async def _tells_the_access(probe: _Probe) -> None:
+    document, _ = await _document(probe)
+    if untold := [name for name in document.capabilities if name not in document.access]:
+        raise _Unmet(f"access does not name {', '.join(untold)}")
+
+
+async def _negotiates(probe: _Probe) -> None:
+    _, own = await _document(probe)
+    answer = await probe.send("POST", _CAPABILITIES, advertisement_bytes())
+    _expect(answer, 200)
+    if answer.body != own.body:
+        raise _Unmet("it answers a document with another one than its own")
+
+
+async def _refuses_what_is_no_document(probe: _Probe) -> None:
+    for body in (b'{"binding": "a', b"[]", b'{"binding": 7}', b'{"binding": "a", "capabilities": "cache.bust"}'):
+        _expect(await probe.send("POST", _CAPABILITIES, body), 400, 422)
+
+
+# Idempotency keys
 
 
 async def _answers_a_repeat_from_memory(probe: _Probe) -> None:
     key = _new_key()
     first = await probe.bust_once(key, target=_TARGET, strategy="direct")
     again = await probe.bust_once(key, target=_TARGET, strategy="direct")
-    _expect(first, 200)
-    _expect(again, 200)
-    if _REPLAYED in first.headers:
-        raise _Unmet(f"the first answer to a key has {_REPLAYED}")
-    if again.headers.get(_REPLAYED) != "true":
-        raise _Unmet(f"the answer to a repeat has {_REPLAYED} {again.headers.get(_REPLAYED)!r}, not 'true'")
-    if again.body != first.body:
-        raise _Unmet("the answer to a repeat is another than the first")
+    _expect_replay(first, again)
 
 
 async def _refuses_a_key_of_another_request(probe: _Probe) -> None:
@@ -184,19 +449,13 @@ async def _refuses_a_key_of_another_request(probe: _Probe) -> None:
     _expect(await probe.bust_once(key, target=_TARGET, strategy="direct"), 200)
     for fields in ({"target": f"{_TARGET}.map", "strategy": "direct"}, {"target": _TARGET, "strategy": "dimensional"}):
         answer = await probe.bust_once(key, **fields)
-        _expect(answer, 422)
-        problem = _read(Problem, answer)
-        if problem.field != _KEY:
-            raise _Unmet(f"the problem names the field {problem.field!r}, not {_KEY!r}")
+        _expect_problem(answer, 422, _KEY)
 
 
 async def _refuses_what_is_no_key(probe: _Probe) -> None:
     for key in ("x" * 256, "two words"):
         answer = await probe.bust_once(key, target=_TARGET)
-        _expect(answer, 400)
-        problem = _read(Problem, answer)
-        if problem.field != _KEY:
-            raise _Unmet(f"the problem names the field {problem.field!r}, not {_KEY!r}")
+        _expect_problem(answer, 400, _KEY)
 
 
 async def _remembers_no_refusal(probe: _Probe) -> None:
@@ -216,29 +475,230 @@ def _new_key() -> str:
     return f"conformance-{secrets.token_hex(16)}"
 
 
+# Dependencies: announced, resolved, swapped
+
+
+async def _announces(probe: _Probe) -> None:
+    name, other = _new_name(), _new_name()
+    for _ in range(2):
+        known = await _announce(probe, name, "1.2.0", "1.0.0", "2.0.0-rc.1")
+        _expect_known(known, name, "1.2.0", "1.0.0", "1.2.0", "2.0.0-rc.1")
+    known = await _announce(probe, name, "1.10.0", "v1.0.0", current="1.2.0")
+    _expect_known(known, name, "1.2.0", "1.0.0", "1.2.0", "1.10.0", "2.0.0-rc.1")
+    _expect_known(await _announce(probe, other, "2.0.0", current="1.0.0"), other, "1.0.0", "1.0.0", "2.0.0")
+    listed = await _listed(probe)
+    if listed.get(name) != known or other not in listed:
+        raise _Unmet("what was announced is not listed as it was answered")
+
+
+async def _refuses_announcements(probe: _Probe) -> None:
+    name = _new_name()
+    for field_name, wrong in (
+        ("name", {"name": "two words"}),
+        ("versions", {"versions": []}),
+        ("versions", {"versions": ["1.0.0", "one"]}),
+        ("current", {"current": "one"}),
+    ):
+        answer = await probe.post(_DEPENDENCIES, {"name": name, "versions": ["1.0.0"], **wrong})
+        _expect_problem(answer, 422, field_name)
+    if name in await _listed(probe):
+        raise _Unmet("a dependency is known whose announcement was refused")
+    before = await _announce(probe, name, "1.0.0", "1.1.0", current="1.0.0")
+    _expect(await probe.post(_DEPENDENCIES, {"name": name, "versions": ["1.2.0"], "current": "1.1.0"}), 409)
+    if (await _listed(probe)).get(name) != before:
+        raise _Unmet("a refused announcement changed what is known")
+
+
+async def _resolves(probe: _Probe) -> None:
+    name = _new_name()
+    await _announce(probe, name, "0.9.0-legacy", "1.0.0", "1.2.0", "1.10.0", "2.0.0", "2.1.0-rc.1", current="1.0.0")
+    for asked, version, state in (
+        ("@^1.0.0", "1.10.0", "stable"),
+        ("@1.2.x", "1.2.0", "stable"),
+        ("", "2.0.0", "stable"),
+        ("@latest", "2.0.0", "stable"),
+        ("@<1.0.0", "0.9.0-legacy", "legacy"),
+        ("@>2.0.0", "2.1.0-rc.1", "experimental"),
+    ):
+        answer = await probe.post("/api/v1/resolve", {"spec": name + asked})
+        _expect(answer, 200)
+        reply = _read(ResolveReply, answer)
+        found = (reply.spec, reply.resolved, reply.version, reply.state)
+        if found != (name + asked, f"{name}@{version}", version, state):
+            raise _Unmet(f"name{asked} is {reply.version} ({reply.state}), not {version} ({state})")
+
+
+async def _refuses_specs(probe: _Probe) -> None:
+    name = _new_name()
+    await _announce(probe, name, "1.0.0")
+    for spec in (f"{name}@^2.0.0", f"{_new_name()}@*", f"{name}@private", "two words@*", ""):
+        _expect_problem(await probe.post("/api/v1/resolve", {"spec": spec}), 422, "spec")
+
+
+async def _swaps(probe: _Probe) -> None:
+    name, other = await _new_pair(probe)
+    answer = await _swap(probe, {"name": name, "from": "1.0.0", "to": "1.1.0"}, {"name": other, "to": "1.2.0"})
+    reply = _expect_swap(answer)
+    told = {(swapped.name, swapped.from_, swapped.to) for swapped in reply.swaps}
+    if told != {(name, "1.0.0", "1.1.0"), (other, "1.0.0", "1.2.0")}:
+        raise _Unmet("swaps does not tell what was replaced")
+    listed = await _listed(probe)
+    _expect_known(listed[name], name, "1.1.0", "1.0.0", "1.1.0")
+    _expect_known(listed[other], other, "1.2.0", "1.0.0", "1.1.0", "1.2.0")
+
+
+async def _answers_a_repeated_swap(probe: _Probe) -> None:
+    name, other = await _new_pair(probe)
+    key, swap = _new_key(), {"name": name, "from": "1.0.0", "to": "1.1.0"}
+    first = await _swap(probe, swap, key=key)
+    _expect_swap(first)
+    _expect_swap(await _swap(probe, {"name": name, "to": "1.0.0"}, key=_new_key()))
+    _expect_replay(first, await _swap(probe, swap, key=key))
+    await _expect_current(probe, name, "1.0.0")
+    _expect_problem(await _swap(probe, {"name": other, "to": "1.1.0"}, key=key), 422, _KEY)
+    await _expect_current(probe, other, "1.0.0")
+
+
+async def _remembers_no_refused_swap(probe: _Probe) -> None:
+    name, _ = await _new_pair(probe)
+    key = _new_key()
+    _expect_refused(await _swap(probe, {"name": name, "to": "2.0.0"}, key=key))
+    answer = await _swap(probe, {"name": name, "to": "1.1.0"}, key=key)
+    _expect_swap(answer)
+    if _REPLAYED in answer.headers:
+        raise _Unmet(f"the first success of a key has {_REPLAYED}")
+
+
+async def _keeps_to_the_rules(probe: _Probe) -> None:
+    name, _ = await _new_pair(probe)
+    for before, to, opted in (
+        ("1.0.0", "2.0.0", None),
+        ("1.0.0", "1.1.0-rc.1", "allow_experimental"),
+        ("1.1.0-rc.1", "1.1.0", "validated"),
+        ("1.1.0", "1.0.0-legacy", "rollback"),
+        ("1.0.0-legacy", "2.0.0", "migrate"),
+    ):
+        _expect_refused(await _swap(probe, {"name": name, "to": to}))
+        await _expect_current(probe, name, before)
+        if opted is not None:
+            _expect_swap(await _swap(probe, {"name": name, "to": to, opted: True}))
+            await _expect_current(probe, name, to)
+
+
+async def _swaps_all_or_none(probe: _Probe) -> None:
+    name, other = await _new_pair(probe)
+    for bad in (
+        {"name": other, "to": "2.0.0"},
+        {"name": other, "from": "0.9.0", "to": "1.1.0"},
+        {"name": _new_name(), "to": "1.1.0"},
+    ):
+        _expect_refused(await _swap(probe, {"name": name, "to": "1.1.0"}, bad))
+        await _expect_current(probe, name, "1.0.0")
+        await _expect_current(probe, other, "1.0.0")
+
+
+async def _refuses_what_is_no_swap(probe: _Probe) -> None:
+    name, _ = await _new_pair(probe)
+    for swaps in ([], [{"name": name}], [{"name": name, "to": "one"}], [{"name": name, "to": "1.1.0", "from": "one"}]):
+        _expect_problem(await probe.post("/api/v1/hotswap", {"swaps": swaps}), 422, "swaps")
+    await _expect_current(probe, name, "1.0.0")
+
+
+async def _busts_what_depends(probe: _Probe) -> None:
+    name, other = await _new_pair(probe)
+    key = f"conformance/{secrets.token_hex(8)}"
+    await _register(probe, f"{key}/alone")
+    if await _removed(probe, f"{key}/alone") != 1:
+        raise _Skipped("its cache does not hold what is only registered, or does not tell what it removes")
+    await _register(probe, f"{key}/alone", _new_name())
+    await _register(probe, f"{key}/page", name)
+    await _register(probe, f"{key}/part", other, _new_name())
+    await _register(probe, f"{key}/whole", f"{key}/part")
+    for versions, count in ((("1.1.0", "1.1.0"), 3), (("1.0.0", "1.0.0"), 0)):
+        swaps = ({"name": swapped, "to": to} for swapped, to in zip((name, other), versions, strict=True))
+        reply = _expect_swap(await _swap(probe, *swaps))
+        if reply.busted != count:
+            raise _Unmet(f"{count} entries depend on what was swapped, and busted is {reply.busted}")
+    if await _removed(probe, f"{key}/alone") != 1:
+        raise _Unmet("an entry was busted that does not depend on what was swapped")
+
+
+def _new_name() -> str:
+    return f"conformance-{secrets.token_hex(8)}"
+
+
+async def _new_pair(probe: _Probe) -> tuple[str, str]:
+    """Announce two dependencies in versions 1.0.0, which is current, and 1.1.0."""
+    names = (_new_name(), _new_name())
+    for name in names:
+        _expect_known(await _announce(probe, name, "1.0.0", "1.1.0", current="1.0.0"), name, "1.0.0", "1.0.0", "1.1.0")
+    return names
+
+
+async def _announce(probe: _Probe, name: str, *versions: str, current: str | None = None) -> DependencyReply:
+    said = {"name": name, "versions": versions, **({} if current is None else {"current": current})}
+    answer = await probe.post(_DEPENDENCIES, said)
+    _expect(answer, 200)
+    return _read(DependencyReply, answer)
+
+
+async def _listed(probe: _Probe) -> dict[str, DependencyReply]:
+    answer = await probe.send("GET", _DEPENDENCIES)
+    _expect(answer, 200)
+    return {known.name: known for known in _read(DependenciesReply, answer).dependencies}
+
+
+async def _swap(probe: _Probe, *swaps: Mapping[str, object], key: str | None = None) -> _Answer:
+    return await probe.post("/api/v1/hotswap", {"swaps": swaps}, key)
+
+
+async def _register(probe: _Probe, key: str, *depends_on: str) -> None:
+    _expect(await probe.post("/api/v1/entries", {"key": key, "depends_on": depends_on}), 200)
+
+
+async def _removed(probe: _Probe, target: str) -> int | None:
+    return _expect_bust(await probe.bust(target=target, strategy="direct"), target).removed
+
+
+# What is asked for
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Check:
     """One thing that a daemon must do.
 
     - `strict`: asked of daemons of ours, not of every other
-    - `capability`: asked only of daemons that advertise it
+    - `needs`: capabilities without which a daemon is not asked
     """
 
     name: str
     run: Callable[[Any], Awaitable[None]]
     strict: bool = False
-    capability: str | None = None
+    needs: tuple[str, ...] = ()
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether one check passed; `detail` tells what was found instead."""
+    """What one check came to.
+
+    - `ok`: it did not fail
+    - `detail`: what was found instead, or why it was skipped
+    - `skipped`: it was not asked, since the daemon does not advertise what it is about
+    - `answered`: false if it failed for want of an answer
+    """
 
     name: str
     ok: bool
     detail: str = ""
+    skipped: bool = False
+    answered: bool = True
+
+    @property
+    def outcome(self) -> Literal["passed", "failed", "skipped"]:
+        """The same in one word."""
+        return "skipped" if self.skipped else "passed" if self.ok else "failed"
 
 
 CHECKS: Final[tuple[Check, ...]] = (
@@ -246,6 +706,13 @@ CHECKS: Final[tuple[Check, ...]] = (
     Check("busts with defaults for every field but the target", _busts_with_defaults),
     Check("ignores fields that it does not know", _ignores_unknown_fields),
     Check("busts the same key again", _busts_again),
+    Check("busts targets of any script, written out or escaped", _busts_in_any_script),
+    Check("reads a target of 8192 bytes", _reads_the_longest_target),
+    Check("reports no fault stage beyond the scale", _keeps_to_the_scale),
+    Check("serves one request after another on a connection", _keeps_its_connections),
+    Check("stays in step after a refusal", _stays_in_step),
+    Check("reads a body that comes in pieces", _reads_pieces),
+    Check("answers HEAD without a body", _answers_head),
     Check("tells its status", _tells_its_status),
     Check("tells its capabilities on one of the two routes", _tells_its_capabilities),
     Check("refuses malformed JSON", _refuses_malformed_json),
@@ -256,10 +723,27 @@ CHECKS: Final[tuple[Check, ...]] = (
     Check("refuses other methods than POST for a bust", _refuses_other_methods),
     Check("answers 404 to routes that it does not have", _knows_no_other_route),
     Check("names the field at fault in an RFC 9457 problem", _names_the_field, strict=True),
-    Check("answers a repeat of a key from memory", _answers_a_repeat_from_memory, capability=_IDEMPOTENT),
-    Check("refuses a key that belongs to another request", _refuses_a_key_of_another_request, capability=_IDEMPOTENT),
-    Check("refuses what cannot be a key", _refuses_what_is_no_key, capability=_IDEMPOTENT),
-    Check("remembers no refusal under a key", _remembers_no_refusal, capability=_IDEMPOTENT),
+    Check("has a sound capability document", _has_a_sound_document),
+    Check("tells by its ETag that its document is unchanged", _tells_what_is_unchanged, strict=True),
+    Check("signs every answer with the digest of its document", _signs_every_answer, strict=True),
+    Check("tells the access of each capability", _tells_the_access, strict=True),
+    Check("answers a capability document with its own", _negotiates, needs=("daemon.negotiate",)),
+    Check("refuses what is no capability document", _refuses_what_is_no_document, needs=("daemon.negotiate",)),
+    Check("answers a repeat of a key from memory", _answers_a_repeat_from_memory, needs=(_IDEMPOTENT,)),
+    Check("refuses a key that belongs to another request", _refuses_a_key_of_another_request, needs=(_IDEMPOTENT,)),
+    Check("refuses what cannot be a key", _refuses_what_is_no_key, needs=(_IDEMPOTENT,)),
+    Check("remembers no refusal under a key", _remembers_no_refusal, needs=(_IDEMPOTENT,)),
+    Check("keeps what is announced of dependencies", _announces, needs=_KNOWS),
+    Check("refuses announcements that say no dependency", _refuses_announcements, needs=_KNOWS),
+    Check("resolves a spec to the best known version", _resolves, needs=_RESOLVES),
+    Check("refuses specs that mean no known version", _refuses_specs, needs=_RESOLVES),
+    Check("swaps dependencies", _swaps, needs=_SWAPS),
+    Check("answers a repeated swap from memory", _answers_a_repeated_swap, needs=_SWAPS),
+    Check("remembers no refused swap under a key", _remembers_no_refused_swap, needs=_SWAPS),
+    Check("keeps to the rules of hot swaps", _keeps_to_the_rules, needs=_SWAPS),
+    Check("swaps all or none", _swaps_all_or_none, needs=_SWAPS),
+    Check("refuses what is no swap", _refuses_what_is_no_swap, needs=_SWAPS),
+    Check("busts what depends on what is swapped", _busts_what_depends, needs=(*_SWAPS, "cache.register")),
 )
 """The base protocol and the extensions, as checks."""
 
@@ -272,43 +756,72 @@ async def check_daemon(
     - `strict`: also what only daemons of ours must do
     - `timeout`: seconds for each request
 
-    The checks bust keys that begin with "conformance/naïve key.css". Raises `ConfigurationError` for a URL that is
-    none; a daemon that does not answer makes verdicts that say so.
+    The checks bust and register keys that begin with "conformance/", and announce dependencies whose names begin with
+    "conformance-", ever new ones. What the daemon does not advertise is skipped, which is no failure. Raises
+    `ConfigurationError` for a URL that is none, and for a token that is none or would cross a network in clear text; a
+    daemon that does not answer makes verdicts that say so, and after three of them in a row it is asked no more.
     """
     address = DaemonAddress.parse(url)
-    headers: Mapping[str, str] = {} if token is None else {"Authorization": f"Bearer {token}"}
-    connector = aiohttp.UnixConnector(address.socket_path) if address.socket_path is not None else None
-    limit = aiohttp.ClientTimeout(total=timeout)
-    async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=limit) as session:
-        probe = _Probe(session, address.base)
+    headers = {} if token is None else {"Authorization": f"Bearer {_checked(token, address)}"}
+    async with _Probe(address, headers, timeout) as probe:
         advertised = await _advertised(probe)
-        asked = [check for check in CHECKS if strict or not check.strict]
-        return tuple([await _judge(check, probe) for check in asked if check.capability in advertised])
+        verdicts: list[Verdict] = []
+        for check in [check for check in CHECKS if strict or not check.strict]:
+            over = _is_given_up(verdicts)
+            verdicts.append(_not_asked(check) if over else await _judge(check, probe, advertised))
+        return tuple(verdicts)
 
 
-async def _advertised(probe: _Probe) -> set[str | None]:
-    """Tell what the daemon says it can do, and None, which stands for the base; bad answers are for a check to tell."""
-    found: set[str | None] = {None}
+def _is_given_up(verdicts: Sequence[Verdict]) -> bool:
+    """Tell whether the last checks went unanswered, so that more of them would only cost time."""
+    recent = verdicts[-_PATIENCE:]
+    return len(recent) == _PATIENCE and not any(verdict.answered for verdict in recent)
+
+
+def _not_asked(check: Check) -> Verdict:
+    return Verdict(check.name, ok=False, detail="not asked any more", answered=False)
+
+
+def _checked(token: str, address: DaemonAddress) -> str:
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ConfigurationError("token must be visible ASCII characters without spaces", setting="token")
+    if not (address.is_encrypted or address.is_local):
+        raise ConfigurationError(f"the token would go to {address} in clear text; use https://", setting="token")
+    return token
+
+
+async def _advertised(probe: _Probe) -> frozenset[str]:
+    """Tell what the daemon says it can do, and say the same of us; bad answers are for a check to tell."""
     try:
-        answer = await probe.send("GET", "/api/v1/capabilities")
+        answer = await probe.send("GET", _CAPABILITIES)
         if answer.status == 200:
-            return found.union(_read(CapabilityDocument, answer).capabilities)
+            found = frozenset(_read(CapabilityDocument, answer).capabilities)
+            if "daemon.negotiate" in found:
+                await probe.send("POST", _CAPABILITIES, advertisement_bytes())
+            return found
         answer = await probe.send("GET", "/api/v1/bindings/capabilities")
         if answer.status == 200:
             bindings = _BINDINGS.validate_json(answer.body)
-            return found.union(*(binding.capabilities for binding in bindings.values()))
+            return frozenset(name for binding in bindings.values() for name in binding.capabilities)
     except (_Unmet, ValidationError, aiohttp.ClientError, OSError):
         pass
-    return found
+    return frozenset()
 
 
-async def _judge(check: Check, probe: _Probe) -> Verdict:
+async def _judge(check: Check, probe: _Probe, advertised: Collection[str]) -> Verdict:
+    if missing := [name for name in check.needs if name not in advertised]:
+        return Verdict(check.name, ok=True, detail=f"it does not advertise {', '.join(missing)}", skipped=True)
     try:
         await check.run(probe)
+    except _Skipped as reason:
+        return Verdict(check.name, ok=True, detail=str(reason), skipped=True)
     except _Unmet as unmet:
         return Verdict(check.name, ok=False, detail=str(unmet))
+    except aiohttp.ClientResponseError as error:
+        return Verdict(check.name, ok=False, detail=f"it does not speak HTTP: {' '.join(error.message.split())}")
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        return Verdict(check.name, ok=False, detail=f"no answer: {str(error) or type(error).__name__}")
+        detail = f"no answer: {str(error) or type(error).__name__}"
+        return Verdict(check.name, ok=False, detail=detail, answered=False)
     return Verdict(check.name, ok=True)
 
 
@@ -318,9 +831,70 @@ def _expect(answer: _Answer, *statuses: int) -> None:
         raise _Unmet(f"answered HTTP {answer.status}, expected {expected}")
 
 
+def _expect_bust(answer: _Answer, target: str = _TARGET) -> BustReply:
+    _expect(answer, 200)
+    reply = _read(BustReply, answer)
+    if not reply.cache_key.startswith("sha256:"):
+        raise _Unmet(f"cache_key does not begin with sha256: ({reply.cache_key[:20]!r})")
+    if reply.cache_key != cache_key_of(target):
+        raise _Unmet("cache_key is not the SHA-256 of the target's UTF-8 bytes")
+    return reply
+
+
+def _expect_problem(answer: _Answer, status: int, name: str) -> None:
+    """Expect a refusal that names a field, or something in it."""
+    _expect(answer, status)
+    problem = _read(Problem, answer)
+    if problem.field is None or problem.field.partition(".")[0] != name:
+        raise _Unmet(f"the problem names the field {problem.field!r}, not {name!r}")
+
+
+def _expect_replay(first: _Answer, again: _Answer) -> None:
+    _expect(first, 200)
+    _expect(again, 200)
+    if _REPLAYED in first.headers:
+        raise _Unmet(f"the first answer to a key has {_REPLAYED}")
+    if again.headers.get(_REPLAYED) != "true":
+        raise _Unmet(f"the answer to a repeat has {_REPLAYED} {again.headers.get(_REPLAYED)!r}, not 'true'")
+    if again.body != first.body:
+        raise _Unmet("the answer to a repeat is another than the first")
+
+
+def _expect_kept(probe: _Probe) -> None:
+    """Expect that connections ended only where the daemon said so."""
+    if probe.connections > 1 + probe.closings:
+        raise _Unmet("it closed a connection without saying so in the answer before")
+
+
+def _expect_known(known: DependencyReply, name: str, current: str, *versions: str) -> None:
+    if known != DependencyReply(name=name, current=current, versions=versions):
+        told = f"current {known.current}, versions {', '.join(known.versions)}"
+        raise _Unmet(f"a dependency is told as {told}, not as current {current}, versions {', '.join(versions)}")
+
+
+def _expect_swap(answer: _Answer) -> HotSwapReply:
+    _expect(answer, 200)
+    reply = _read(HotSwapReply, answer)
+    if not reply.committed:
+        raise _Unmet("a swap is answered with 200, and was not committed")
+    return reply
+
+
+def _expect_refused(answer: _Answer) -> None:
+    _expect(answer, 409)
+    if not _read(Problem, answer).unmet:
+        raise _Unmet("a refused swap does not say in unmet why")
+
+
+async def _expect_current(probe: _Probe, name: str, version: str) -> None:
+    known = (await _listed(probe)).get(name)
+    if known is None or known.current != version:
+        raise _Unmet(f"the current version is {known.current if known else 'none'}, and should be {version}")
+
+
 def _read(model: type[_Model], answer: _Answer) -> _Model:
     try:
         return model.model_validate_json(answer.body)
     except ValidationError as error:
-        field, why = explain(error)
-        raise _Unmet(f"{field or 'the body'}: {why}") from error
+        name, why = explain(error)
+        raise _Unmet(f"{name or 'the body'}: {why}") from error

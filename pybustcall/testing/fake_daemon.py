@@ -2,7 +2,7 @@
 
 It decides nothing about caches. Without a plan it answers every well-formed bust with success, and passes the same
 conformance suite as the reference daemon; with one, each bust takes the next `Answer` from it. What an answer says and
-what was done are two things, as in life: `FakeDaemon.applied` tells which busts really had an effect.
+what was done are two things, as in life: `FakeDaemon.applied` and `FakeDaemon.swaps` tell what really had an effect.
 """
 
 from __future__ import annotations
@@ -14,34 +14,48 @@ import re
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Self, final
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, final
 
 from aiohttp import web
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from pybustcall.capabilities import SEMVERX, VERSION
+from pybustcall.capabilities import SEMVERX, VERSION, check_requirements, digest_of, unmet
+from pybustcall.errors import ConfigurationError, InvalidVersion
 from pybustcall.models import (
     MAX_TARGET_BYTES,
     STRATEGIES,
+    AnnounceRequest,
     BindingStatus,
     BustReply,
     BustRequest,
     CapabilityDocument,
     CapabilityLimits,
+    DependenciesReply,
+    DependencyReply,
     FaultRecord,
+    HotSwapReply,
+    HotSwapRequest,
     Problem,
+    RegisterReply,
+    RegisterRequest,
+    Requirements,
+    ResolveReply,
+    ResolveRequest,
     StatusReply,
+    Swapped,
     Timestamp,
     cache_key_of,
     explain,
 )
+from pybustcall.semverx import SemverX, SemverXRange, Spec, can_hot_swap
 from pybustcall.testing.proxy import loopback_socket
 
 if TYPE_CHECKING:
     import socket as sockets
     import ssl
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
     from types import TracebackType
 
@@ -49,9 +63,17 @@ __all__ = ["Answer", "FakeDaemon"]
 
 _HISTORY: Final = 64
 _IDEMPOTENT: Final = "cache.bust.idempotent"
+_REGISTER: Final = "cache.register"
 _KEY_HEADER: Final = "Idempotency-Key"
+_DIGEST_HEADER: Final = "Bustcall-Capabilities"
+_VERSION_HEADER: Final = "Bustcall-Version"
 _KEY: Final = re.compile(r"[!-~]{1,255}")
 _PROBLEM: Final = "application/problem+json"
+_ANY: Final = SemverXRange.parse("*")
+_ALWAYS: Final = frozenset({"/api/v1/status", "/api/v1/capabilities", "/api/v1/bindings/capabilities"})
+"""What may be asked by clients that do not fit, too."""
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 @final
@@ -93,7 +115,8 @@ class Answer:
         headers = {"Content-Type": _PROBLEM}
         if retry_after is not None:
             headers["Retry-After"] = str(retry_after)
-        return cls(status=status, body=_problem_body(status, "planned", detail), headers=headers)
+        problem = Problem(title="planned", status=status, detail=detail)
+        return cls(status=status, body=_dump(problem), headers=headers)
 
     @classmethod
     def for_another(cls, target: str = "another/target") -> Answer:
@@ -127,16 +150,21 @@ class FakeDaemon:
     """Serves the base protocol on loopback (or on a Unix socket) while its `async with` block lasts.
 
     - `plan`: what the next busts get, one `Answer` each; more can be added to `plan` at any time
+    - `swap_plan`: what the next hot swaps get
     - `socket`: path of a Unix socket to listen on instead
     - `tls`: a server's SSL context, for https
     - `document`: whether it serves /api/v1/capabilities (otherwise only the route of the older daemons)
-    - `capabilities`: names that it advertises besides those of the base protocol. "cache.bust.idempotent" it really
-      has: a bust with the Idempotency-Key of one that succeeded is answered from memory, without another effect
+    - `capabilities`: names that it advertises besides those of the base protocol. It really has these:
+      "cache.bust.idempotent" (a bust with the Idempotency-Key of one that succeeded is answered from memory, without
+      another effect), "cache.register", "cache.dependencies", "semver.resolve", "cache.hotswap" and "daemon.negotiate"
+    - `advertises`: fields of its capability document that are to be others; it may be changed at any time, which shows
+      in the digest that every answer carries. What its `requires` says of clients is asked of them
     - `probe_plan`: what the next questions for its capabilities get, on either route
 
-    `requests` holds every bust that it could read, `headers` the headers of each, `applied` the busts that had an
-    effect, in order; `connections` is how many connections were made to it, `probes` how often it was asked for its
-    capabilities. A bust that is refused takes nothing from the plan.
+    `requests` holds every bust that it could read, `headers` the headers of each, `applied` the busts and `swaps` the
+    hot swaps that had an effect, in order; `dependencies` and `entries` what it knows of them, which a test may set;
+    `advertised` every capability document that was sent to it. `connections` is how many connections were made to it,
+    `probes` how often it was asked for its capabilities. What is refused takes nothing from a plan.
 
     `stop` and `start` play a restart: the URL stays, and so does what it counts and remembers.
     """
@@ -149,18 +177,27 @@ class FakeDaemon:
         tls: ssl.SSLContext | None = None,
         document: bool = True,
         capabilities: Iterable[str] = (),
+        advertises: Mapping[str, object] | None = None,
         probe_plan: Iterable[Answer] = (),
+        swap_plan: Iterable[Answer] = (),
     ) -> None:
         self.plan: deque[Answer] = deque(plan)
         self.probe_plan: deque[Answer] = deque(probe_plan)
+        self.swap_plan: deque[Answer] = deque(swap_plan)
         self.requests: list[BustRequest] = []
         self.headers: list[dict[str, str]] = []
         self.applied: list[BustRequest] = []
+        self.swaps: list[HotSwapRequest] = []
+        self.dependencies: dict[str, DependencyReply] = {}
+        self.entries: dict[str, tuple[str, ...]] = {}
+        self.advertised: list[CapabilityDocument] = []
         self.probes = 0
+        self.advertises: dict[str, object] = dict(advertises or {})
         self.url = ""
         self._capabilities = tuple(capabilities)
         self._history: deque[FaultRecord] = deque(maxlen=_HISTORY)
-        self._memory: dict[tuple[str, str], _Remembered] = {}
+        self._memory: dict[tuple[str, str, str], _Remembered] = {}
+        self._clients: dict[str, CapabilityDocument] = {}
         self._socket = socket
         self._tls = tls
         self._document = document
@@ -209,7 +246,7 @@ class FakeDaemon:
     async def stop(self) -> None:
         """Cut every connection and refuse new ones, as when its process is killed; `start` makes it serve again.
 
-        Busts that still wait for their `delay` have no effect any more. Without effect while it does not serve.
+        Whatever still waits for its `delay` has no effect any more. Without effect while it does not serve.
         """
         if self._runner is None:
             return
@@ -242,8 +279,22 @@ class FakeDaemon:
                 web.get("/api/v1/bindings/capabilities", self._tell_bindings),
             ]
         )
+        app.on_response_prepare.append(self._sign)
         if self._document:
             app.add_routes([web.get("/api/v1/capabilities", self._tell_document)])
+            app.add_routes([web.post("/api/v1/capabilities", self._meet)])
+        extensions = {
+            _REGISTER: [web.post("/api/v1/entries", self._register)],
+            "cache.dependencies": [
+                web.post("/api/v1/dependencies", self._announce),
+                web.get("/api/v1/dependencies", self._tell_dependencies),
+            ],
+            "semver.resolve": [web.post("/api/v1/resolve", self._resolve)],
+            "cache.hotswap": [web.post("/api/v1/hotswap", self._swap)],
+        }
+        for name, routes in extensions.items():
+            if name in self._capabilities:
+                app.add_routes(routes)
         return app
 
     def drop_connections(self) -> None:
@@ -258,60 +309,110 @@ class FakeDaemon:
         if transport is not None and transport not in self._transports:
             self._transports.append(transport)
         try:
+            self._check_client(request)
             response: web.StreamResponse = await handler(request)
+        except _Refused as refusal:
+            self._remember(refusal.problem.detail)
+            response = refusal.response()
         except web.HTTPException as refusal:
-            response = _problem(refusal.status, refusal.reason, f"{request.method} is not served there")
+            response = _Refused(refusal.status, f"{request.method} is not served there").response()
         return response
 
-    async def _bust(self, request: web.Request) -> web.StreamResponse:
-        bust = await self._read(request)
-        if isinstance(bust, web.Response):
-            return bust
-        self.requests.append(bust)
-        self.headers.append(dict(request.headers))
-        if _IDEMPOTENT in self._capabilities and _KEY_HEADER in request.headers:
-            return await self._once(request, bust)
-        return await self._perform(request, bust, None)
-
-    async def _read(self, request: web.Request) -> BustRequest | web.Response:
-        """Return the bust, or the refusal of what is none."""
+    async def _read(self, request: web.Request, model: type[_Model]) -> _Model:
+        """Return what was sent; raise the refusal of what is none."""
         if request.content_type != "application/json":
-            return self._refuse(415, "only application/json is read")
+            raise _Refused(415, "only application/json is read")
         try:
-            bust = BustRequest.model_validate_json(await request.read())
+            return model.model_validate_json(await request.read())
         except ValidationError as error:
             malformed = error.errors(include_url=False)[0]["type"] == "json_invalid"
-            field_, why = explain(error)
-            return self._refuse(400 if malformed else 422, why, field_)
-        keys = request.headers.getall(_KEY_HEADER, [])
-        if _IDEMPOTENT in self._capabilities and (len(keys) > 1 or not all(map(_KEY.fullmatch, keys))):
-            return self._refuse(400, "must be one value of 1 to 255 visible ASCII characters", _KEY_HEADER)
-        return bust
+            name, why = explain(error)
+            raise _Refused(400 if malformed else 422, why, field=name) from None
 
-    async def _once(self, request: web.Request, bust: BustRequest) -> web.StreamResponse:
-        """Apply a bust unless one of the same key was: repeats wait for the first, and are answered from memory."""
+    async def _bust(self, request: web.Request) -> web.StreamResponse:
+        bust = await self._read(request, BustRequest)
+        key = _key_of(request) if _IDEMPOTENT in self._capabilities else None
+        self.requests.append(bust)
+        self.headers.append(dict(request.headers))
+        meaning = bust.model_dump(exclude={"binding", "fault_tolerance"})
+        return await self._once(request, key, _Asked(self.plan, meaning, partial(self._apply, bust)))
+
+    def _apply(self, bust: BustRequest, effect: bool) -> bytes:
+        """Tell the right answer to a bust, and have its effect if it is to have one."""
+        removed = 0
+        if effect:
+            self.applied.append(bust)
+            wide = [] if bust.strategy == "direct" else self._dependents([bust.target])
+            removed = self._drop([bust.target, *wide])
+        return _reply(bust, removed if _REGISTER in self._capabilities else None)
+
+    async def _swap(self, request: web.Request) -> web.StreamResponse:
+        swap = await self._read(request, HotSwapRequest)
+        key = _key_of(request)
+        return await self._once(request, key, _Asked(self.swap_plan, swap.model_dump(), partial(self._replace, swap)))
+
+    def _replace(self, asked: HotSwapRequest, effect: bool) -> bytes:
+        """Tell the right answer to a hot swap, and replace what it names if it is to have an effect."""
+        swaps = self._judge(asked)
+        busted = 0
+        if effect:
+            for swap in swaps:
+                known = self.dependencies[swap.name]
+                versions = _sorted({*known.versions, swap.to})
+                self.dependencies[swap.name] = known.model_copy(update={"current": swap.to, "versions": versions})
+            self.swaps.append(asked)
+            busted = self._drop(self._dependents(swap.name for swap in swaps))
+        return _dump(HotSwapReply(committed=True, busted=busted, swaps=swaps))
+
+    def _judge(self, asked: HotSwapRequest) -> tuple[Swapped, ...]:
+        """Tell what a hot swap changes; raise its refusal with every reason against it."""
+        swaps = []
+        names = [item.name for item in asked.swaps]
+        against = [f"{name}: is named twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+        for number, item in enumerate(asked.swaps):
+            to = _canonical(item.to, f"swaps.{number}.to")
+            since = None if item.from_ is None else _canonical(item.from_, f"swaps.{number}.from")
+            known = self.dependencies.get(item.name)
+            if known is None:
+                against.append(f"{item.name}: was not announced")
+                continue
+            if since not in {None, known.current}:
+                against.append(f"{item.name}: the current version is {known.current}, not {since}")
+            opted = item.model_dump(include={"allow_experimental", "validated", "migrate", "rollback"})
+            verdict = can_hot_swap(known.current, to, **opted)
+            against += [] if verdict else [f"{item.name}: {reason}" for reason in verdict.reasons]
+            swaps.append(Swapped(name=item.name, from_=known.current, to=to))
+        if against:
+            kind = "urn:bustcall:problem:swap-refused"
+            raise _Refused(409, f"the swap is refused: {against[0]}", kind=kind, unmet=tuple(against))
+        return tuple(swaps)
+
+    async def _once(self, request: web.Request, key: str | None, asked: _Asked) -> web.StreamResponse:
+        """Do something unless it was done with the same key: repeats wait for the first, and get its answer."""
+        if key is None:
+            return await self._perform(request, asked, None)
         stopped = self._released
-        key = (request.headers.get("Authorization", ""), request.headers[_KEY_HEADER])
-        while (known := self._memory.get(key)) is not None:
-            if known.meaning != _meaning(bust):
-                return self._refuse(422, "was used for another request", _KEY_HEADER)
+        name = (request.path, request.headers.get("Authorization", ""), key)
+        while (known := self._memory.get(name)) is not None:
+            if known.meaning != asked.meaning:
+                raise _Refused(422, "was used for another request", field=_KEY_HEADER)
             if known.reply is not None:
-                answer = self._next(self.plan)
+                answer = self._next(asked.plan)
                 await self._work(answer)
                 return await self._answer(request, known.reply, answer, replayed=True)
             await known.ended.wait()
             if stopped.is_set():
                 return web.Response()  # to nobody: the connection is cut
-        self._memory[key] = known = _Remembered(key, _meaning(bust))
-        return await self._perform(request, bust, known)
+        self._memory[name] = known = _Remembered(name, asked.meaning)
+        return await self._perform(request, asked, known)
 
-    async def _perform(self, request: web.Request, bust: BustRequest, known: _Remembered | None) -> web.StreamResponse:
-        """Apply a bust as the plan says, and answer it. Nothing happens between its effect and its being remembered."""
-        answer = self._next(self.plan)
-        reply = _reply(bust)
+    async def _perform(self, request: web.Request, asked: _Asked, known: _Remembered | None) -> web.StreamResponse:
+        """Do it as the plan says, and answer. Nothing happens between its effect and its being remembered."""
         try:
+            reply = asked.act(False)  # which refuses what takes nothing from the plan
+            answer = self._next(asked.plan)
             if await self._work(answer) and answer.has_effect:
-                self.applied.append(bust)
+                reply = asked.act(True)
                 if known is not None:
                     known.reply = reply
         finally:
@@ -320,9 +421,9 @@ class FakeDaemon:
         return await self._answer(request, reply, answer)
 
     def _settle(self, known: _Remembered) -> None:
-        """Let those go on who wait for a bust of the same key; what failed is not remembered, so that one runs next."""
-        if known.reply is None and self._memory.get(known.key) is known:
-            del self._memory[known.key]
+        """Let those go on who wait for the same key; what failed is not remembered, so that one of them runs next."""
+        if known.reply is None and self._memory.get(known.name) is known:
+            del self._memory[known.name]
         known.ended.set()
 
     @staticmethod
@@ -367,6 +468,63 @@ class FakeDaemon:
         transport.close()
         return response
 
+    # Entries and dependencies
+
+    async def _register(self, request: web.Request) -> web.Response:
+        asked = await self._read(request, RegisterRequest)
+        self.entries[asked.key] = asked.depends_on
+        return _ok(RegisterReply(cache_key=cache_key_of(asked.key)))
+
+    def _dependents(self, names: Iterable[str]) -> set[str]:
+        """List the entries that depend on any of these names, also by way of others."""
+        found: set[str] = set()
+        front = set(names)
+        while front:
+            front = {key for key, depends_on in self.entries.items() if front.intersection(depends_on)} - found
+            found |= front
+        return found
+
+    def _drop(self, keys: Iterable[str]) -> int:
+        """Drop entries; tell how many there were."""
+        return len([key for key in keys if self.entries.pop(key, None) is not None])
+
+    async def _announce(self, request: web.Request) -> web.Response:
+        asked = await self._read(request, AnnounceRequest)
+        try:
+            Spec(asked.name, _ANY)
+        except InvalidVersion as error:
+            raise _Refused(422, str(error), field="name") from None
+        told = [_canonical(version, f"versions.{number}") for number, version in enumerate(asked.versions)]
+        current = None if asked.current is None else _canonical(asked.current, "current")
+        known = self.dependencies.get(asked.name)
+        if known is None:
+            known = DependencyReply(name=asked.name, current=current or str(_ANY.best(told)))
+        elif current not in {None, known.current}:
+            raise _Refused(409, f"the current version is {known.current}; only a hot swap changes it", field="current")
+        versions = _sorted({*known.versions, known.current, *told})
+        self.dependencies[asked.name] = known.model_copy(update={"versions": versions})
+        return _ok(self.dependencies[asked.name])
+
+    async def _tell_dependencies(self, _: web.Request) -> web.Response:
+        return _ok(DependenciesReply(dependencies=tuple(known for _, known in sorted(self.dependencies.items()))))
+
+    async def _resolve(self, request: web.Request) -> web.Response:
+        asked = await self._read(request, ResolveRequest)
+        try:
+            spec = Spec.parse(asked.spec)
+        except InvalidVersion as error:
+            raise _Refused(422, str(error), field="spec") from None
+        known = self.dependencies.get(spec.name)
+        best = spec.range.best(known.versions) if known is not None else None
+        if best is None:
+            raise _Refused(422, "no known version is meant", field="spec", kind="urn:bustcall:problem:unresolved")
+        version = str(best)
+        return _ok(
+            ResolveReply(spec=asked.spec, resolved=f"{spec.name}@{version}", version=version, state=best.state.value)
+        )
+
+    # Status and capabilities
+
     async def _status(self, _: web.Request) -> web.Response:
         reply = StatusReply(
             daemon_pid=os.getpid(),
@@ -374,18 +532,33 @@ class FakeDaemon:
             cache_size="0B",
             fault_history=tuple(self._history),
         )
-        return web.Response(text=reply.model_dump_json(), content_type="application/json")
+        return _ok(reply)
 
-    async def _tell_document(self, request: web.Request) -> web.StreamResponse:
+    def _document_bytes(self) -> bytes:
+        names = ("cache.bust", "daemon.capabilities", "daemon.status", *self._capabilities)
         document = CapabilityDocument(
             binding="pybustcall",
             version=VERSION,
             semverx=SEMVERX,
-            capabilities=("cache.bust", "daemon.capabilities", "daemon.status", *self._capabilities),
+            capabilities=names,
             supported_strategies=STRATEGIES,
             limits=CapabilityLimits(max_target_bytes=MAX_TARGET_BYTES),
+            access=dict.fromkeys(names, "public"),
         )
-        return await self._tell(request, document.model_dump_json().encode())
+        return json.dumps({**document.model_dump(mode="json"), **self.advertises}).encode()
+
+    async def _sign(self, _request: web.Request, response: web.StreamResponse) -> None:
+        """Let every answer carry the digest of the document, if there is one."""
+        if self._document:
+            response.headers.setdefault(_DIGEST_HEADER, digest_of(self._document_bytes()))
+
+    async def _tell_document(self, request: web.Request) -> web.StreamResponse:
+        body = self._document_bytes()
+        tag = f'"{digest_of(body)}"'
+        if request.headers.get("If-None-Match") == tag and not self.probe_plan:
+            self.probes += 1
+            return web.Response(status=304, headers={"ETag": tag})
+        return await self._tell(request, body, {"ETag": tag})
 
     async def _tell_bindings(self, request: web.Request) -> web.StreamResponse:
         binding = {
@@ -397,53 +570,151 @@ class FakeDaemon:
         }
         return await self._tell(request, json.dumps({"pybustcall": binding}).encode())
 
-    async def _tell(self, request: web.Request, right: bytes) -> web.StreamResponse:
+    async def _tell(
+        self, request: web.Request, right: bytes, headers: Mapping[str, str] | None = None
+    ) -> web.StreamResponse:
         self.probes += 1
         answer = self._next(self.probe_plan)
         await self._work(answer)
-        return await self._answer(request, right, answer)
+        return await self._answer(request, right, replace(answer, headers={**(headers or {}), **answer.headers}))
 
-    def _refuse(self, status: int, detail: str, field_: str | None = None) -> web.Response:
+    def _requires(self) -> Requirements:
+        """Tell what clients must have; a requirement that cannot be read is none."""
+        try:
+            return check_requirements(Requirements.model_validate(self.advertises.get("requires", {})))
+        except (ValidationError, ConfigurationError):
+            return Requirements()
+
+    def _check_client(self, request: web.Request) -> None:
+        """Raise the refusal of a client that does not fit, or of one that has yet to say what it can do."""
+        requires = self._requires()
+        if request.path in _ALWAYS or request.match_info.http_exception is not None:
+            return
+        version = request.headers.get(_VERSION_HEADER)
+        client = self._clients.get(request.headers.get(_DIGEST_HEADER, ""))
+        if client is not None or not requires.capabilities:
+            _judge_client(requires, version, client.capabilities if client is not None else ())
+            return
+        _judge_client(Requirements(semverx=requires.semverx), version, ())
+        detail = "send your capability document to POST /api/v1/capabilities, then repeat the request"
+        raise _Refused(428, detail, kind="urn:bustcall:problem:advertise")
+
+    async def _meet(self, request: web.Request) -> web.Response:
+        """Take in what a client can do, and tell what this daemon can."""
+        client = await self._read(request, CapabilityDocument)
+        self.advertised.append(client)
+        self._clients[digest_of(await request.read())] = client
+        _judge_client(self._requires(), client.semverx, client.capabilities)
+        body = self._document_bytes()
+        return web.Response(body=body, content_type="application/json", headers={"ETag": f'"{digest_of(body)}"'})
+
+    def _remember(self, message: str) -> None:
         self._history.append(
             FaultRecord(
-                timestamp=Timestamp.of_nanoseconds(time.time_ns()), binding="unknown", fault_stage=4, message=detail
+                timestamp=Timestamp.of_nanoseconds(time.time_ns()), binding="unknown", fault_stage=4, message=message
             )
         )
-        return _problem(status, "refused", detail, field_)
+
+
+@final
+class _Refused(Exception):
+    """A request is not served: what is answered instead."""
+
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        *,
+        field: str | None = None,
+        kind: str = "about:blank",
+        unmet: tuple[str, ...] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.problem = Problem(type=kind, title="refused", status=status, detail=detail, field=field, unmet=unmet)
+        self._headers = dict(headers or {})
+
+    def response(self) -> web.Response:
+        """Make the answer: a problem of RFC 9457."""
+        headers = {"Content-Type": _PROBLEM, **self._headers}
+        return web.Response(status=self.problem.status, body=_dump(self.problem), headers=headers)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Something that may have an effect.
+
+    - `plan`: where its answer is taken from
+    - `meaning`: what makes two requests the same one
+    - `act`: tells the right answer's body, and has the effect if called with true; may raise a refusal, and does so
+      before there is any effect
+    """
+
+    plan: deque[Answer]
+    meaning: dict[str, object]
+    act: Callable[[bool], bytes]
 
 
 @final
 @dataclass(slots=True)
 class _Remembered:
-    """A bust with an idempotency key: what it means, and its reply once it has succeeded."""
+    """A request with an idempotency key: what it means, and its reply once it has succeeded."""
 
-    key: tuple[str, str]  # whose it is, and the key itself
+    name: tuple[str, str, str]  # the route, whose it is, and the key itself
     meaning: dict[str, object]
     reply: bytes | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-def _meaning(bust: BustRequest) -> dict[str, object]:
-    """Tell what makes two busts the same one: everything but who asks, and what they tolerate."""
-    return bust.model_dump(exclude={"binding", "fault_tolerance"})
+def _key_of(request: web.Request) -> str | None:
+    """Tell the idempotency key, if there is one; raise the refusal of what cannot be."""
+    keys = request.headers.getall(_KEY_HEADER, [])
+    if len(keys) > 1 or not all(map(_KEY.fullmatch, keys)):
+        raise _Refused(400, "must be one value of 1 to 255 visible ASCII characters", field=_KEY_HEADER)
+    return keys[0] if keys else None
 
 
-def _reply(bust: BustRequest) -> bytes:
-    reply = BustReply(
-        status="success",
-        cache_key=cache_key_of(bust.target),
-        delegate="fake-daemon",
-        fault_stage=bust.fault_tolerance,
-        execution_time_ms=0,
+def _judge_client(requires: Requirements, version: str | None, capabilities: Iterable[str]) -> None:
+    """Raise the refusal of a client that lacks what is required of it."""
+    if lacks := unmet(requires, version, tuple(capabilities)):
+        raise _Refused(
+            426,
+            f"this client does not fit: {'; '.join(lacks)}",
+            kind="urn:bustcall:problem:incompatible",
+            unmet=lacks,
+            headers={"Upgrade": "bustcall/1", "Connection": "Upgrade"},
+        )
+
+
+def _canonical(text: str, field: str) -> str:
+    """Write a version as all of its spellings are known; raise the refusal of what is none."""
+    try:
+        return str(SemverX.parse(text))
+    except InvalidVersion as error:
+        raise _Refused(422, str(error), field=field) from None
+
+
+def _sorted(versions: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(versions, key=lambda version: (SemverX.parse(version), version)))
+
+
+def _reply(bust: BustRequest, removed: int | None = None) -> bytes:
+    return _dump(
+        BustReply(
+            status="success",
+            cache_key=cache_key_of(bust.target),
+            delegate="fake-daemon",
+            fault_stage=bust.fault_tolerance,
+            execution_time_ms=0,
+            removed=removed,
+        )
     )
-    return reply.model_dump_json(exclude_none=True).encode()
 
 
-def _problem(status: int, title: str, detail: str, field_: str | None = None) -> web.Response:
-    return web.Response(
-        status=status, body=_problem_body(status, title, detail, field_), headers={"Content-Type": _PROBLEM}
-    )
+def _dump(model: BaseModel) -> bytes:
+    return model.model_dump_json(exclude_none=True, by_alias=True).encode()
 
 
-def _problem_body(status: int, title: str, detail: str, field_: str | None = None) -> bytes:
-    return Problem(title=title, status=status, detail=detail, field=field_).model_dump_json(exclude_none=True).encode()
+def _ok(model: BaseModel) -> web.Response:
+    return web.Response(body=_dump(model), content_type="application/json")
