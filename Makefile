@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 LOCK   := .ci/requirements-dev.txt
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint types floors pytest simulate bench-failover bench-latency openapi lock clean
+.PHONY: demo test lint types floors pytest interop simulate bench-failover bench-latency openapi schema lock clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,10 @@ floors: $(READY)
 
 pytest: $(READY)
 	$(BIN)/pytest --cov --cov-report=term
+
+# Build what the daemons of other languages need ahead of the tests, which otherwise do it themselves.
+interop: $(READY)
+	$(BIN)/python -m tests.interop.rust_daemon
 
 # 10,000 seeded scenarios of delivery; a failure prints the seed that replays it.
 simulate: $(READY)
@@ -46,10 +50,14 @@ $(READY): $(LOCK) pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(READY)
 
-# Write the contract anew after a change of the models or routes.
-openapi: $(READY)
+# Write the contract and the schema of capability documents anew after a change of the models or routes.
+openapi: schema
 	$(BIN)/python -c "import yaml; from pybustcall.daemon.openapi import openapi_document; \
 	    print(yaml.safe_dump(openapi_document(), sort_keys=False, width=110), end='')" > docs/reference/openapi.yaml
+
+schema: $(READY)
+	$(BIN)/python -c "import json; from pybustcall.capabilities import capability_schema; \
+	    print(json.dumps(capability_schema(), indent=2))" > docs/reference/capabilities.schema.json
 
 # Pin anew what the lock names. Run by hand, with a network; commit the result.
 lock:
