@@ -30,6 +30,11 @@ ROUTES = [
     "GET /api/v1/capabilities",
     "GET /api/v1/bindings/capabilities",
     "POST /api/v1/entries",
+    "POST /api/v1/dependencies",
+    "GET /api/v1/dependencies",
+    "POST /api/v1/resolve",
+    "POST /api/v1/hotswap",
+    "POST /api/v1/capabilities",
 ]
 
 _FENCE = re.compile(r"^```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -151,7 +156,7 @@ def test_every_route_is_shown_with_curl(route: str) -> None:
     )
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 413, 415, 421, 422, 500, 503])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 409, 413, 415, 417, 421, 422, 426, 428, 500, 503, 507])
 def test_every_refusal_is_shown_with_an_example(status: int) -> None:
     """The reference page has a section for each refusal, with a problem document of that status."""
     page = HTTP_PAGE.read_text(encoding="utf-8")

@@ -12,9 +12,11 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
 from pybustcall.daemon import DaemonSettings, Engine, Index, MemoryBackend, create_app
+from pybustcall.daemon.app import ROUTES
 from pybustcall.daemon.openapi import openapi_document
 from pybustcall.models import BustReply, Problem, RegisterReply
 from tests.conftest import PATIENCE, StartDaemon
@@ -43,6 +45,66 @@ def test_every_route_of_the_daemon_is_in_the_contract_and_in_the_page() -> None:
     assert served - {("/openapi.json", "get")} == told
     page = (ROOT / "docs/reference/protocol.md").read_text(encoding="utf-8")
     assert {path for path, _ in told} <= set(re.findall(r"/api/v1/[a-z/]+", page))
+
+
+def operations() -> dict[str, dict[str, Any]]:
+    """Tell the contract's operations by the name of each."""
+    methods = [operation for path in openapi_document()["paths"].values() for operation in path.values()]
+    return {operation["operationId"]: operation for operation in methods}
+
+
+def resolved(part: dict[str, Any]) -> dict[str, Any]:
+    """Follow a reference within the contract."""
+    found: Any = openapi_document() if "$ref" in part else part
+    for name in part.get("$ref", "#").split("/")[1:]:
+        found = found[name]
+    return dict(found)
+
+
+def test_every_route_tells_the_capability_that_it_takes() -> None:
+    """As the daemon asks for it."""
+    told = {
+        (method.upper(), path): operation["x-bustcall-capability"]
+        for path, methods in openapi_document()["paths"].items()
+        for method, operation in methods.items()
+    }
+    assert told == {(it.method, it.path): it.capability for it in ROUTES if it.path != "/openapi.json"}
+
+
+@pytest.mark.parametrize("name", operations())
+def test_every_answer_carries_the_digest_of_the_document(name: str) -> None:
+    """Of each status, in the contract; that it really does, the daemon's own tests and `test_contract` show."""
+    for response in operations()[name]["responses"].values():
+        header = resolved(resolved(response)["headers"]["Bustcall-Capabilities"])
+        assert header["required"] is True
+
+
+@pytest.mark.parametrize("name", operations())
+def test_every_example_is_what_it_is_an_example_of(name: str) -> None:
+    """Of requests and of answers: the schema beside it takes it."""
+    operation = operations()[name]
+    contents = [operation["responses"]["200"]["content"]["application/json"]]
+    if "requestBody" in operation:
+        contents.append(operation["requestBody"]["content"]["application/json"])
+    for content in contents:
+        schema = {**content["schema"], "components": openapi_document()["components"]}
+        Draft202012Validator(schema).validate(content["example"])
+
+
+@pytest.mark.parametrize("name", operations())
+def test_every_link_leads_to_an_operation(name: str) -> None:
+    """By its name; what it hands over are headers and a body that the operation takes."""
+    for link in operations()[name]["responses"]["200"].get("links", {}).values():
+        target = operations()[link["operationId"]]
+        taken = {f"header.{resolved(parameter)['name']}" for parameter in target["parameters"]}
+        assert set(link.get("parameters", {})) <= taken
+        assert "requestBody" not in link or "requestBody" in target
+
+
+def test_the_daemon_measures_every_client_but_those_that_only_ask() -> None:
+    """428 is told exactly of the operations of which it is given."""
+    measured = {name for name, operation in operations().items() if "428" in operation["responses"]}
+    assert set(operations()) - measured == {"advertise", "bindings", "capabilities", "status"}
 
 
 json_values = st.recursive(
@@ -88,7 +150,7 @@ def test_whatever_is_sent_gets_an_answer_of_the_contract(path: str, start_daemon
         status, content_type, answer = ask(port, path, body)
         assert str(status) in declared
         assert status < 500
-        assert content_type in declared[str(status)]["content"]
+        assert content_type in resolved(declared[str(status)])["content"]
         (MODELS[path] if status == 200 else Problem).model_validate_json(answer)
 
     fuzz()
@@ -100,7 +162,8 @@ printable = st.characters(min_codepoint=0x20, max_codepoint=0xFF, exclude_catego
 def test_a_key_is_taken_exactly_if_the_contract_says_so(start_daemon: StartDaemon) -> None:
     """Arbitrary header values: a refusal that names the header, or an answer."""
     port = int(start_daemon().url.rsplit(":", 1)[1])
-    (parameter,) = openapi_document()["paths"]["/api/v1/bust"]["post"]["parameters"]
+    parameter = openapi_document()["components"]["parameters"]["Idempotency-Key"]
+    assert {"$ref": "#/components/parameters/Idempotency-Key"} in operations()["bust"]["parameters"]
     assert (parameter["name"], parameter["in"]) == ("Idempotency-Key", "header")
 
     @given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=300) | st.text(printable))

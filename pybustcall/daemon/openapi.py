@@ -1,91 +1,483 @@
 """The contract as a file: the daemon's routes as an OpenAPI 3.1 document, made of the same models that check them.
 
 It decides only how the contract is written down. The document is served at /openapi.json, kept in
-docs/reference/openapi.yaml, and the daemon is fuzzed against it.
+docs/reference/openapi.yaml, and the daemon is fuzzed against it. It is the same for every daemon of one version: what
+depends on how a daemon was started (its token, its tiers, what it requires) stands there as what may happen.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+import json
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, final
 
 from pydantic.json_schema import models_json_schema
 
-from pybustcall.capabilities import VERSION
+from pybustcall.capabilities import SEMVERX, VERSION, advertised_digest
 from pybustcall.models import (
+    BINDING,
+    STRATEGIES,
+    AnnounceRequest,
     BindingCapabilities,
     BustReply,
     BustRequest,
     CapabilityDocument,
+    DependenciesReply,
+    DependencyReply,
+    HotSwapReply,
+    HotSwapRequest,
     Problem,
     RegisterReply,
     RegisterRequest,
+    ResolveReply,
+    ResolveRequest,
     StatusReply,
+    cache_key_of,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Mapping
 
     from pydantic import BaseModel
 
 __all__ = ["openapi_document"]
 
-_REFERENCE: Final = "#/components/schemas/{model}"
-_ANY_ROUTE: Final = (401, 403, 421, 500, 503)
-_WITH_BODY: Final = (400, 408, 413, 415, 422)
-_WHY: Final = {
-    400: "The body is not JSON, or not UTF-8.",
-    401: "The token is missing or wrong.",
-    403: "Pages of other origins may not call a daemon.",
-    408: "The body did not arrive in time.",
-    413: "The body is too large.",
-    415: "The body is not application/json.",
-    421: "The daemon does not answer for this Host.",
-    422: "A field is missing, mistyped or out of range; the problem names it.",
-    500: "The cache failed; the problem tells what was removed.",
-    503: "The daemon is stopping.",
-    507: "The registry is full.",
-}
-_WHY_KEYED: Final = {
-    400: "The body is not JSON, or not UTF-8; or the Idempotency-Key cannot be one, which the problem names.",
-    422: (
-        "A field is missing, mistyped or out of range, or the Idempotency-Key was used for another request; the problem"
-        " names which."
-    ),
-}
-_KEY: Final = {
-    "name": "Idempotency-Key",
-    "in": "header",
-    "required": False,
-    "description": (
-        "One for each request, and the same for its repeats: for 10 minutes they are answered alike, and not applied."
-    ),
-    "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
-}
-_REPLAYED: Final = {
-    "Idempotency-Replayed": {
-        "description": "This is the answer to an earlier request with the same key; this one was not applied.",
-        "schema": {"type": "string", "const": "true"},
+_MODEL: Final = "#/components/schemas/{model}"
+
+_DIGEST: Final = "Bustcall-Capabilities"
+_KEY: Final = "Idempotency-Key"
+_KNOWN: Final = "If-None-Match"
+
+# Parameters. Of the first four nothing is refused: what cannot be read counts as not said, so any text is well formed.
+_ON_EVERY: Final = ("Bustcall-Binding", "Bustcall-Version", _DIGEST, "Bustcall-Timeout-Ms")
+_PARAMETERS: Final[Mapping[str, tuple[str, dict[str, Any], str]]] = MappingProxyType(
+    {
+        "Bustcall-Binding": ("Who asks: it is shown in the fault history.", {"type": "string"}, BINDING),
+        "Bustcall-Version": (
+            "The client's version as SemverX. One that is not said, or cannot be read, meets no range but `*`.",
+            {"type": "string"},
+            SEMVERX,
+        ),
+        _DIGEST: (
+            "The digest of the client's capability document, which it has sent to `POST /api/v1/capabilities`.",
+            {"type": "string"},
+            advertised_digest(),
+        ),
+        "Bustcall-Timeout-Ms": (
+            "Whole milliseconds that are left of the caller's deadline. The reference daemon does not read it.",
+            {"type": "string"},
+            "4200",
+        ),
+        _KEY: (
+            "One for each request, and the same for its repeats: these are answered alike, and not applied.",
+            {"type": "string", "pattern": "^[!-~]{1,255}$"},
+            "0b9fbd6e-5ad5-4b0c-a1c9-1a3c6f3a2b11",
+        ),
+        _KNOWN: (
+            "The `ETag` of the document that the client has: if it is still in effect, the answer is 304.",
+            {"type": "string"},
+            f'"{advertised_digest()}"',
+        ),
     }
+)
+
+# Headers of answers: what it says, its schema, and whether it is always there.
+_HEADERS: Final[Mapping[str, tuple[str, dict[str, Any], bool]]] = MappingProxyType(
+    {
+        _DIGEST: (
+            "The digest of the daemon's capability document that is in effect.",
+            {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"},
+            True,
+        ),
+        "ETag": (
+            "The same digest, in quotes.",
+            {"type": "string", "pattern": '^"sha256:[0-9a-f]{64}"$'},
+            True,
+        ),
+        "Idempotency-Replayed": (
+            "This is the answer to an earlier request with the same key; this one was not applied.",
+            {"type": "string", "const": "true"},
+            False,
+        ),
+        "Retry-After": ("Seconds after which to ask again.", {"type": "integer", "minimum": 0}, True),
+        "Upgrade": ("What the client would have to speak.", {"type": "string", "const": "bustcall/1"}, True),
+        "WWW-Authenticate": ("How to say the token.", {"type": "string", "const": "Bearer"}, True),
+    }
+)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """One refusal: its name in the document, when it is given, and what header goes with it."""
+
+    name: str
+    when: str
+    header: str | None = None
+
+
+_REFUSALS: Final[Mapping[int, _Refusal]] = MappingProxyType(
+    {
+        400: _Refusal(
+            "BadRequest",
+            "The request is not HTTP; or its body is not JSON, not UTF-8, or names a field twice; or it has an"
+            " Idempotency-Key that cannot be one, which the problem's `field` names.",
+        ),
+        401: _Refusal("Unauthorized", "The token is missing or wrong.", "WWW-Authenticate"),
+        403: _Refusal(
+            "Forbidden",
+            "The capability is private, and this token, or none, does not open it; or a page of another origin asks.",
+        ),
+        408: _Refusal("RequestTimeout", "The body did not arrive in time."),
+        409: _Refusal(
+            "Conflict",
+            "What is asked does not go with what is: another version is current, or the swap breaks a rule"
+            " (`urn:bustcall:problem:swap-refused`, with every reason in `unmet`). Nothing was changed.",
+        ),
+        413: _Refusal("ContentTooLarge", "The body is larger than `limits.max_body_bytes`."),
+        415: _Refusal("UnsupportedMediaType", "The body does not say that it is application/json."),
+        417: _Refusal("ExpectationFailed", "`Expect` says something other than `100-continue`."),
+        421: _Refusal("MisdirectedRequest", "The daemon does not answer for this Host."),
+        422: _Refusal(
+            "UnprocessableContent",
+            "A field is missing, mistyped, out of range, or has a value that cannot be used; or the Idempotency-Key"
+            " was used for another request; the problem's `field` names which. A spec that no known version meets is"
+            " `urn:bustcall:problem:unresolved`.",
+        ),
+        426: _Refusal(
+            "UpgradeRequired",
+            "The client does not have what the daemon requires: `unmet` names it. The type is"
+            " `urn:bustcall:problem:incompatible`.",
+            "Upgrade",
+        ),
+        428: _Refusal(
+            "PreconditionRequired",
+            "The daemon requires capabilities and does not know the client's: send the capability document to"
+            " `POST /api/v1/capabilities`, then repeat the request. The type is `urn:bustcall:problem:advertise`.",
+        ),
+        500: _Refusal("InternalServerError", "The cache or a file failed; `detail` tells what was done and what not."),
+        503: _Refusal("ServiceUnavailable", "The daemon is stopping.", "Retry-After"),
+        507: _Refusal("InsufficientStorage", "The registry is full. Nothing was changed."),
+    }
+)
+_ANY_ROUTE: Final = (400, 401, 403, 417, 421, 500, 503)
+_MEASURED: Final = (426, 428)  # where the daemon asks whether the client fits
+_WITH_BODY: Final = (408, 413, 415, 422)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Operation:
+    """One route: how it is called, what it is answered, and what an answer leads to.
+
+    - `capability`: what it takes to ask for it
+    - `example`: of a request; `answer`: of its answer
+    - `refusals`: beyond those of every route, and of every route with a body
+    - `measured`: whether the client must fit what the daemon requires
+    - `keyed`: whether it takes an idempotency key; `tagged`: whether the answer has an entity tag
+    - `links`: the operations that may follow: their parameters and bodies, by name
+    """
+
+    method: str
+    path: str
+    name: str
+    capability: str
+    summary: str
+    reply: type[BaseModel] | dict[str, Any]
+    answer: object
+    request: type[BaseModel] | None = None
+    example: object = None
+    refusals: tuple[int, ...] = ()
+    measured: bool = True
+    keyed: bool = False
+    tagged: bool = False
+    links: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+
+_ASKED_NAME: Final = "$response.body#/name"
+_DOCUMENT: Final[dict[str, Any]] = {
+    "binding": "node",
+    "version": "1.4.0",
+    "semverx": "1.stable.4.stable.0.stable",
+    "capabilities": ["cache.bust", "daemon.capabilities", "daemon.status"],
+    "requires": {"semverx": ">=0.1.0-0", "capabilities": ["cache.bust"]},
 }
+_DEPENDENCY: Final = {"name": "pricing-model", "current": "2.0.0", "versions": ["1.9.0", "2.0.0", "2.1.0"]}
+
+
+def _operations() -> tuple[_Operation, ...]:
+    return (
+        _Operation(
+            method="post",
+            path="/api/v1/bust",
+            name="bust",
+            capability="cache.bust",
+            summary="Have the old value of a target dropped.",
+            request=BustRequest,
+            example={"target": "cdn/main.css", "strategy": "dimensional", "binding": "curl", "fault_tolerance": 6},
+            reply=BustReply,
+            answer={
+                "status": "success",
+                "cache_key": cache_key_of("cdn/main.css"),
+                "delegate": "pybustcall-daemon",
+                "fault_stage": 12,
+                "execution_time_ms": 1,
+                "removed": 2,
+            },
+            keyed=True,
+            links={
+                "repeat": {
+                    "operationId": "bust",
+                    "description": "The same again: with the same key it is answered alike, and not applied.",
+                    "parameters": {f"header.{_KEY}": f"$request.header.{_KEY}"},
+                    "requestBody": "$request.body",
+                },
+                "see": {"operationId": "status", "description": "How the daemon is after it."},
+            },
+        ),
+        _Operation(
+            method="post",
+            path="/api/v1/entries",
+            name="register",
+            capability="cache.register",
+            summary="Tell what a cached entry was made of.",
+            request=RegisterRequest,
+            example={"key": "index.html", "depends_on": ["cdn/main.css", "pricing-model"]},
+            reply=RegisterReply,
+            answer={"status": "success", "cache_key": cache_key_of("index.html")},
+            refusals=(507,),
+            links={
+                "bust": {
+                    "operationId": "bust",
+                    "description": "The entry has changed: have it dropped.",
+                    "requestBody": {"target": "$request.body#/key"},
+                },
+            },
+        ),
+        _Operation(
+            method="post",
+            path="/api/v1/dependencies",
+            name="announce",
+            capability="cache.dependencies",
+            summary="Tell that there is a cache dependency, in these versions.",
+            request=AnnounceRequest,
+            example={"name": "pricing-model", "versions": ["1.9.0", "2.0.0", "2.1.0"], "current": "2.0.0"},
+            reply=DependencyReply,
+            answer=_DEPENDENCY,
+            refusals=(409, 507),
+            links={
+                "again": {
+                    "operationId": "announce",
+                    "description": "An announcement may be repeated.",
+                    "requestBody": {
+                        "name": _ASKED_NAME,
+                        "versions": "$response.body#/versions",
+                        "current": "$response.body#/current",
+                    },
+                },
+                "depend": {
+                    "operationId": "register",
+                    "description": "An entry may depend on it.",
+                    "requestBody": {"key": "index.html", "depends_on": [_ASKED_NAME]},
+                },
+                "bust": {
+                    "operationId": "bust",
+                    "description": "Drop what depends on it, without a swap.",
+                    "requestBody": {"target": _ASKED_NAME},
+                },
+                "resolve": {
+                    "operationId": "resolve",
+                    "description": "Ask which version a range means.",
+                    "requestBody": {"spec": "{$response.body#/name}@*"},
+                },
+                "swap": {
+                    "operationId": "hotswap",
+                    "description": "Replace it by one of its versions.",
+                    "requestBody": {
+                        "swaps": [
+                            {
+                                "name": _ASKED_NAME,
+                                "from": "$response.body#/current",
+                                "to": "$response.body#/versions/0",
+                                "allow_experimental": True,
+                                "validated": True,
+                                "migrate": True,
+                                "rollback": True,
+                            }
+                        ]
+                    },
+                },
+                "list": {"operationId": "dependencies", "description": "It is among those that there are."},
+            },
+        ),
+        _Operation(
+            method="get",
+            path="/api/v1/dependencies",
+            name="dependencies",
+            capability="cache.dependencies",
+            summary="Tell the cache dependencies that there are.",
+            reply=DependenciesReply,
+            answer={"dependencies": [_DEPENDENCY]},
+        ),
+        _Operation(
+            method="post",
+            path="/api/v1/resolve",
+            name="resolve",
+            capability="semver.resolve",
+            summary="Tell which known version of a cache dependency a spec means.",
+            request=ResolveRequest,
+            example={"spec": "pricing-model@^2.0.0"},
+            reply=ResolveReply,
+            answer={
+                "spec": "pricing-model@^2.0.0",
+                "resolved": "pricing-model@2.1.0",
+                "version": "2.1.0",
+                "state": "stable",
+            },
+            links={
+                "again": {
+                    "operationId": "resolve",
+                    "description": "What a spec was resolved to is a spec itself.",
+                    "requestBody": {"spec": "$response.body#/resolved"},
+                }
+            },
+        ),
+        _Operation(
+            method="post",
+            path="/api/v1/hotswap",
+            name="hotswap",
+            capability="cache.hotswap",
+            summary="Replace cache dependencies, all or none, and bust what depends on them.",
+            request=HotSwapRequest,
+            example={"swaps": [{"name": "pricing-model", "from": "2.0.0", "to": "2.1.0"}]},
+            reply=HotSwapReply,
+            answer={
+                "committed": True,
+                "busted": 3,
+                "fault_stage": 12,
+                "swaps": [{"name": "pricing-model", "from": "2.0.0", "to": "2.1.0"}],
+            },
+            refusals=(409, 507),
+            keyed=True,
+            links={
+                "repeat": {
+                    "operationId": "hotswap",
+                    "description": "The same again: with the same key it is answered alike, and not applied.",
+                    "parameters": {f"header.{_KEY}": f"$request.header.{_KEY}"},
+                    "requestBody": "$request.body",
+                },
+                "back": {
+                    "operationId": "hotswap",
+                    "description": "The other way round.",
+                    "requestBody": {
+                        "swaps": [
+                            {
+                                "name": "$response.body#/swaps/0/name",
+                                "from": "$response.body#/swaps/0/to",
+                                "to": "$response.body#/swaps/0/from",
+                                "rollback": True,
+                            }
+                        ]
+                    },
+                },
+                "resolve": {
+                    "operationId": "resolve",
+                    "description": "The version that was swapped in is known.",
+                    "requestBody": {"spec": "{$response.body#/swaps/0/name}@{$response.body#/swaps/0/to}"},
+                },
+                "list": {"operationId": "dependencies", "description": "It is the current one."},
+            },
+        ),
+        _Operation(
+            method="get",
+            path="/api/v1/status",
+            name="status",
+            capability="daemon.status",
+            summary="Tell how the daemon is.",
+            reply=StatusReply,
+            answer={
+                "daemon_pid": 8480,
+                "bindings": {BINDING: {"status": "active", "version": VERSION}},
+                "cache_size": "1.2MB",
+                "fault_history": [
+                    {
+                        "timestamp": "2026-03-02T08:15:39.723673826Z",
+                        "binding": "unknown",
+                        "fault_stage": 4,
+                        "message": "the body is not JSON: Expecting value (line 1, column 11)",
+                    }
+                ],
+            },
+            measured=False,
+        ),
+        _Operation(
+            method="get",
+            path="/api/v1/capabilities",
+            name="capabilities",
+            capability="daemon.capabilities",
+            summary="Tell what the daemon can do.",
+            reply=CapabilityDocument,
+            answer=_DOCUMENT,
+            measured=False,
+            tagged=True,
+            links={
+                "again": {
+                    "operationId": "capabilities",
+                    "description": "Ask whether it is still so.",
+                    "parameters": {f"header.{_KNOWN}": "$response.header.ETag"},
+                }
+            },
+        ),
+        _Operation(
+            method="post",
+            path="/api/v1/capabilities",
+            name="advertise",
+            capability="daemon.negotiate",
+            summary="Tell what the client can do; the answer tells what the daemon can.",
+            request=CapabilityDocument,
+            example=_DOCUMENT,
+            reply=CapabilityDocument,
+            answer=_DOCUMENT,
+            refusals=(426,),
+            measured=False,
+            tagged=True,
+            links={
+                "again": {
+                    "operationId": "capabilities",
+                    "description": "Ask whether it is still so.",
+                    "parameters": {f"header.{_KNOWN}": "$response.header.ETag"},
+                }
+            },
+        ),
+        _Operation(
+            method="get",
+            path="/api/v1/bindings/capabilities",
+            name="bindings",
+            capability="daemon.capabilities",
+            summary="Tell what the daemon can do, in the older form.",
+            reply={"type": "object", "additionalProperties": {"$ref": _MODEL.format(model="BindingCapabilities")}},
+            answer={
+                BINDING: {
+                    "binding": BINDING,
+                    "capabilities": ["cache.bust", "daemon.capabilities", "daemon.status"],
+                    "semverx": SEMVERX,
+                    "stage": "experimental",
+                    "p2p_enabled": False,
+                }
+            },
+            measured=False,
+        ),
+    )
 
 
 def openapi_document() -> dict[str, Any]:
     """Make the document: OpenAPI 3.1, plain JSON types, the same in every process of one version."""
-    models: tuple[type[BaseModel], ...] = (BustRequest, RegisterRequest)
-    replies: tuple[type[BaseModel], ...] = (
-        BustReply,
-        StatusReply,
-        CapabilityDocument,
-        BindingCapabilities,
-        RegisterReply,
-        Problem,
-    )
-    _, schemas = models_json_schema(
-        [*((model, "validation") for model in models), *((model, "serialization") for model in replies)],
-        ref_template=_REFERENCE,
-    )
-    bindings = {"type": "object", "additionalProperties": _refer(BindingCapabilities)}
-    return {
+    operations = _operations()
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in operations:
+        paths.setdefault(operation.path, {})[operation.method] = _written(operation)
+    document = {
         "openapi": "3.1.0",
         "info": {
             "title": "bustcall daemon",
@@ -93,75 +485,107 @@ def openapi_document() -> dict[str, Any]:
             "summary": "Drops old values from caches.",
             "license": {"name": "MIT", "identifier": "MIT"},
         },
-        "paths": {
-            "/api/v1/bust": {
-                "post": _keyed(
-                    _operation("bust", "Have the old value of a target dropped.", _refer(BustReply), BustRequest)
-                )
-            },
-            "/api/v1/entries": {
-                "post": _operation(
-                    "register", "Tell what a cached entry was made of.", _refer(RegisterReply), RegisterRequest, 507
-                )
-            },
-            "/api/v1/status": {"get": _operation("status", "Tell how the daemon is.", _refer(StatusReply))},
-            "/api/v1/capabilities": {
-                "get": _operation(
-                    "capabilities", "Tell what the daemon can do.", _refer(CapabilityDocument), open_=True
-                )
-            },
-            "/api/v1/bindings/capabilities": {
-                "get": _operation("bindings", "Tell the same in the older form.", bindings, open_=True)
-            },
-        },
+        "paths": paths,
         "components": {
-            "schemas": schemas["$defs"],
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+            "schemas": _schemas(operations),
+            "parameters": {name: _parameter(name) for name in _PARAMETERS},
+            "headers": {name: _header(name) for name in _HEADERS},
+            "responses": {refusal.name: _refused(refusal) for refusal in _REFUSALS.values()},
+            "securitySchemes": {
+                "token": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": (
+                        "Wanted by a daemon that was given a token, for each capability that its document's `access`"
+                        " says to be protected or private. Without one, protected is open."
+                    ),
+                }
+            },
         },
     }
+    plain: dict[str, Any] = json.loads(json.dumps(document))  # nothing in it is there twice, as YAML would tell
+    return plain
 
 
-def _refer(model: type[BaseModel]) -> dict[str, str]:
-    return {"$ref": _REFERENCE.format(model=model.__name__)}
+def _schemas(operations: tuple[_Operation, ...]) -> dict[str, Any]:
+    # What is both, such as the capability document, is written as a reply: all of it is optional anyway.
+    replies: list[type[BaseModel]] = [BindingCapabilities, Problem]
+    replies += [operation.reply for operation in operations if not isinstance(operation.reply, dict)]
+    asked = [operation.request for operation in operations if operation.request is not None]
+    _, schemas = models_json_schema(
+        [
+            *((model, "validation") for model in asked if model not in replies),
+            *((model, "serialization") for model in replies),
+        ],
+        ref_template=_MODEL,
+    )
+    found: dict[str, Any] = schemas["$defs"]
+    found[BustRequest.__name__]["properties"]["strategy"]["enum"] = list(STRATEGIES)  # others may have other ones
+    return found
 
 
-def _operation(
-    name: str,
-    summary: str,
-    reply: dict[str, Any],
-    request: type[BaseModel] | None = None,
-    *more: int,
-    open_: bool = False,
-) -> dict[str, Any]:
-    refusals = (*_ANY_ROUTE, *(_WITH_BODY if request is not None else ()), *more)
-    operation: dict[str, Any] = {
-        "operationId": name,
-        "summary": summary,
-        "responses": {"200": _answer("Done.", "application/json", reply), **_refusals(refusals, open_=open_)},
-        "security": [{}] if open_ else [{}, {"token": []}],
+def _written(operation: _Operation) -> dict[str, Any]:
+    parameters = [*_ON_EVERY, *((_KEY,) if operation.keyed else ())]
+    parameters += [_KNOWN] if operation.tagged and operation.request is None else []
+    refusals = {*_ANY_ROUTE, *operation.refusals, *(_MEASURED if operation.measured else ())}
+    headers = [
+        _DIGEST,
+        *(("Idempotency-Replayed",) if operation.keyed else ()),
+        *(("ETag",) if operation.tagged else ()),
+    ]
+    reply = operation.reply if isinstance(operation.reply, dict) else _model(operation.reply)
+    done: dict[str, Any] = {
+        "description": "Done.",
+        "headers": _refer("headers", headers),
+        "content": {"application/json": {"schema": reply, "example": operation.answer}},
     }
-    if request is not None:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _refer(request)}}}
-    return operation
-
-
-def _keyed(operation: dict[str, Any]) -> dict[str, Any]:
-    """Add to an operation that it takes an idempotency key."""
-    responses = {
-        status: {**response, "description": _WHY_KEYED.get(int(status), response["description"])}
-        for status, response in operation["responses"].items()
+    if operation.links:
+        done["links"] = operation.links
+    responses = {"200": done}
+    if _KNOWN in parameters:
+        responses["304"] = {
+            "description": "The client has the document that is in effect.",
+            "headers": _refer("headers", headers),
+        }
+    written: dict[str, Any] = {
+        "operationId": operation.name,
+        "summary": operation.summary,
+        "x-bustcall-capability": operation.capability,
+        "parameters": list(_refer("parameters", parameters).values()),
+        "security": [{}, {"token": []}],
     }
-    responses["200"] = {**responses["200"], "headers": _REPLAYED}
-    return {**operation, "parameters": [_KEY], "responses": responses}
+    if operation.request is not None:
+        refusals |= set(_WITH_BODY)
+        content = {"schema": _model(operation.request), "example": operation.example}
+        written["requestBody"] = {"required": True, "content": {"application/json": content}}
+    for status in sorted(refusals):
+        responses[str(status)] = {"$ref": f"#/components/responses/{_REFUSALS[status].name}"}
+    return {**written, "responses": responses}
 
 
-def _refusals(statuses: Iterable[int], *, open_: bool) -> dict[str, Any]:
+def _model(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": _MODEL.format(model=model.__name__)}
+
+
+def _refer(kind: str, names: list[str]) -> dict[str, dict[str, str]]:
+    return {name: {"$ref": f"#/components/{kind}/{name}"} for name in names}
+
+
+def _parameter(name: str) -> dict[str, Any]:
+    description, schema, example = _PARAMETERS[name]
+    return {"name": name, "in": "header", "required": False, "description": description, "schema": schema,
+            "example": example}  # fmt: skip
+
+
+def _header(name: str) -> dict[str, Any]:
+    description, schema, always = _HEADERS[name]
+    return {"description": description, "required": always, "schema": schema}
+
+
+def _refused(refusal: _Refusal) -> dict[str, Any]:
+    headers = [_DIGEST, *([] if refusal.header is None else [refusal.header])]
     return {
-        str(status): _answer(_WHY[status], "application/problem+json", _refer(Problem))
-        for status in sorted(statuses)
-        if not (open_ and status == 401)
+        "description": refusal.when,
+        "headers": _refer("headers", headers),
+        "content": {"application/problem+json": {"schema": _model(Problem)}},
     }
-
-
-def _answer(description: str, content_type: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"description": description, "content": {content_type: {"schema": schema}}}
