@@ -267,3 +267,16 @@ async def test_shop_knows_no_other_products(shop: Any, tmp_path: Path) -> None:
             assert response.status == 404
         async with visitor.post("/products/1/price", json={"price": "12.00"}) as response:
             assert response.status == 404
+
+
+@pytest.mark.requirement("IMP-12")
+def test_the_hot_swap_replaces_a_model_and_what_was_made_with_it(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """Twice: the registry remembers which version is current."""
+    daemon = start_daemon("--registry", str(tmp_path / "registry.db"))
+    for before in ("2.1.0", "2.2.0"):
+        command = [sys.executable, str(EXAMPLES / "hot_swap.py"), str(daemon.root)]
+        env = {**os.environ, "BUSTCALL_URL": daemon.url}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "refused, nothing changed:\n  pricing-model: " in done.stdout
+        assert f"pricing-model {before} -> 2.2.0, 2 pages went\nleft: about.html\n" in done.stdout
