@@ -32,9 +32,9 @@ from pybustcall.daemon import (
     MemoryBackend,
     check_settings,
     create_app,
+    reading,
     serve,
 )
-from pybustcall.daemon import app as app_module
 from pybustcall.daemon import serving as serving_module
 from pybustcall.daemon.access import Refusal
 from pybustcall.errors import ConfigurationError
@@ -420,7 +420,7 @@ async def test_a_detail_names_its_field_once(document: object, detail: str) -> N
 
 async def test_other_exceptions_of_the_web_framework_become_problems() -> None:
     """Whatever status aiohttp raises, it is told in our form."""
-    refusal = app_module._refusal_of(aiohttp.web.HTTPConflict(), 1)
+    refusal = reading.refusal_of(aiohttp.web.HTTPConflict(), 1)
     assert refusal.response().status == 409
     assert refusal.response().content_type == "application/problem+json"
 
@@ -1072,4 +1072,4 @@ async def test_a_socket_that_goes_meanwhile_is_no_error(tmp_path: Path) -> None:
 def test_json_with_a_number_too_long_to_read_is_refused() -> None:
     """Python's own limit on digits is a refusal, not a failure."""
     with pytest.raises(Refusal, match="number that cannot be read"):
-        app_module._parse_json(json.dumps({"x": 1})[:-2].encode() + b"1" * 5000 + b"}")
+        reading.parse_json(json.dumps({"x": 1})[:-2].encode() + b"1" * 5000 + b"}")

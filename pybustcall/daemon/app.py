@@ -1,8 +1,9 @@
-"""The daemon over HTTP: what is served where, what is well formed, and how every answer reads.
+"""The daemon over HTTP: what is served where, and how every answer reads.
 
-This module decides the routes, what is advertised of them, and the answers. Who is let in is `access`'s to decide,
-listening and draining are `serving`'s, what a bust removes is the engine's, and whether it was done already is
-`idempotency`'s. Refusals are RFC 9457 problems, name the field to mend, and never repeat what was sent.
+This module decides the routes, what is advertised of them, and the answers. Who is let in is `access`'s to decide, what
+is well formed `reading`'s; listening and draining are `serving`'s, what a bust removes is the engine's, and whether it
+was done already is `idempotency`'s. Refusals are RFC 9457 problems, name the field to mend, and never repeat what was
+sent.
 
 The order of the questions is fixed: is the daemon draining (503), is it this host (421), is it this origin (403), is
 it somebody known (401) who may do this (403), does the client fit (428, 426), does it expect what nobody does (417), is
@@ -23,10 +24,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Final, TypeVar, final
+from typing import TYPE_CHECKING, Final, TypeVar, final
 
-from aiohttp import HttpVersion11, web
-from pydantic import BaseModel, ValidationError
+from aiohttp import web
+from pydantic import BaseModel
 
 from pybustcall.capabilities import SEMVERX, VERSION, digest_of
 from pybustcall.daemon.access import (
@@ -38,7 +39,6 @@ from pybustcall.daemon.access import (
     check_requires,
     check_token,
     is_loopback,
-    presentable,
     said_binding,
     tiers_of,
 )
@@ -49,6 +49,16 @@ from pybustcall.daemon.engine import IndexFull, UnknownStrategy
 from pybustcall.daemon.history import FaultHistory
 from pybustcall.daemon.idempotency import Idempotency, KeyReused, fingerprint_of, name_of
 from pybustcall.daemon.openapi import openapi_document
+from pybustcall.daemon.reading import (
+    KEY_HEADER,
+    binding_of,
+    check_expectation,
+    parse_json,
+    read_body,
+    read_key,
+    refusal_of,
+    validate,
+)
 from pybustcall.daemon.registry import Registry, RegistryFailure
 from pybustcall.daemon.swaps import SwapFailed, Swaps
 from pybustcall.errors import ConfigurationError
@@ -74,7 +84,6 @@ from pybustcall.models import (
     ResolveRequest,
     StatusReply,
     cache_key_of,
-    explain,
 )
 
 if TYPE_CHECKING:
@@ -100,8 +109,6 @@ _BROKEN: Final = TABLE[FaultKind.SERVER_ERROR].stage
 
 GRACE: Final = 0.25  # seconds for the last bytes of answers, and for handlers to end when cancelled
 
-_KEY: Final = re.compile(r"[!-~]{1,255}")
-_KEY_HEADER: Final = "Idempotency-Key"
 _REPLAYED_HEADER: Final = "Idempotency-Replayed"
 _HOST_NAME: Final = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
 _ENTITY_TAG: Final = re.compile(r'(?:W/)?"([^"]*)"')
@@ -195,38 +202,6 @@ def check_settings(settings: DaemonSettings) -> None:
         raise ConfigurationError(f"the drain must be 0 seconds or more, not {settings.drain!r}", setting="drain")
 
 
-# Refusals
-
-_DETAILS: Final[Mapping[int, tuple[int, str]]] = {
-    404: (_DENIED, "there is no such route; see /api/v1/capabilities for those that there are"),
-    405: (_DENIED, "this route does not take this method; the Allow header says which it takes"),
-    417: (_REJECTED, "the only expectation that this daemon knows is 100-continue"),
-}
-
-
-def _refusal_of(error: web.HTTPException, most: int) -> Refusal:
-    """Say an exception of aiohttp's in our own words."""
-    if error.status == 413:
-        return Refusal(413, f"the body is larger than {most} bytes")
-    stage, detail = _DETAILS.get(error.status, (_REJECTED, "the request cannot be served as it is"))
-    allow = error.headers.get("Allow")
-    return Refusal(error.status, detail, stage=stage, headers=None if allow is None else {"Allow": allow})
-
-
-# Reading
-
-
-def _expects(request: web.Request) -> str | None:
-    """Tell what the request expects before it sends its body; HTTP/1.0 knows nothing of that."""
-    return request.headers.get("Expect", "").lower() or None if request.version >= HttpVersion11 else None
-
-
-def _check_expectation(request: web.Request) -> None:
-    if _expects(request) not in {None, "100-continue"}:
-        stage, detail = _DETAILS[417]
-        raise Refusal(417, detail, stage=stage)
-
-
 async def _expect_later(_request: web.Request) -> None:
     """Leave `Expect` to the guard and to the reading, so that nobody is asked for a body before they are let in."""
 
@@ -235,85 +210,6 @@ async def _say_expectation(request: web.Request, response: web.StreamResponse) -
     """Say aiohttp's refusal of an `Expect` where there is no route, and so no guard, in our own form."""
     if isinstance(response, web.HTTPExpectationFailed):
         request.app[DAEMON].refuse_expectation(request, response)
-
-
-async def _read_document(request: web.Request, settings: DaemonSettings) -> object:
-    """Read the body as JSON. Raises the refusal if it is something else, too large, late or cut off."""
-    return _parse_json(await _read_body(request, settings))
-
-
-async def _read_body(request: web.Request, settings: DaemonSettings) -> bytes:
-    if request.content_type != "application/json":
-        raise Refusal(415, "the body must be application/json")
-    if (request.content_length or 0) > settings.max_body_bytes:
-        raise Refusal(413, f"the body is larger than {settings.max_body_bytes} bytes")
-    try:
-        async with asyncio.timeout(settings.read_timeout):
-            if _expects(request) == "100-continue":
-                await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                request.writer.output_size = 0  # of the answer proper, nothing was written yet
-            return await request.read()
-    except TimeoutError:
-        raise Refusal(
-            408, f"the body did not arrive within {settings.read_timeout:g} seconds", headers={"Connection": "close"}
-        ) from None
-    except web.RequestPayloadError:
-        raise Refusal(400, "the body is not what its headers announce") from None
-
-
-def _parse_json(body: bytes) -> object:
-    """Parse JSON, more strictly than the standard library: no field twice, no NaN, no endless nesting."""
-    try:
-        return json.loads(body.decode(), object_pairs_hook=_once, parse_constant=_no_constant)
-    except UnicodeDecodeError:
-        raise Refusal(400, "the body is not UTF-8") from None
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise Refusal(400, f"the body is not JSON: {error.msg} ({where})") from None
-    except RecursionError:
-        raise Refusal(400, "the body is nested too deep") from None
-    except ValueError:
-        raise Refusal(400, "the body has a number that cannot be read") from None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise Refusal(400, "the body names a field twice; which of them counts cannot be told")
-    return found
-
-
-def _no_constant(_name: str) -> float:
-    raise Refusal(400, "the body has NaN or Infinity, which JSON does not know")
-
-
-def _binding_of(document: object) -> str:
-    """Tell the binding that a request says, if it can be shown; "unknown" otherwise."""
-    return presentable(document.get("binding") if isinstance(document, dict) else None)
-
-
-def _read_key(request: web.Request, binding: str) -> str | None:
-    """Read the idempotency key, if there is one. Raises the refusal of one that cannot be."""
-    given = request.headers.getall(_KEY_HEADER, [])
-    if not given:
-        return None
-    if len(given) != 1 or not _KEY.fullmatch(given[0]):
-        raise Refusal(
-            400,
-            f"{_KEY_HEADER} must be there once, with 1 to 255 visible ASCII characters",
-            field_name=_KEY_HEADER,
-            binding=binding,
-        )
-    return given[0]
-
-
-def _validate(model: type[_Model], document: object) -> _Model:
-    try:
-        return model.model_validate(document)
-    except ValidationError as error:
-        name, reason = explain(error)
-        detail = reason if name is None or reason.startswith(f"{name} ") else f"{name}: {reason}"
-        raise Refusal(422, detail, field_name=name, binding=_binding_of(document)) from None
 
 
 # Answering
@@ -388,12 +284,12 @@ class Daemon:
             self._admission.admit(request, capability)
             if capability is not None and capability not in _ALWAYS:
                 self._clients.check(request.headers)
-            _check_expectation(request)
+            check_expectation(request)
             return await handler(request)
         except (Refusal, ConnectionError):
             raise
         except web.HTTPException as error:
-            raise _refusal_of(error, self._settings.max_body_bytes) from None
+            raise refusal_of(error, self._settings.max_body_bytes) from None
         except Exception:  # noqa: BLE001 - the outermost room: logged in full, told as a problem
             _log.exception("unexpected error while answering %s", request.method)
             raise Refusal(500, "the daemon failed; its log says why", stage=_BROKEN) from None
@@ -421,7 +317,7 @@ class Daemon:
         if isinstance(request.protocol, Connection):
             request.protocol.begin(request.content)
             request.protocol.end()
-        told = self._refuse(_refusal_of(response, self._settings.max_body_bytes))
+        told = self._refuse(refusal_of(response, self._settings.max_body_bytes))
         response.body = told.body
         response.headers.update(told.headers)
         response.headers["Content-Length"] = str(told.content_length)
@@ -429,10 +325,10 @@ class Daemon:
     async def bust(self, request: web.Request) -> web.Response:
         """POST /api/v1/bust."""
         started = time.monotonic()
-        document = await _read_document(request, self._settings)
-        binding = _binding_of(document)
-        key = _read_key(request, binding)
-        asked = _validate(BustRequest, document)
+        document = await self._read_json(request)
+        binding = binding_of(document)
+        key = read_key(request, binding)
+        asked = validate(BustRequest, document)
         apply = partial(self._bust, asked, binding, started)
         if key is None:
             return _ok(await apply())
@@ -440,7 +336,7 @@ class Daemon:
             name = name_of(self._admission.credential(request), key)
             answer = await self._idempotency.once(name, fingerprint_of(asked), apply)
         except KeyReused as error:
-            raise Refusal(422, f"{_KEY_HEADER}: {error}", field_name=_KEY_HEADER, binding=binding) from None
+            raise Refusal(422, f"{KEY_HEADER}: {error}", field_name=KEY_HEADER, binding=binding) from None
         return _ok(answer.body, {_REPLAYED_HEADER: "true"} if answer.replayed else None)
 
     async def _bust(self, asked: BustRequest, binding: str, started: float) -> bytes:
@@ -517,15 +413,15 @@ class Daemon:
 
     async def hotswap(self, request: web.Request) -> web.Response:
         """POST /api/v1/hotswap."""
-        document = await _read_document(request, self._settings)
-        binding = _binding_of(document)
-        key = _read_key(request, binding)
-        asked = _validate(HotSwapRequest, document)
+        document = await self._read_json(request)
+        binding = binding_of(document)
+        key = read_key(request, binding)
+        asked = validate(HotSwapRequest, document)
         name = None if key is None else name_of(self._admission.credential(request), key)
         try:
             answer = await self._swaps.swap(asked, name)
         except KeyReused as error:
-            raise Refusal(422, f"{_KEY_HEADER}: {error}", field_name=_KEY_HEADER, binding=binding) from None
+            raise Refusal(422, f"{KEY_HEADER}: {error}", field_name=KEY_HEADER, binding=binding) from None
         except Unreadable as error:
             raise Refusal(422, str(error), field_name=error.field, binding=binding) from None
         except SwapRefused as error:
@@ -561,8 +457,8 @@ class Daemon:
 
     async def negotiate(self, request: web.Request) -> web.Response:
         """POST /api/v1/capabilities: the client's document, which is checked and remembered, for the daemon's."""
-        body = await _read_body(request, self._settings)
-        self._clients.meet(digest_of(body), _validate(CapabilityDocument, _parse_json(body)))
+        body = await self._read_body(request)
+        self._clients.meet(digest_of(body), validate(CapabilityDocument, parse_json(body)))
         return _ok(self._document, self._entity_tag())
 
     def _entity_tag(self) -> dict[str, str]:
@@ -600,9 +496,16 @@ class Daemon:
                 added = router.add_route(method, route.path, answer, expect_handler=_expect_later)
                 self._served[added] = route.capability
 
+    async def _read_body(self, request: web.Request) -> bytes:
+        most, patience = self._settings.max_body_bytes, self._settings.read_timeout
+        return await read_body(request, most=most, patience=patience)
+
+    async def _read_json(self, request: web.Request) -> object:
+        return parse_json(await self._read_body(request))
+
     async def _read(self, request: web.Request, model: type[_Model]) -> tuple[_Model, str]:
-        document = await _read_document(request, self._settings)
-        return _validate(model, document), _binding_of(document)
+        document = await self._read_json(request)
+        return validate(model, document), binding_of(document)
 
     def stop(self) -> None:
         """Begin to stop; asked a second time, no longer wait for the requests under way."""
