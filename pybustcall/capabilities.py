@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -96,7 +96,7 @@ def advertisement_bytes() -> bytes:
 @cache
 def advertisement() -> CapabilityDocument:
     """Read pybustcall's own capability document."""
-    return CapabilityDocument.model_validate_json(advertisement_bytes())
+    return _read_document(advertisement_bytes(), "capabilities.json")
 
 
 @cache
@@ -111,14 +111,19 @@ def load_document(path: str | os.PathLike[str]) -> CapabilityDocument:
     Raises `ConfigurationError` (setting "capabilities") that tells the file, the field, what was expected and what was
     found, also for versions and ranges that are none.
     """
-
-    def refuse(why: str) -> ConfigurationError:
-        return ConfigurationError(f"capability document {str(path)!r}: {why}", setting="capabilities")
-
     try:
         text = Path(path).read_bytes()
     except OSError as error:
-        raise refuse(f"cannot be read: {error.strerror}") from error
+        raise _refusal(path, f"cannot be read: {error.strerror}") from error
+    return _read_document(text, path)
+
+
+def _refusal(path: str | os.PathLike[str], why: str) -> ConfigurationError:
+    return ConfigurationError(f"capability document {str(path)!r}: {why}", setting="capabilities")
+
+
+def _read_document(text: bytes, path: str | os.PathLike[str]) -> CapabilityDocument:
+    refuse = partial(_refusal, path)
     try:
         found = json.loads(text.decode())
     except (ValueError, RecursionError) as error:  # also of what is no UTF-8, or a number of thousands of digits

@@ -16,7 +16,9 @@ from typing import Any, Protocol
 import aiohttp
 import pytest
 
+from pybustcall import BustcallClient, Retry, Swap
 from pybustcall.daemon.swaps import STEPS
+from pybustcall.testing import FakeDaemon
 from tests.conftest import PATIENCE, StartDaemon, eventually
 from tests.test_daemon_app import BUST, ENTRIES
 from tests.test_daemon_idempotency import KEY, REPLAYED
@@ -132,6 +134,33 @@ async def test_a_daemon_killed_at_any_step_swaps_all_or_none(
         async with client.post(HOTSWAP, json=other, headers={KEY: "k"}) as response:
             assert (response.status, (await response.json())["field"]) == (422, KEY)
     assert (root / "unrelated").read_text() == "precious"
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_a_client_whose_daemon_is_killed_at_any_step_gets_its_answer_when_it_is_back(
+    step: str, start_stepwise: StartStepwise, start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    """The same daemon is asked again, with the same key: the swap is done, once, and the caller sees no error."""
+    root, registry = tmp_path / "cache", tmp_path / "r"
+    process, url = start_stepwise(root, registry, kill_at=step)
+    async with talking(url) as session:
+        pages = await furnish(session, root)
+    async with FakeDaemon(capabilities=["cache.hotswap", "cache.dependencies"]) as peer:
+        retry = Retry(attempts=1000, base=0.05, cap=0.1)
+        async with BustcallClient(url, peers=[peer.url], retry=retry, probes=None) as client:
+            swaps = [Swap(name, to="1.1.0", from_="1.0.0") for name in NAMES]
+            swapping = asyncio.create_task(client.hot_swap(swaps, timeout=2 * PATIENCE))
+            assert await asyncio.to_thread(process.wait, PATIENCE) == -9
+            start_daemon("--port", url.rpartition(":")[2], "--registry", str(registry))
+            result = await swapping
+            assert [(swap.name, swap.from_, swap.to) for swap in result.swaps] == [
+                (it, "1.0.0", "1.1.0") for it in NAMES
+            ]
+            assert (result.daemon, result.stage) == (url, 9 if result.causes else 12)
+            assert result.causes
+            assert (await client.resolve("model@*")).resolved == "model@1.1.0"
+        assert peer.swaps == []
+    assert held(pages) == 0
 
 
 @pytest.mark.parametrize(("broken", "killed"), [("prepared", "rolled back"), ("committed", "owed")])

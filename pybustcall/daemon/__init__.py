@@ -1,11 +1,11 @@
 """The reference daemon: an independent reading of the wire, with a cache behind it.
 
 It imports the vocabulary only (errors, models, faults, topology, capabilities), never a module of the client, so that
-the two check each other. `app` answers, `access` lets in, `reading` reads, `serving` listens and drains, `connections` keeps the
-connections in bounds, `engine` decides what a bust removes, `index` knows what depends on what, `backends` hold the
-caches themselves, `dependencies` decides what may replace what, `swaps` does it, `registry` keeps both over restarts,
-`idempotency` remembers what was answered, `database` minds the files, `history` remembers faults, `openapi` writes the
-contract down.
+the two check each other. `app` answers, `access` lets in, `reading` reads, `serving` listens and drains,
+`connections` keeps the connections in bounds, `engine` decides what a bust removes, `index` knows what depends on
+what, `backends` hold the caches themselves, `dependencies` decides what may replace what, `swaps` does it, `registry`
+keeps both over restarts, `idempotency` remembers what was answered, `database` minds the files, `history` remembers
+faults, `openapi` writes the contract down.
 """
 
 from __future__ import annotations
