@@ -30,8 +30,8 @@ from pybustcall.errors import (
 )
 from pybustcall.faults import Band, Fault, FaultKind, Oversight
 from pybustcall.fleet import DaemonView, FleetView
-from pybustcall.hotswap import Resolution, Swap, SwapResult
-from pybustcall.models import CapabilityDocument, DaemonStatus, DependencyReply, Requirements, Timestamp
+from pybustcall.hotswap import Dependency, Resolution, Swap, SwapResult
+from pybustcall.models import CapabilityDocument, DaemonStatus, Requirements, Timestamp
 from pybustcall.outbox import Outbox, OutboxCounts, OutboxRow, RowState, StoredBust
 from pybustcall.policies import Breaker, BreakerState, Budget, Failback, Hedge, Pool, Probes, Retry
 from pybustcall.results import Attempt, BustReport, BustResult, Delivery
@@ -83,7 +83,7 @@ __all__ = [
     "DaemonsUnavailable",
     "DeadlineExceeded",
     "Delivery",
-    "DependencyReply",
+    "Dependency",
     "Event",
     "Failback",
     "FailedBack",

@@ -47,24 +47,37 @@ from pybustcall.faults import (
     raises,
 )
 from pybustcall.fleet import Fleet, FleetView, Policies
-from pybustcall.hotswap import Resolution, Swap, SwapResult, at_one, check_name, check_spec, check_version, swap_request
+from pybustcall.hotswap import (
+    Dependency,
+    Resolution,
+    Swap,
+    SwapResult,
+    announce_request,
+    at_one,
+    check_spec,
+    doubt_dependency,
+    doubt_registration,
+    doubt_resolution,
+    doubt_swap,
+    register_request,
+    swap_request,
+)
 from pybustcall.models import (
     DEFAULT_STRATEGY,
     DEFAULT_TOLERANCE,
-    AnnounceRequest,
     BustReply,
     BustRequest,
     DaemonStatus,
+    DependenciesReply,
     DependencyReply,
     HotSwapReply,
     RegisterReply,
-    RegisterRequest,
     Requirements,
     ResolveReply,
     ResolveRequest,
     bust_request,
     check_strategy,
-    check_target,
+    redact,
 )
 from pybustcall.negotiation import Negotiator
 from pybustcall.outbox import Outbox, OutboxCounts, OutboxRow, OutboxStore
@@ -233,6 +246,7 @@ class _Runtime:
                 self.loop.call_soon_threadsafe(self.courier.cancel)
 
     def _ready(self) -> frozenset[str]:
+        self.negotiator.look_again(for_call=False)
         now = self.loop.time()
         return frozenset(url for index, url in enumerate(self._urls) if self.fleet.well(index, now))
 
@@ -415,9 +429,10 @@ class ClientOutbox:
     async def replay(self) -> ReplayReport:
         """Deliver now what can be delivered, whatever it was waiting for; tell what came of it."""
         async with self._core.sessions.call():
-            courier = self._core.runtime().courier
-            assert courier is not None  # noqa: S101 - there is one wherever there is an outbox
-            return await courier.replay()
+            runtime = self._core.runtime()
+            assert runtime.courier is not None  # noqa: S101 - there is one wherever there is an outbox
+            await runtime.negotiator.ask_again()
+            return await runtime.courier.replay()
 
     async def retry(self, ids: Iterable[int] | None = None) -> int:
         """Let rows that were set aside be delivered again, as if they were new; None for all. Tell how many."""
@@ -764,8 +779,9 @@ class BustcallClient:
         """Tell whether the first daemon that answers, the hub asked first, can be relied on for a capability.
 
         `daemon` asks of another of the URLs. What is known is taken as it was for 300 seconds, or until an answer shows
-        that it changed. A daemon without a capability document supports the base protocol alone; a disabled client
-        supports nothing. Raises as `status` does.
+        that it changed. A daemon without a capability document supports the base protocol alone; one that does not fit
+        this client, or a disabled client, supports nothing. Whether the token opens it, only the call itself can tell.
+        Raises as `status` does.
         """
         _check_capability(name)
         if self._core is None:
@@ -773,7 +789,7 @@ class BustcallClient:
 
         async def ask(asked: DaemonClient, /, *, until: float, deadline: float, started: Callable[[], None]) -> bool:
             found = await runtime.negotiator.settled(asked, until=until, deadline=deadline, started=started)
-            return found.supports(name)
+            return found.supports(name) and not runtime.negotiator.misfit(asked)
 
         async with self._core.sessions.call():
             runtime = self._core.runtime()
@@ -789,10 +805,8 @@ class BustcallClient:
         what is known; `IncompatibleDaemon` if no daemon advertises "semver.resolve"; and otherwise as `status` does.
         """
         request = ResolveRequest(spec=check_spec(spec))
-        core = self._enabled("resolve")
-        reply = await self._extend(
-            core, "semver.resolve", "/api/v1/resolve", request, ResolveReply, f"resolving {spec}", daemon, timeout
-        )
+        using = _Using("resolving " + spec, "semver.resolve", "/api/v1/resolve")
+        reply = await self._use(using, request, ResolveReply, daemon, timeout, partial(doubt_resolution, request))
         return Resolution(
             spec=spec,
             resolved=reply.answer.resolved,
@@ -809,31 +823,26 @@ class BustcallClient:
         current: str | None = None,
         daemon: str | None = None,
         timeout: float | None = None,
-    ) -> DependencyReply:
+    ) -> Dependency:
         """Tell a daemon that there is a cache dependency in these versions; return what it knows of it now.
 
         `current` is the version in use; the first announcement settles it (by default the best of `versions`), and only
         a hot swap changes it. Entries depend on it that were registered as depending on its name. Done at the first
         daemon that answers, or at `daemon`: registries are each daemon's own. Raises as `resolve` does.
         """
-        listed = (versions,) if isinstance(versions, str) else tuple(versions)
-        request = AnnounceRequest(
-            name=check_name(name, "name"),
-            versions=tuple(check_version(version, f"versions[{number}]") for number, version in enumerate(listed)),
-            current=None if current is None else check_version(current, "current"),
-        )
-        core = self._enabled("announce")
-        reply = await self._extend(
-            core,
-            "cache.dependencies",
-            "/api/v1/dependencies",
-            request,
-            DependencyReply,
-            f"announcing {name}",
-            daemon,
-            timeout,
-        )
-        return reply.answer
+        request = announce_request(name, versions, current)
+        using = _Using("announcing " + name, "cache.dependencies", "/api/v1/dependencies", changes=True)
+        reply = await self._use(using, request, DependencyReply, daemon, timeout, partial(doubt_dependency, request))
+        return Dependency.of(reply.answer, reply.daemon)
+
+    async def dependencies(self, *, daemon: str | None = None, timeout: float | None = None) -> tuple[Dependency, ...]:
+        """List the cache dependencies that the first daemon knows which answers, or `daemon`; raises as `resolve` does.
+
+        This, and not `resolve`, tells which version is in use.
+        """
+        using = _Using("asking for the dependencies", "cache.dependencies", "/api/v1/dependencies")
+        reply = await self._use(using, None, DependenciesReply, daemon, timeout)
+        return tuple(Dependency.of(one, reply.daemon) for one in reply.answer.dependencies)
 
     async def register(
         self,
@@ -842,24 +851,17 @@ class BustcallClient:
         *,
         daemon: str | None = None,
         timeout: float | None = None,
-    ) -> None:
+    ) -> str:
         """Tell a daemon that its cache holds `key`, made of what `depends_on` names; a second time replaces the first.
 
-        A bust or a hot swap of any of those then reaches `key`. Done at the first daemon that answers, or at `daemon`.
-        Raises as `resolve` does.
+        A bust or a hot swap of any of those then reaches `key`. Done at the first daemon that answers, or at `daemon`;
+        returns its URL. Raises as `resolve` does.
         """
-        request = RegisterRequest(key=check_target(key), depends_on=tuple(check_target(name) for name in depends_on))
-        core = self._enabled("register")
-        await self._extend(
-            core,
-            "cache.register",
-            "/api/v1/entries",
-            request,
-            RegisterReply,
-            "registering an entry",
-            daemon,
-            timeout,
-        )
+        request = register_request(key, depends_on)
+        label = repr(key) if self._options.reveal_targets else redact(request.key)
+        using = _Using("registering " + label, "cache.register", "/api/v1/entries", changes=True)
+        doubt = partial(doubt_registration, request)
+        return (await self._use(using, request, RegisterReply, daemon, timeout, doubt)).daemon
 
     async def hot_swap(
         self,
@@ -882,7 +884,7 @@ class BustcallClient:
         request = swap_request(swaps)
         key = _check_key(idempotency_key)
         seconds = self._seconds(timeout)
-        core = self._enabled("hot_swap")
+        core = self._enabled("a hot swap")
         daemons = core.daemons if daemon is None else (_find(core, daemon),)
         loop = asyncio.get_running_loop()
         begun = loop.time()
@@ -890,7 +892,14 @@ class BustcallClient:
             runtime = core.runtime()
             runtime.negotiator.look_again()
             receipt, causes = await at_one(
-                runtime.negotiator.asking("cache.hotswap", "/api/v1/hotswap", request, HotSwapReply, key=key),
+                runtime.negotiator.asking(
+                    "cache.hotswap",
+                    "/api/v1/hotswap",
+                    request,
+                    HotSwapReply,
+                    key=key,
+                    doubt=partial(doubt_swap, request),
+                ),
                 daemons,
                 client_id=core.client_id,
                 deadline=begun + seconds,
@@ -900,7 +909,8 @@ class BustcallClient:
         elapsed = loop.time() - begun
         if receipt.reply is None or receipt.daemon is None:
             what = f"the hot swap of {', '.join(item.name for item in request.swaps[:3])}"
-            raise failure(what, receipt.ending, causes, elapsed, may_be_applied=True) from receipt.error
+            repeat = f"Ask that daemon again, with idempotency_key={key!r}: it tells what the swap came to, or does it."
+            raise failure(what, receipt.ending, causes, elapsed, changes=True, repeat=repeat) from receipt.error
         return SwapResult.of(request, receipt.reply, receipt.daemon.url, causes, elapsed, key)
 
     async def warm_up(self, connections: int = 1) -> dict[str, Fault | None]:
@@ -918,7 +928,7 @@ class BustcallClient:
 
         async def open_one(daemon: DaemonClient) -> Fault | None:
             try:
-                await daemon.capabilities(until=deadline, deadline=deadline)
+                await core.runtime().negotiator.look(daemon, until=deadline, deadline=deadline)
             except AttemptFailed as failed:
                 return failed.fault
             return None
@@ -1093,33 +1103,32 @@ class BustcallClient:
             runtime.negotiator.look_again()
             return await runtime.deliverer.bust(job)
 
-    async def _extend(
+    async def _use(
         self,
-        core: _Core,
-        capability: str,
-        path: str,
-        request: BaseModel,
+        using: _Using,
+        request: BaseModel | None,
         reply: type[_Answer],
-        what: str,
         daemon: str | None,
         timeout: float | None,
+        doubt: Callable[[_Answer], str] = lambda _: "",
     ) -> _Told[_Answer]:
         """Use an extension at the first daemon that answers and advertises it."""
+        core = self._enabled(using.what)
         async with core.sessions.call():
             negotiator = core.runtime().negotiator
             negotiator.look_again()
-            asking = negotiator.asking(capability, path, request, reply)
+            asking = negotiator.asking(using.capability, using.path, request, reply, doubt=doubt)
 
             async def ask(
                 asked: DaemonClient, /, *, until: float, deadline: float, started: Callable[[], None]
             ) -> _Told[_Answer]:
                 return _Told(await asking(asked, until=until, deadline=deadline, started=started), asked.url)
 
-            return await self._ask(core, ask, what, daemon, timeout)
+            return await self._ask(core, ask, using.what, daemon, timeout, changes=using.changes)
 
     def _enabled(self, what: str) -> _Core:
         if self._core is None:
-            raise InvalidRequest(f"this client is disabled, and has no answer to {what}; nothing was sent")
+            raise InvalidRequest(f"this client is disabled, and has no answer for {what}; nothing was sent")
         return self._core
 
     async def _ask(
@@ -1129,6 +1138,8 @@ class BustcallClient:
         what: str,
         daemon: str | None,
         timeout: float | None,
+        *,
+        changes: bool = False,
     ) -> _Reply:
         seconds = self._seconds(timeout)
         daemons = core.daemons if daemon is None else (_find(core, daemon),)
@@ -1140,7 +1151,8 @@ class BustcallClient:
         async with core.sessions.call():
             receipt = await dispatch(ask, daemons, fleet, deadline=begun + seconds, retry=None, random=random.random)
         if receipt.reply is None:
-            raise failure(what, receipt.ending, receipt.causes, now() - begun) from receipt.error
+            elapsed = now() - begun
+            raise failure(what, receipt.ending, receipt.causes, elapsed, changes=changes) from receipt.error
         return receipt.reply
 
     def _tolerance(self, fault_tolerance: int | None) -> int:
@@ -1170,6 +1182,17 @@ async def _close(core: _Core) -> None:
                 await asyncio.sleep(0.005)
         finally:
             core.hooks.close()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Using:
+    """An extension that is used: what the call is named in errors, where it is, and whether it changes anything."""
+
+    what: str
+    capability: str
+    path: str
+    changes: bool = False
 
 
 @final

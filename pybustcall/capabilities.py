@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
@@ -55,6 +56,8 @@ BASE: Final = frozenset({"cache.bust", "daemon.status", "daemon.capabilities"})
 
 LIFETIME: Final = 300.0
 """Seconds for which a daemon's document is taken as it was."""
+
+_CAPABILITY: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 SCHEMA_ID: Final = "urn:bustcall:schema:capabilities:1"
 
@@ -167,6 +170,11 @@ def check_requirements(requires: Requirements) -> Requirements:
         SemverXRange.parse(requires.semverx)
     except InvalidVersion as error:
         raise ConfigurationError(f"semverx: {error}", setting="requires") from None
+    for name in requires.capabilities:
+        if not _CAPABILITY.fullmatch(name):
+            raise ConfigurationError(
+                f"capabilities: {name!r} is not the name of a capability, such as cache.bust", setting="requires"
+            )
     return requires
 
 
@@ -239,6 +247,12 @@ class DaemonCapabilities:
         return BASE if self.document is None else frozenset(self.document.capabilities)
 
 
+_Verdict = tuple[str, tuple[str, ...]]
+"""Why two sides do not fit, in one sentence and by what is unmet."""
+
+_FITS: Final[_Verdict] = ("", ())
+
+
 @final
 class Agreement:
     """What one client knows of one daemon's document, and whether the two fit each other.
@@ -256,14 +270,18 @@ class Agreement:
         self._strict = any(unmet(required, None, BASE) for required in requires)
         self._fresh_until = -math.inf
         self._asked = -math.inf
-        self._judgement = ""
-        self._refusal = ""
+        self._judgement = self._refusal = _FITS
         self._refused_until = -math.inf
 
     @property
     def misfit(self) -> str:
         """Why the daemon is left out: one sentence, or an empty text if it fits as far as is known."""
-        return self._judgement or self._refusal
+        return self._judgement[0] or self._refusal[0]
+
+    @property
+    def unmet(self) -> tuple[str, ...]:
+        """What is unmet where it is left out, a sentence each."""
+        return self._judgement[1] if self._judgement[0] else self._refusal[1]
 
     def is_fresh(self, now: float) -> bool:
         """Tell whether what is known needs no asking."""
@@ -273,11 +291,16 @@ class Agreement:
         """Tell whether a request has to wait for the document: it needs something, the client does, or they misfit."""
         return not self.is_fresh(now) and (self._strict or not BASE.issuperset(needs) or bool(self.misfit))
 
-    def lacking(self, needs: Collection[str]) -> str:
-        """Say what a request needs that the daemon does not advertise; an empty text if nothing."""
+    def lacking(self, needs: Collection[str]) -> tuple[str, ...]:
+        """Tell what a request needs that the daemon does not advertise, a sentence each."""
         usable = BASE if self.known is None else self.known.usable
-        lacks = sorted(name for name in needs if name not in usable)
-        return f"it does not advertise {', '.join(lacks)}" if lacks else ""
+        document = self.known.document if self.known is not None else None
+        private = {name for name, tier in document.access.items() if tier == "private"} if document is not None else ()
+        return tuple(
+            f"it keeps {name} private" if name in private else f"it does not advertise {name}"
+            for name in sorted(needs)
+            if name not in usable
+        )
 
     def asked(self, now: float) -> None:
         """Take in that the document is being asked for."""
@@ -287,7 +310,7 @@ class Agreement:
         """Take in the document, which may be the same as before. A changed one ends a refusal, and so does time."""
         changed = self.known is not None and found != self.known
         if changed or now >= self._refused_until:
-            self._refusal = ""
+            self._refusal = _FITS
         if found != self.known:
             self.known = found
             self._judgement = self._judge(found)
@@ -298,26 +321,28 @@ class Agreement:
 
         What was never asked for is not missed: whoever needs it asks, and so does the next probe.
         """
-        if digest is None or self.known is None or digest == self.known.digest:
+        if digest is None or self.known is None or digest == self.known.digest or now - self._asked < _LEAST:
             return False
         self._fresh_until = -math.inf
-        return now - self._asked >= _LEAST
+        return True
 
-    def refused(self, reason: str, now: float) -> None:
+    def refused(self, reason: str, unmet: tuple[str, ...], now: float) -> None:
         """Take in that the daemon refuses this client as one that does not fit."""
-        self._refusal = reason
+        self._refusal = f"it refused this client before: {'; '.join(unmet) or reason}", unmet
         self._refused_until = now + _MISFIT_LIFETIME
+        self._fresh_until = min(self._fresh_until, self._refused_until)
 
-    def _judge(self, found: DaemonCapabilities) -> str:
+    def _judge(self, found: DaemonCapabilities) -> _Verdict:
+        """Tell why the two do not fit, in one sentence and by what is unmet; both are empty if they do."""
         document = found.document
         semverx = document.semverx if document is not None else None
-        ours = [lack for required in self._requires for lack in unmet(required, semverx, found.usable)]
-        if ours:
-            return f"it does not meet what this client requires: {'; '.join(dict.fromkeys(ours))}"
+        lacks = (lack for required in self._requires for lack in unmet(required, semverx, found.usable))
+        if ours := tuple(dict.fromkeys(lacks)):
+            return f"it does not meet what this client requires: {'; '.join(ours)}", ours
         if document is None:
-            return ""
+            return _FITS
         try:
             theirs = unmet(document.requires, SEMVERX, advertisement().capabilities)
         except InvalidVersion as error:
-            return f"what it requires of its clients cannot be read: {error}"
-        return f"this client does not meet what it requires: {'; '.join(theirs)}" if theirs else ""
+            return f"what it requires of its clients cannot be read: {error}", ()
+        return (f"this client does not meet what it requires: {'; '.join(theirs)}", theirs) if theirs else _FITS

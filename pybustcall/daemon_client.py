@@ -41,7 +41,7 @@ from pybustcall.models import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from pybustcall.errors import Applied
     from pybustcall.models import BustRequest
@@ -54,7 +54,9 @@ MAX_REPLY_BYTES: Final = 1024 * 1024
 """How much of a reply is read by default; a longer one is a protocol violation."""
 
 _MAX_ERROR_BYTES: Final = 4096
+_MAX_PROBLEM_BYTES: Final = 65536  # a refused hot swap gives its reasons, at least one for each of 64 names
 _MAX_MESSAGE: Final = 300
+_MAX_REASONS: Final = 256
 _TELLING: Final = 4  # characters from which a target or a token is worth hiding, and not just part of any sentence
 _BUST: Final = "/api/v1/bust"
 _STATUS: Final = "/api/v1/status"
@@ -62,6 +64,7 @@ _CAPABILITIES: Final = "/api/v1/capabilities"
 _BINDINGS: Final = "/api/v1/bindings/capabilities"
 _DIGEST_HEADER: Final = "Bustcall-Capabilities"
 _BINDINGS_MAP: Final = TypeAdapter(dict[str, BindingCapabilities], config=ConfigDict(hide_input_in_errors=True))
+_NO_SUCH_ROUTE: Final = frozenset({404, 405, 410, 501})
 _JSON: Final = "application/json"
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -70,7 +73,10 @@ _Model = TypeVar("_Model", bound=BaseModel)
 @final
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """The status and the bounded body of one HTTP answer."""
+    """The status and the bounded body of one HTTP answer.
+
+    `resent`: a request that changes something was sent before, on a used connection that broke: it may have been done.
+    """
 
     status: int
     content_type: str
@@ -78,6 +84,7 @@ class _Answer:
     body: bytes
     etag: str | None = None
     digest: str | None = None
+    resent: bool = False
 
 
 class _TooLarge(Exception):
@@ -178,7 +185,7 @@ class DaemonClient:
             return found
         with self._redacting():
             answer = await self._exchange("GET", _BINDINGS, until, deadline)
-            if answer.status == 404:
+            if answer.status in _NO_SUCH_ROUTE:
                 return found
             self._expect_success(answer)
             try:
@@ -200,7 +207,7 @@ class DaemonClient:
             answer = await self._exchange("GET", _CAPABILITIES, until, deadline, headers=asking, started=started)
             if answer.status == 304 and known is not None:
                 return known
-            if answer.status == 404:
+            if answer.status in _NO_SUCH_ROUTE:
                 return DaemonCapabilities(self.url)
             return self._document_of(answer)
 
@@ -210,10 +217,10 @@ class DaemonClient:
             answer = await self._exchange("POST", _CAPABILITIES, until, deadline, body=advertisement_bytes())
             return self._document_of(answer)
 
-    async def post(
+    async def use(
         self,
         path: str,
-        request: BaseModel,
+        request: BaseModel | None,
         reply: type[_Model],
         *,
         until: float,
@@ -221,10 +228,14 @@ class DaemonClient:
         key: str | None = None,
         started: Callable[[], None] | None = None,
     ) -> _Model:
-        """Send a request of an extension, and return its reply; `key` is sent as Idempotency-Key."""
+        """Send a request of an extension, or only ask if there is none; return the reply.
+
+        `key` is sent as Idempotency-Key.
+        """
         with self._redacting():
-            body = request.model_dump_json(by_alias=True, exclude_none=True).encode()
-            answer = await self._exchange("POST", path, until, deadline, body=body, key=key, started=started)
+            body = None if request is None else request.model_dump_json(by_alias=True, exclude_none=True).encode()
+            method = "GET" if body is None else "POST"
+            answer = await self._exchange(method, path, until, deadline, body=body, key=key, started=started)
             self._expect_success(answer)
             return self._read(reply, answer)
 
@@ -240,17 +251,19 @@ class DaemonClient:
         try:
             yield
         except AttemptFailed as failed:
-            message = failed.fault.message
-            if self._token is not None:
-                message = hide(message, self._token, "***")
-            if target is not None:
-                message = hide(message, target, redact(target))
-            message = "".join(character if character.isprintable() else "?" for character in message)
-            if len(message) > _MAX_MESSAGE:
-                message = message[:_MAX_MESSAGE] + "…"
-            failed.fault = replace(failed.fault, message=message)
+            fault = failed.fault
+            unmet = tuple(self._clean(reason, target) for reason in fault.unmet[:_MAX_REASONS])
+            failed.fault = replace(fault, message=self._clean(fault.message, target), unmet=unmet)
             failed.args = (str(failed.fault),)
             raise
+
+    def _clean(self, text: str, target: str | None) -> str:
+        if self._token is not None:
+            text = hide(text, self._token, "***")
+        if target is not None:
+            text = hide(text, target, redact(target))
+        text = "".join(character if character.isprintable() else "?" for character in text)
+        return text[:_MAX_MESSAGE] + "…" if len(text) > _MAX_MESSAGE else text
 
     async def _exchange(
         self,
@@ -283,13 +296,13 @@ class DaemonClient:
                     if started is not None and not sent_before:
                         started()
                     async with asyncio.timeout_at(until):
-                        return await self._send(lease, method, path, deadline - begun, body, key, headers)
+                        answer = await self._send(lease, method, path, deadline - begun, body, key, headers)
+                        return replace(answer, resent=True) if sent_before and body is not None else answer
             except SlotTimeout as error:
                 raise self._failed(FaultKind.NO_SLOT, "no connection slot came free in time", unsent) from error
             except _TooLarge as error:
-                raise self._failed(
-                    FaultKind.MALFORMED, f"its answer is larger than {self._limit} bytes", "maybe"
-                ) from error
+                told = f"its answer is larger than {self._limit} bytes (max_reply_bytes says how much is read)"
+                raise self._failed(FaultKind.MALFORMED, told, "maybe") from error
             except BustcallError:
                 raise  # ours already: the client is closed, or a session that was passed in cannot be used
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
@@ -301,6 +314,8 @@ class DaemonClient:
                 # A session that was passed in notes nothing: then only an error of connecting is sure.
                 connected = lease.exchange.connected if lease.notes else not _before_sending(error)
                 kind, message = _classify(error, connected=connected)
+                if sent_before and not connected:
+                    message += "; before that, a used connection broke when the request was sent on it"
                 if kind is FaultKind.DISCONNECTED and self.address.is_encrypted and not lease.exchange.answered:
                     # With TLS 1.3 a server learns only after the handshake that a certificate is missing, and hangs up.
                     message += "; if it asks for a client certificate, give one with tls=TLS(cert=...)"
@@ -337,7 +352,8 @@ class DaemonClient:
                 timeout=self._sessions.request_timeout,
             ) as response:
                 lease.exchange.answered = True
-                limit = self._limit if response.status == 200 else _MAX_ERROR_BYTES
+                told = response.content_type == "application/problem+json"
+                limit = self._limit if response.status == 200 else _MAX_PROBLEM_BYTES if told else _MAX_ERROR_BYTES
                 answer = _Answer(
                     status=response.status,
                     content_type=response.headers.get("Content-Type", ""),
@@ -399,7 +415,7 @@ class DaemonClient:
                 kind=kind,
                 daemon=self.url,
                 message=message,
-                applied=applied,
+                applied="maybe" if answer is not None and answer.resent else applied,
                 status=answer.status if answer is not None else None,
                 retry_after=answer.retry_after if answer is not None else None,
                 unmet=(problem.unmet or ()) if problem is not None else (),
@@ -491,11 +507,16 @@ def _quote(answer: _Answer) -> str:
     if "html" in answer.content_type:
         return ": an HTML page" if answer.body else ""
     problem = _problem(answer)
-    text = "; ".join([problem.detail, *(problem.unmet or ())]) if problem is not None else ""
+    text = "" if problem is None else "; ".join([problem.detail, *_beyond(problem.detail, problem.unmet or ())])
     text = text or answer.body.decode("utf-8", "replace")
     text = "".join(character if character.isprintable() else " " for character in text)
     text = " ".join(text.split())
     return f": {text}" if text else ""
+
+
+def _beyond(text: str, reasons: Iterable[str]) -> Iterable[str]:
+    """Tell the reasons that a text does not say already."""
+    return [reason for reason in reasons if reason not in text]
 
 
 def _problem(answer: _Answer) -> Problem | None:

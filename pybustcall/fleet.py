@@ -84,7 +84,7 @@ class DaemonView:
 
     - `role`: "hub" or "peer"
     - `breaker`: closed, open, half-open or quarantined, and `reason` if it is not closed
-    - `suspect`, `overdue`, `down`: see docs/explanation/resilience.md
+    - `suspect`, `overdue`, `down`: see docs/explanation/resilience.md; one that is left out counts as down
     - `misfit`: why it is left out as incompatible, or an empty text
     - `incidents`: in a row, which escalate its faults
     - `usual`: the live p95 of its answers in seconds, or None before there are enough of them
@@ -140,6 +140,7 @@ class _Daemon:
     vouchers: int = 0
     probe_at: float = math.inf
     misfit: str = ""
+    unmet: tuple[str, ...] = ()
 
 
 @final
@@ -236,7 +237,7 @@ class Fleet:
 
     def _pass_over(self, known: _Daemon) -> Fault:
         if known.misfit:
-            fault = Fault(FaultKind.INCOMPATIBLE, known.url, known.misfit, "no")
+            fault = Fault(FaultKind.INCOMPATIBLE, known.url, known.misfit, "no", unmet=known.unmet)
             self._emit(FaultMet(daemon=known.url, fault=fault))
             return fault
         reason = known.circuit.reason
@@ -342,9 +343,10 @@ class Fleet:
         unknown = known.latency.usual is None
         return max(known.heard, oldest.begun) + (2 * SILENCE if unknown else max(SILENCE, self._patience(known)))
 
-    def judge(self, daemon: int, misfit: str) -> None:
+    def judge(self, daemon: int, misfit: str, unmet: tuple[str, ...] = ()) -> None:
         """Take in why a daemon is to be left out as incompatible; an empty text lets it in again."""
         self._daemons[daemon].misfit = misfit
+        self._daemons[daemon].unmet = unmet
 
     def found_overdue(self, flight: Flight, now: float) -> None:
         """Take in that a call gave up waiting for this request."""

@@ -1,4 +1,4 @@
-"""Hot swaps: what a caller says of one, at which daemon it is done, and what it came to.
+"""Cache dependencies and hot swaps: what a caller says of them, at which daemon it is done, and what it came to.
 
 A registry of dependencies is each daemon's own, and a swap must be done at one, once. So unlike a bust it is never sent
 to a second daemon while the first may have done it: it is repeated there, with its idempotency key, which the daemon's
@@ -8,6 +8,7 @@ registry answers by. The rules, the busts and the all-or-none are the daemon's (
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar, final
 
@@ -15,18 +16,39 @@ from pybustcall.dispatcher import Daemon, dispatch
 from pybustcall.errors import InvalidRequest, InvalidVersion
 from pybustcall.faults import TABLE, Fault, FaultKind, Outcome
 from pybustcall.fleet import Fleet, Policies
-from pybustcall.models import MAX_SWAPS, HotSwapRequest, SwapItem
+from pybustcall.models import (
+    MAX_LISTED,
+    MAX_SWAPS,
+    AnnounceRequest,
+    HotSwapRequest,
+    RegisterRequest,
+    SwapItem,
+    cache_key_of,
+    check_target,
+)
 from pybustcall.results import applied_of, stage_of
 from pybustcall.semverx import SemverX, SemverXRange, Spec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from pybustcall.dispatcher import Ask, Receipt
-    from pybustcall.models import HotSwapReply
+    from pybustcall.models import DependencyReply, HotSwapReply, RegisterReply, ResolveReply, ResolveRequest
     from pybustcall.policies import Retry
 
-__all__ = ["Resolution", "Swap", "SwapResult", "at_one", "check_name", "check_spec", "check_version", "swap_request"]
+__all__ = [
+    "Dependency",
+    "Resolution",
+    "Swap",
+    "SwapResult",
+    "announce_request",
+    "at_one",
+    "check_name",
+    "check_spec",
+    "check_version",
+    "register_request",
+    "swap_request",
+]
 
 _Daemon = TypeVar("_Daemon", bound=Daemon)
 _Reply = TypeVar("_Reply")
@@ -101,6 +123,26 @@ class SwapResult:
 
 @final
 @dataclass(frozen=True, slots=True)
+class Dependency:
+    """One cache dependency, as a daemon knows it.
+
+    - `current`: the version in use; `versions`: all that are known, in ascending order
+    - `daemon`: URL of the daemon whose registry says so
+    """
+
+    name: str
+    current: str
+    versions: tuple[str, ...]
+    daemon: str
+
+    @classmethod
+    def of(cls, reply: DependencyReply, daemon: str) -> Dependency:
+        """Make it of what a daemon answered."""
+        return cls(reply.name, reply.current, reply.versions, daemon)
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Resolution:
     """What `name@range` was resolved to.
 
@@ -142,16 +184,89 @@ def check_spec(spec: object) -> str:
     return str(spec)
 
 
+def announce_request(name: object, versions: object, current: object) -> AnnounceRequest:
+    """Make the request of a checked announcement; raise `InvalidRequest` before anything is sent if it cannot be sent.
+
+    A lone version may stand for a list of one.
+    """
+    listed = _listed([versions] if isinstance(versions, str | SemverX) else versions, "versions", least=1)
+    return AnnounceRequest(
+        name=check_name(name, "name"),
+        versions=tuple(check_version(version, f"versions[{number}]") for number, version in enumerate(listed)),
+        current=None if current is None else check_version(current, "current"),
+    )
+
+
+def register_request(key: object, depends_on: object) -> RegisterRequest:
+    """Make the request of a checked registration; raise `InvalidRequest` before anything is sent if it is none."""
+    if isinstance(depends_on, str):
+        raise InvalidRequest("depends_on must be a list of names, not one; nothing was sent", field="depends_on")
+    listed = _listed(depends_on, "depends_on")
+    return RegisterRequest(
+        key=check_target(key, "key"),
+        depends_on=tuple(check_target(name, f"depends_on[{number}]") for number, name in enumerate(listed)),
+    )
+
+
+def _listed(given: object, field: str, *, least: int = 0, most: int = MAX_LISTED) -> tuple[object, ...]:
+    if not isinstance(given, Iterable):
+        what = f"{field} must be a list, not {type(given).__name__}"
+        raise InvalidRequest(f"{what}; nothing was sent", field=field)
+    listed = tuple(given)
+    if not least <= len(listed) <= most:
+        raise InvalidRequest(
+            f"{field} must be {least} to {most} together, not {len(listed)}; nothing was sent", field=field
+        )
+    return listed
+
+
+def doubt_swap(request: HotSwapRequest, reply: HotSwapReply) -> str:
+    """Say why a reply does not tell that just this was committed; an empty text if it does."""
+    if not reply.committed:
+        return "it says that nothing was committed"
+    asked = {item.name: item.to for item in request.swaps}
+    told = {swapped.name: swapped.to for swapped in reply.swaps}
+    if told and (asked.keys() != told.keys() or any(not _same(asked[name], told[name]) for name in asked)):
+        return "it tells of other swaps"
+    return ""
+
+
+def doubt_resolution(request: ResolveRequest, reply: ResolveReply) -> str:
+    """Say why a reply does not resolve just this spec; an empty text if it does."""
+    spec = Spec.parse(request.spec)
+    try:
+        resolved = reply.resolved == f"{spec.name}@{reply.version}" and spec.range.matches(reply.version)
+    except InvalidVersion:
+        return "its version is none"
+    return "" if resolved else "it resolves another spec"
+
+
+def doubt_dependency(request: AnnounceRequest, reply: DependencyReply) -> str:
+    """Say why a reply does not tell of just this dependency; an empty text if it does."""
+    try:
+        known = {SemverX.parse(version) for version in (*reply.versions, reply.current)}
+    except InvalidVersion:
+        return "one of its versions is none"
+    told = reply.name == request.name and known >= {SemverX.parse(version) for version in request.versions}
+    return "" if told else "it tells of another dependency"
+
+
+def doubt_registration(request: RegisterRequest, reply: RegisterReply) -> str:
+    """Say why a reply does not tell of just this entry; an empty text if it does."""
+    return "" if reply.cache_key == cache_key_of(request.key) else "it tells of another key"
+
+
+def _same(asked: str, told: str) -> bool:
+    """Tell whether two texts say the same version, in whichever spelling."""
+    try:
+        return SemverX.parse(asked).identical(SemverX.parse(told))
+    except InvalidVersion:
+        return False
+
+
 def swap_request(swaps: Iterable[Swap]) -> HotSwapRequest:
     """Make the request of checked swaps; raise `InvalidRequest` before anything is sent if one cannot be sent."""
-    try:
-        listed = tuple(swaps)
-    except TypeError:
-        raise InvalidRequest("swaps must be a list of Swap; nothing was sent", field="swaps") from None
-    if not 1 <= len(listed) <= MAX_SWAPS:
-        raise InvalidRequest(
-            f"swaps must be 1 to {MAX_SWAPS} together, not {len(listed)}; nothing was sent", field="swaps"
-        )
+    listed = _listed(swaps, "swaps", least=1, most=MAX_SWAPS)
     items = [_item(swap, f"swaps[{number}]") for number, swap in enumerate(listed)]
     names = [item.name for item in items]
     if twice := next((name for name in names if names.count(name) > 1), None):

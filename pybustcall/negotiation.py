@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar, final
 
@@ -67,10 +68,10 @@ class Daemon(Protocol):
         """Send it our capability document."""
         ...
 
-    async def post(
+    async def use(
         self,
         path: str,
-        request: BaseModel,
+        request: BaseModel | None,
         reply: type[_Model],
         /,
         *,
@@ -79,7 +80,7 @@ class Daemon(Protocol):
         key: str | None,
         started: Callable[[], None] | None,
     ) -> _Model:
-        """Send a request of an extension, and return its reply."""
+        """Send a request of an extension, or only ask if there is none, and return the reply."""
         ...
 
 
@@ -92,7 +93,7 @@ class Negotiator(Generic[_Daemon]):
 
     - `daemons`: as the fleet numbers them
     - `agreements`: what is known of each of them
-    - `judge`: is told which daemon is left out, and why; an empty text ends that
+    - `judge`: is told which daemon is left out, why, and what is unmet; an empty text ends that
     - `clock`: tells seconds, the same for all loops
     """
 
@@ -101,7 +102,7 @@ class Negotiator(Generic[_Daemon]):
         daemons: Sequence[_Daemon],
         agreements: Sequence[Agreement],
         *,
-        judge: Callable[[int, str], object] = lambda _index, _reason: None,
+        judge: Callable[[int, str, tuple[str, ...]], object] = lambda _index, _reason, _unmet: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._daemons = daemons
@@ -115,19 +116,36 @@ class Negotiator(Generic[_Daemon]):
         """Tell what is known of a daemon now, without asking."""
         return self._agreements[self._index[daemon.url]].known
 
+    def misfit(self, daemon: _Daemon) -> str:
+        """Tell why a daemon is left out; an empty text if it is not."""
+        return self._agreements[self._index[daemon.url]].misfit
+
     def heard(self, url: str, digest: str | None) -> None:
         """Take in the digest that an answer carried; a new one is looked into in the background."""
         index = self._index[url]
         if self._agreements[index].heard(digest, self._clock()) and index not in self._asking:
             self._ask(index)
 
-    def look_again(self) -> None:
-        """Tell which daemons are left out; ask those in the background that may fit by now, since time has passed."""
+    def look_again(self, *, for_call: bool = True) -> None:
+        """Tell which daemons are left out. Those that may fit by now, since time has passed, are asked again.
+
+        In the background; but where all are left out, a call (`for_call`) is let through to them, and asks first.
+        """
         now = self._clock()
+        through = for_call and all(agreement.misfit for agreement in self._agreements)
         for index, agreement in enumerate(self._agreements):
-            self._judge(index, agreement.misfit)
-            if agreement.misfit and not agreement.is_fresh(now) and index not in self._asking:
+            if not agreement.misfit or agreement.is_fresh(now):
+                self._judge(index, agreement.misfit, agreement.unmet)
+            elif through:
+                self._judge(index, "", ())
+            elif index not in self._asking:
                 self._ask(index)
+
+    async def ask_again(self) -> None:
+        """Ask those that are left out, and wait for their answers."""
+        left_out = [index for index, agreement in enumerate(self._agreements) if agreement.misfit]
+        if left_out:
+            await asyncio.wait({self._asking.get(index) or self._ask(index) for index in left_out})
 
     async def terms(
         self,
@@ -148,8 +166,11 @@ class Negotiator(Generic[_Daemon]):
             if started is not None:
                 started()
             await self._wait(index, until)
-        if reason := agreement.misfit or agreement.lacking(needs):
-            raise AttemptFailed(Fault(FaultKind.INCOMPATIBLE, daemon.url, reason, "no"))
+        if agreement.misfit:
+            self._judge(index, agreement.misfit, agreement.unmet)
+            raise _incompatible(daemon.url, agreement.misfit, agreement.unmet)
+        if lacks := agreement.lacking(needs):
+            raise _incompatible(daemon.url, "; ".join(lacks), lacks)
         return agreement.known
 
     async def look(
@@ -175,31 +196,49 @@ class Negotiator(Generic[_Daemon]):
         self, daemon: _Daemon, request: Callable[[], Awaitable[_Reply]], *, until: float, deadline: float
     ) -> _Reply:
         """Send a request; advertise first what we can do if the daemon asks for that, and note if it refuses us."""
-        try:
+        unsure = False
+        for advertisements in (1, 2, 0):
             try:
                 return await request()
             except AttemptFailed as failed:
-                if failed.fault.status != ADVERTISE:
-                    raise
-            found = await daemon.advertise(until=until, deadline=deadline)
-            self._learned(self._index[daemon.url], found)
-            return await request()
-        except AttemptFailed as failed:
-            if failed.fault.kind is FaultKind.INCOMPATIBLE:
-                index = self._index[daemon.url]
-                self._agreements[index].refused(failed.fault.message, self._clock())
-                self._judge(index, self._agreements[index].misfit)
-            raise
+                fault = failed.fault
+                unsure = unsure or fault.applied != "no"
+                if fault.status != ADVERTISE:
+                    if fault.kind is FaultKind.INCOMPATIBLE:
+                        self._refused(self._index[daemon.url], fault)
+                elif advertisements:
+                    # Twice the second time: of several behind one URL another may have been told the first time.
+                    for _ in range(advertisements):
+                        await self._advertise(daemon, until=until, deadline=deadline)
+                    continue
+                if unsure:
+                    failed.fault = replace(fault, applied="maybe")
+                raise
+        raise AssertionError("the last time round returns or raises")
 
     def asking(
-        self, capability: str, path: str, request: BaseModel, reply: type[_Model], *, key: str | None = None
+        self,
+        capability: str,
+        path: str,
+        request: BaseModel | None,
+        reply: type[_Model],
+        *,
+        key: str | None = None,
+        doubt: Callable[[_Model], str] = lambda _: "",
     ) -> Ask[_Daemon, _Model]:
-        """Make the attempt to use an extension: only where it is advertised. `key` is sent as Idempotency-Key."""
+        """Make the attempt to use an extension: only where it is advertised.
+
+        `key` is sent as Idempotency-Key; `doubt` says why a reply is not the answer to what was asked, if it is not.
+        """
 
         async def ask(daemon: _Daemon, /, *, until: float, deadline: float, started: Callable[[], None]) -> _Model:
             await self.terms(daemon, (capability,), until=until)
-            send = partial(daemon.post, path, request, reply, key=key, until=until, deadline=deadline, started=started)
-            return await self.send(daemon, send, until=until, deadline=deadline)
+            send = partial(daemon.use, path, request, reply, key=key, until=until, deadline=deadline, started=started)
+            answer = await self.send(daemon, send, until=until, deadline=deadline)
+            if why := doubt(answer):
+                told = f"its answer is not to what was asked: {why}"
+                raise AttemptFailed(Fault(FaultKind.MALFORMED, daemon.url, told, "maybe"))
+            return answer
 
         return ask
 
@@ -247,6 +286,15 @@ class Negotiator(Generic[_Daemon]):
         task.add_done_callback(lambda _: self._answered(index, task))
         return task
 
+    async def _advertise(self, daemon: _Daemon, *, until: float, deadline: float) -> None:
+        found = await daemon.advertise(until=until, deadline=deadline)
+        self._learned(self._index[daemon.url], found)
+
+    def _refused(self, index: int, fault: Fault) -> None:
+        agreement = self._agreements[index]
+        agreement.refused(fault.message, fault.unmet, self._clock())
+        self._judge(index, agreement.misfit, agreement.unmet)
+
     def _answered(self, index: int, task: asyncio.Task[None]) -> None:
         if self._asking.get(index) is task:
             del self._asking[index]
@@ -261,4 +309,8 @@ class Negotiator(Generic[_Daemon]):
     def _learned(self, index: int, found: DaemonCapabilities) -> None:
         agreement = self._agreements[index]
         agreement.learned(found, self._clock())
-        self._judge(index, agreement.misfit)
+        self._judge(index, agreement.misfit, agreement.unmet)
+
+
+def _incompatible(url: str, reason: str, unmet: tuple[str, ...]) -> AttemptFailed:
+    return AttemptFailed(Fault(FaultKind.INCOMPATIBLE, url, reason, "no", unmet=unmet))

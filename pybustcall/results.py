@@ -195,10 +195,20 @@ _ADVICE: Final[Mapping[type[BustFailed], str]] = MappingProxyType(
         DeadlineExceeded: "Bust again, or allow more time with timeout=; busting twice does no harm.",
         DaemonsUnavailable: "Check that a daemon runs there (pybustcall status); busting again does no harm.",
         ProtocolViolation: "Check that the URL is a bustcall daemon's and not another service's.",
-        IncompatibleDaemon: "Bring client and daemon to versions that fit.",
+        IncompatibleDaemon: "Bring client and daemon to versions that fit, or ask the operator for what is lacking.",
         Panic: "Nothing more was tried: mend the certificate, or name its authority with tls=TLS(ca=...).",
     }
 )
+
+_ADVICE_WITHOUT_RESULT: Final[Mapping[type[BustFailed], str]] = MappingProxyType(
+    {
+        **_ADVICE,
+        BustRejected: "Mend the request, or name another daemon with daemon=: what one knows is its own.",
+        DeadlineExceeded: "Ask again, or allow more time with timeout=.",
+        DaemonsUnavailable: "Check that a daemon runs there (pybustcall status), and ask again.",
+    }
+)
+"""The same of calls that are no busts."""
 
 
 def error_class(ending: Ending, causes: tuple[Fault, ...]) -> type[BustFailed]:
@@ -222,16 +232,18 @@ def failure(
     elapsed: float,
     result: BustResult | None = None,
     *,
-    may_be_applied: bool = False,
+    changes: bool = False,
+    repeat: str = "",
 ) -> BustFailed:
     """Make the error of a call that raises: what happened, where, whether it was applied, and what to do.
 
-    `what` names the call without telling its target; `may_be_applied`: a call without a result that changes something.
+    `what` names the call without telling its target. Of a call without a result, `changes` says whether it changes
+    anything at a daemon, and `repeat` what to do if it may have.
     """
     acknowledged = result is not None and result.status == "busted"
     chosen = BustFailed if acknowledged else error_class(ending, causes)
     stage = result.stage if result is not None else stage_of(Outcome.FAILED, causes)
-    applied: Applied = result.applied if result is not None else applied_of(causes) if may_be_applied else "no"
+    applied: Applied = result.applied if result is not None else applied_of(causes) if changes else "no"
     verdict = {
         "yes": "it was applied",
         "no": "it was not applied",
@@ -244,13 +256,16 @@ def failure(
     told = f"{head} (stage {stage}, {band_of(stage)}, after {elapsed:.3f} s)"
     if result is not None:
         told += f"; {_who_has_it(result) or verdict}"
-    elif may_be_applied:
+    elif changes:
         told += f"; {verdict}"
     reasons = "; ".join(summary(causes)) or "no attempt could be made"
     if result is not None and result.note:
         reasons += f" ({result.note})"
+    advice = _ADVICE[chosen] if result is not None else _ADVICE_WITHOUT_RESULT[chosen]
+    if applied == "maybe" and repeat:
+        advice = repeat
     return chosen(
-        f"{told}: {reasons}. {_ADVICE[chosen]}",
+        f"{told}: {reasons}. {advice}",
         result=result,
         daemon=(result.daemon if result is not None else None) or (causes[-1].daemon if causes else None),
         stage=stage,

@@ -95,7 +95,7 @@ async def test_a_success_after_faults_has_stage_9_and_raises_below_3(
     for tolerance in (0, 2, 3, 12):
         async with FakeDaemon(hub) as first, FakeDaemon(peer or []) as second:
             peers = [second.url] if peer is not None else []
-            retry = Retry(attempt_timeout=0.05, base=0.001)
+            retry = Retry(attempt_timeout=0.3, base=0.001)
             async with BustcallClient(first.url, peers=peers, retry=retry) as client:
                 if tolerance >= 3:
                     result = await client.bust("a", fault_tolerance=tolerance)

@@ -86,6 +86,9 @@ def test_a_range_that_is_none_is_refused_where_it_enters() -> None:
     with pytest.raises(ConfigurationError, match="semverx: ") as caught:
         check_requirements(Requirements(semverx="^"))
     assert caught.value.setting == "requires"
+    for name in ("", "a b"):
+        with pytest.raises(ConfigurationError, match="is not the name of a capability"):
+            check_requirements(Requirements(capabilities=(name,)))
     with pytest.raises(InvalidVersion):
         unmet(Requirements(semverx="^"), "1.0.0", ())
 
@@ -157,17 +160,19 @@ def test_an_answer_with_another_digest_makes_the_document_old() -> None:
     assert agreement.heard("sha256:2", 5.0)
     assert not agreement.is_fresh(5.0)
     agreement.asked(5.0)
-    assert not agreement.heard("sha256:2", 5.9)
-    assert agreement.heard("sha256:2", 6.0)
+    agreement.learned(capabilities("sha256:2"), 5.0)
+    assert not agreement.heard("sha256:1", 5.9)
+    assert agreement.is_fresh(5.9)
+    assert agreement.heard("sha256:1", 6.0)
 
 
 def test_what_a_request_needs_and_the_daemon_does_not_advertise_is_named() -> None:
     """Sorted; of a daemon that is not known, what is beyond the base."""
     agreement = Agreement([ANY])
-    assert agreement.lacking(["cache.bust"]) == ""
-    assert agreement.lacking(["z", "a"]) == "it does not advertise a, z"
-    agreement.learned(capabilities(capabilities=["a"]), 0.0)
-    assert agreement.lacking(["z", "a"]) == "it does not advertise z"
+    assert agreement.lacking(["cache.bust"]) == ()
+    assert agreement.lacking(["z", "a"]) == ("it does not advertise a", "it does not advertise z")
+    agreement.learned(capabilities(capabilities=["a"], access={"y": "private"}), 0.0)
+    assert agreement.lacking(["z", "a", "y"]) == ("it keeps y private", "it does not advertise z")
 
 
 @pytest.mark.requirement("IMP-10")
@@ -206,13 +211,18 @@ def test_a_refusal_stands_until_the_document_changes_or_half_a_minute_has_passed
     """What the daemon says of us counts for more than what its document lets us expect."""
     agreement = Agreement([ANY])
     agreement.learned(capabilities(), 0.0)
-    agreement.refused("this client does not fit it", 1.0)
-    assert agreement.misfit == "this client does not fit it"
+    agreement.refused("too old for it", (), 1.0)
+    assert agreement.misfit == "it refused this client before: too old for it"
+    assert not agreement.must_ask(30.0)
+    assert agreement.must_ask(31.0)  # and not only when the document's own time is over
     agreement.learned(capabilities(), 5.0)
     assert agreement.misfit
     agreement.learned(capabilities("sha256:2", version="2"), 6.0)
     assert agreement.misfit == ""
-    agreement.refused("still", 10.0)
+    assert agreement.unmet == ()
+    agreement.refused("still", ("version 1 is too old", "capability a is missing"), 10.0)
+    assert agreement.misfit.endswith(": version 1 is too old; capability a is missing")
+    assert len(agreement.unmet) == 2
     agreement.learned(capabilities("sha256:2", version="2"), 40.0)
     assert agreement.misfit == ""
 

@@ -409,6 +409,7 @@ async def test_a_stale_connection_and_then_a_refusal_may_have_been_applied() -> 
         fault = await fault_of(bust(client))
     assert served.is_set()
     assert (fault.kind, fault.applied) == (FaultKind.UNREACHABLE, "maybe")
+    assert "before that, a used connection broke when the request was sent on it" in fault.message
 
 
 @pytest.mark.parametrize(
@@ -510,3 +511,49 @@ def test_the_client_of_a_daemon_shows_its_url_alone() -> None:
     """No token in a repr."""
     client = DaemonClient(DaemonAddress.parse(HUB), SessionManager(pool=Pool()), token="s3cret")
     assert repr(client) == f"DaemonClient({HUB})"
+
+
+@pytest.mark.requirement("IMP-12")
+@pytest.mark.parametrize("status", [401, 404, 405, 409, 421, 422, 426, 428])
+async def test_a_refusal_of_what_was_sent_again_does_not_say_that_nothing_was_done(status: int) -> None:
+    """The request that was lost on a used connection may have been done, whoever answers the repeat."""
+    async with FakeDaemon([Answer(), Answer(reset=True, applies=True), Answer.problem(status)]) as fake:
+        async with speaking_to(fake.url) as client:
+            await bust(client)
+            fault = await fault_of(bust(client))
+            assert (fault.status, fault.applied) == (status, "maybe")
+            fake.plan.append(Answer.problem(status))
+            assert (await fault_of(bust(client))).applied == "no"
+
+
+@pytest.mark.requirement("INT-12")
+async def test_reasons_hide_what_must_not_be_told_and_are_read_whole() -> None:
+    """Token and target, control characters; twelve thousand bytes of reasons are no too many."""
+    reasons = [
+        f"you sent Bearer s3cret-t0ken and {REQUEST.target}\x1b[31m",
+        *(f"reason {n} " + "x" * 100 for n in range(99)),
+    ]
+    problem = {"title": "Conflict", "status": 409, "detail": "refused", "unmet": reasons}
+    headers = {"Content-Type": "application/problem+json"}
+    answer = Answer(status=409, body=json.dumps(problem).encode(), headers=headers)
+    async with FakeDaemon([answer]) as fake:
+        sessions = SessionManager(pool=Pool())
+        client = DaemonClient(DaemonAddress.parse(fake.url), sessions, token="s3cret-t0ken")
+        fault = await fault_of(bust(client))
+        await sessions.aclose()
+    assert len(fault.unmet) == 100
+    assert "s3cret" not in repr(fault)
+    assert REQUEST.target not in repr(fault)
+    assert "\x1b" not in fault.unmet[0]
+    assert fault.message.count("reason 0 ") == 1
+
+
+@pytest.mark.parametrize("status", [404, 405, 410, 501])
+async def test_a_daemon_without_the_routes_is_base_only(status: int) -> None:
+    """However it says so."""
+    plan = [Answer.problem(status)] * 2
+    async with FakeDaemon(probe_plan=plan) as fake, speaking_to(fake.url) as client:
+        until = asyncio.get_running_loop().time() + PATIENCE
+        found = await client.capabilities(until=until, deadline=until)
+        assert found.base_only
+        assert found.supports("cache.bust")

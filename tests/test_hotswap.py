@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,10 @@ from pybustcall import (
     BustRejected,
     DaemonsUnavailable,
     DeadlineExceeded,
+    Dependency,
     IncompatibleDaemon,
     InvalidRequest,
+    ProtocolViolation,
     Requirements,
     Resolution,
     Retry,
@@ -22,7 +25,29 @@ from pybustcall import (
     Swap,
 )
 from pybustcall.faults import FaultKind
-from pybustcall.hotswap import at_one, check_name, check_spec, check_version, swap_request
+from pybustcall.hotswap import (
+    announce_request,
+    at_one,
+    check_name,
+    check_spec,
+    check_version,
+    doubt_dependency,
+    doubt_registration,
+    doubt_resolution,
+    doubt_swap,
+    register_request,
+    swap_request,
+)
+from pybustcall.models import (
+    DependencyReply,
+    HotSwapReply,
+    RegisterReply,
+    ResolveReply,
+    ResolveRequest,
+    Swapped,
+    cache_key_of,
+)
+from pybustcall.testing import Answer, FakeDaemon
 from tests.conftest import StartDaemon, virtual_time
 from tests.scripted import NEVER, Scripted, daemon
 
@@ -85,6 +110,95 @@ def test_names_versions_and_specs_are_checked_where_they_enter() -> None:
         with pytest.raises(InvalidRequest) as caught:
             check_spec(bad)
         assert caught.value.field == "spec"
+
+
+@pytest.mark.parametrize(
+    ("call", "field"),
+    [
+        (lambda client: client.announce("a", []), "versions"),
+        (lambda client: client.announce("a", ["1.0.0"] * 257), "versions"),
+        (lambda client: client.announce("a", 5), "versions"),
+        (lambda client: client.announce("a", None), "versions"),
+        (lambda client: client.announce("a", ["1.0.0", "x"]), "versions[1]"),
+        (lambda client: client.announce("a b", "1.0.0"), "name"),
+        (lambda client: client.announce("a", "1.0.0", current="x"), "current"),
+        (lambda client: client.register("page", "model"), "depends_on"),
+        (lambda client: client.register("page", None), "depends_on"),
+        (lambda client: client.register("page", ["a"] * 257), "depends_on"),
+        (lambda client: client.register("page", ["a", ""]), "depends_on[1]"),
+        (lambda client: client.register("", ["a"]), "key"),
+        (lambda client: client.register(7), "key"),
+        (lambda client: client.resolve("a@^"), "spec"),
+    ],
+)
+async def test_what_cannot_be_announced_registered_or_resolved_is_refused(call: Any, field: str) -> None:
+    """A lone name in place of a list, above all: its letters would be registered."""
+    async with BustcallClient("http://127.0.0.1:1") as client:
+        with pytest.raises(InvalidRequest, match="nothing was sent") as caught:
+            await call(client)
+        assert caught.value.field == field
+
+
+ALL = ("cache.dependencies", "semver.resolve", "cache.hotswap", "cache.register")
+
+
+@pytest.mark.parametrize(
+    ("reply", "why"),
+    [
+        ({"committed": False}, "nothing was committed"),
+        ({"committed": True, "swaps": [{"name": "b", "from": "1.0.0", "to": "1.1.0"}]}, "other swaps"),
+        ({"committed": True, "swaps": [{"name": "a", "from": "1.0.0", "to": "1.2.0"}]}, "other swaps"),
+        ({"committed": True, "swaps": [{"name": "a", "from": "1.0.0", "to": "x"}]}, "other swaps"),
+    ],
+)
+async def test_a_reply_that_does_not_tell_of_the_swap_is_no_success(reply: dict[str, object], why: str) -> None:
+    """A protocol violation; whether it was done is not known, so nobody else is asked."""
+    async with FakeDaemon(capabilities=ALL) as hub, FakeDaemon(capabilities=ALL) as peer:
+        hub.swap_plan.append(Answer(body=json.dumps(reply).encode()))
+        async with BustcallClient(hub.url, peers=[peer.url], retry=None) as client:
+            for daemon in (hub.url, peer.url):
+                await client.announce("a", "1.0.0", daemon=daemon)
+            with pytest.raises(ProtocolViolation, match=why) as caught:
+                await client.hot_swap([Swap("a", "1.1.0")], idempotency_key="k-7")
+            assert caught.value.applied == "maybe"
+            assert "Ask that daemon again, with idempotency_key='k-7'" in str(caught.value)
+        assert peer.swaps == []
+
+
+def test_a_reply_may_spell_versions_otherwise() -> None:
+    """And leave the swaps out."""
+    request = swap_request([Swap("a", "v1.1.0")])
+    swapped = Swapped.model_validate({"name": "a", "from": "1.0.0", "to": "1.stable.1.stable.0.stable"})
+    assert doubt_swap(request, HotSwapReply(committed=True, swaps=(swapped,))) == ""
+    assert doubt_swap(request, HotSwapReply(committed=True)) == ""
+
+
+@pytest.mark.parametrize(
+    ("resolved", "version", "why"),
+    [
+        ("a@1.2.0", "1.2.0", ""),
+        ("b@1.2.0", "1.2.0", "another spec"),
+        ("a@2.0.0", "2.0.0", "another spec"),
+        ("a@1.2.0", "1.3.0", "another spec"),
+        ("a@x", "x", "its version is none"),
+    ],
+)
+def test_a_resolution_must_be_of_the_spec(resolved: str, version: str, why: str) -> None:
+    """Its name, and a version in its range."""
+    reply = ResolveReply(spec="a@^1", resolved=resolved, version=version, state="stable")
+    assert why in doubt_resolution(ResolveRequest(spec="a@^1"), reply)
+    assert bool(why) == bool(doubt_resolution(ResolveRequest(spec="a@^1"), reply))
+
+
+def test_a_dependency_and_an_entry_must_be_those_that_were_told() -> None:
+    """By name and versions, by the hash of the key."""
+    asked = announce_request("a", "1.0.0", None)
+    assert doubt_dependency(asked, DependencyReply(name="a", current="1.0.0", versions=("1.0.0", "2.0.0"))) == ""
+    for name, version in (("b", "1.0.0"), ("a", "2.0.0"), ("a", "x")):
+        assert doubt_dependency(asked, DependencyReply(name=name, current=version, versions=(version,)))
+    entry = register_request("page", ["a"])
+    assert doubt_registration(entry, RegisterReply(cache_key=cache_key_of("page"))) == ""
+    assert doubt_registration(entry, RegisterReply(cache_key=cache_key_of("other")))
 
 
 # At which daemon
@@ -159,9 +273,10 @@ async def test_dependencies_are_announced_resolved_and_swapped(start_daemon: Sta
         (process.root / name).write_text("old")
     async with BustcallClient(process.url) as client:
         known = await client.announce("pricing-model", ["2.1.0", "2.2.0-rc.1"])
-        assert (known.current, known.versions) == ("2.1.0", ("2.1.0", "2.2.0-rc.1"))
-        await client.register("page.html", ["pricing-model"])
+        assert known == Dependency("pricing-model", "2.1.0", ("2.1.0", "2.2.0-rc.1"), process.url)
+        assert await client.register("page.html", ["pricing-model"]) == process.url
         await client.register("other.html", ["other-model"])
+        assert await client.dependencies() == (known,)
         assert await client.resolve("pricing-model@^2.0.0") == Resolution(
             "pricing-model@^2.0.0", "pricing-model@2.1.0", SemverX.parse("2.1.0"), "stable", process.url
         )
@@ -189,8 +304,10 @@ async def test_a_swap_that_the_rules_refuse_changes_nothing(start_daemon: StartD
         assert cause.unmet[0] in str(error)
         assert (process.root / "page.html").exists()
         assert (await client.resolve("a@*")).version == SemverX.parse("1.0.0")
-        with pytest.raises(BustRejected, match=r"1\.0\.0"):
+        with pytest.raises(BustRejected, match=r"1\.0\.0.*or name another daemon with daemon="):
             await client.resolve("a@^9")
+        with pytest.raises(BustRejected, match=r"announcing a failed .* it was not applied"):
+            await client.announce("a", "2.0.0", current="2.0.0")
         with pytest.raises(BustRejected):
             await client.hot_swap([Swap("a", to="1.1.0", from_="0.9.0")])
 
@@ -199,7 +316,7 @@ async def test_a_daemon_without_the_capability_is_not_asked(start_daemon: StartD
     """The error names what it does not advertise; it was not sent, and so not applied."""
     process = start_daemon("--access", "cache.hotswap=private")
     async with BustcallClient(process.url) as client:
-        with pytest.raises(IncompatibleDaemon, match=r"does not advertise cache\.hotswap") as caught:
+        with pytest.raises(IncompatibleDaemon, match=r"it keeps cache\.hotswap private") as caught:
             await client.hot_swap([Swap("a", to="1.0.0")])
         assert caught.value.applied == "no"
         assert await client.supports("semver.resolve")
@@ -237,6 +354,7 @@ async def test_a_disabled_client_has_nothing_to_ask() -> None:
         client.resolve("a@*"),
         client.announce("a", "1.0.0"),
         client.register("a"),
+        client.dependencies(),
         client.hot_swap([Swap("a", to="1.0.0")]),
     ):
         with pytest.raises(InvalidRequest, match="disabled"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,7 +39,7 @@ class Scripted:
         self.answers = list(answers)
         self.asked: list[DaemonCapabilities | None] = []
         self.advertised = 0
-        self.posted: list[tuple[str, BaseModel]] = []
+        self.posted: list[tuple[str, BaseModel | None]] = []
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -68,7 +69,7 @@ class Scripted:
         self.advertised += 1
         return await self.document(until=until, deadline=deadline)
 
-    async def post(self, path: str, request: BaseModel, reply: type[_Model], /, **_: object) -> _Model:
+    async def use(self, path: str, request: BaseModel | None, reply: type[_Model], /, **_: object) -> _Model:
         self.posted.append((path, request))
         return reply.model_validate({"spec": "a@*", "resolved": "a@1.0.0", "version": "1.0.0", "state": "stable"})
 
@@ -80,13 +81,18 @@ class Stage:
         self.daemon = Scripted(*answers)
         self.now = 0.0
         self.judged: list[str] = []
+        self.unmet: list[tuple[str, ...]] = []
         self.agreement = Agreement([Requirements() if requires is None else requires])
         self.negotiator = Negotiator(
             [self.daemon],
             [self.agreement],
-            judge=lambda _, misfit: self.judged.append(misfit),
+            judge=self.judge,
             clock=lambda: self.now,
         )
+
+    def judge(self, _: int, misfit: str, unmet: tuple[str, ...]) -> None:
+        self.judged.append(misfit)
+        self.unmet.append(unmet)
 
     async def terms(self, *needs: str, seconds: float = 5.0) -> DaemonCapabilities | None:
         until = asyncio.get_running_loop().time() + seconds
@@ -134,6 +140,7 @@ async def test_an_extension_that_is_not_advertised_is_refused_before_anything_is
     fault = await fault_of(stage, "cache.bust.tag")
     assert (fault.kind, fault.applied) == (FaultKind.INCOMPATIBLE, "no")
     assert fault.message == "it does not advertise cache.bust.tag"
+    assert fault.unmet == (fault.message,)
 
 
 async def test_a_question_that_fails_fails_each_who_waits_with_an_error_of_their_own() -> None:
@@ -212,14 +219,18 @@ async def test_a_misfit_is_left_out_until_it_fits() -> None:
     fault = await fault_of(stage)
     assert fault.kind is FaultKind.INCOMPATIBLE
     assert "capability cache.bust.tag is missing" in fault.message
-    assert stage.judged == [fault.message]
+    assert fault.unmet == ("capability cache.bust.tag is missing",)
+    assert stage.judged == [fault.message] * 2
+    assert set(stage.unmet) == {fault.unmet}
     await fault_of(stage)
     assert len(stage.daemon.asked) == 1
     stage.negotiator.look_again()
     assert (stage.judged[-1], stage.negotiator._asking) == (fault.message, {})
     stage.now = 30.0
-    stage.negotiator.look_again()
-    stage.negotiator.look_again()
+    stage.negotiator.look_again()  # for a call: it is let through, since nobody else is there, and asks first
+    assert (stage.judged[-1], stage.negotiator._asking) == ("", {})
+    stage.negotiator.look_again(for_call=False)
+    stage.negotiator.look_again(for_call=False)
     (asking,) = stage.negotiator._asking.values()
     await asking
     assert len(stage.daemon.asked) == 2
@@ -246,19 +257,30 @@ async def send(stage: Stage, *faults: Fault) -> object:
     return await stage.negotiator.send(stage.daemon, request, until=now + 5, deadline=now + 5)  # type: ignore[arg-type]
 
 
+REFUSED = Fault(FaultKind.INCOMPATIBLE, URL, "it refused", "no", status=426, unmet=("too old for it",))
 WANTS_TO_KNOW = Fault(FaultKind.INCOMPATIBLE, URL, "advertise first", "no", status=428)
 
 
 @pytest.mark.requirement("IMP-10")
 async def test_a_daemon_that_wants_to_know_us_is_told_and_asked_again() -> None:
-    """Once: if it still does not know us, we do not fit."""
+    """Thrice at most, since there may be several behind one URL; that it still asks does not make it a misfit."""
     stage = Stage(capabilities("a"))
     assert await send(stage, WANTS_TO_KNOW) == "done"
     assert stage.daemon.advertised == 1
     assert stage.negotiator.known(stage.daemon) == stage.daemon.answers[0]
+    assert await send(stage, WANTS_TO_KNOW, WANTS_TO_KNOW) == "done"
+    assert stage.daemon.advertised == 4
     with pytest.raises(AttemptFailed):
-        await send(stage, WANTS_TO_KNOW, WANTS_TO_KNOW)
-    assert stage.judged[-1] == "advertise first"
+        await send(stage, WANTS_TO_KNOW, WANTS_TO_KNOW, WANTS_TO_KNOW)
+    assert set(stage.judged) == {""}
+
+
+async def test_what_may_have_been_done_before_a_daemon_wants_to_know_us_stays_so() -> None:
+    """A refusal of the repeat says nothing of the request that was lost."""
+    stage = Stage(capabilities())
+    with pytest.raises(AttemptFailed) as caught:
+        await send(stage, replace(WANTS_TO_KNOW, applied="maybe"), Fault(FaultKind.REJECTED, URL, "no", "no"))
+    assert caught.value.fault.applied == "maybe"
 
 
 @pytest.mark.requirement("IMP-10")
@@ -269,9 +291,11 @@ async def test_a_daemon_that_refuses_us_is_left_out() -> None:
         await send(stage, Fault(FaultKind.UNREACHABLE, URL, "down", "no"))
     assert stage.judged == []
     with pytest.raises(AttemptFailed):
-        await send(stage, Fault(FaultKind.INCOMPATIBLE, URL, "too old for it", "no", status=426))
-    assert stage.judged == ["too old for it"]
-    assert (await fault_of(stage)).message == "too old for it"
+        await send(stage, REFUSED)
+    told = "it refused this client before: too old for it"
+    assert stage.judged == [told]
+    fault = await fault_of(stage)
+    assert (fault.message, fault.unmet) == (told, REFUSED.unmet)
 
 
 async def test_a_probe_takes_a_document_that_cannot_be_read_for_a_sign_of_life() -> None:
@@ -313,6 +337,21 @@ async def test_an_extension_is_used_only_where_it_is_advertised() -> None:
             with pytest.raises(AttemptFailed, match="does not advertise"):
                 await ask(stage.daemon, until=until, deadline=until, started=lambda: None)
     assert stage.daemon.posted == [("/path", request)]
+    doubted = stage.negotiator.asking("semver.resolve", "/path", None, ResolveReply, doubt=lambda _: "as told")
+    with pytest.raises(AttemptFailed, match="its answer is not to what was asked: as told") as caught:
+        await doubted(stage.daemon, until=until, deadline=until, started=lambda: None)
+    assert (caught.value.fault.kind, caught.value.fault.applied) == (FaultKind.MALFORMED, "maybe")
+
+
+async def test_those_that_are_left_out_can_be_asked_at_once() -> None:
+    """And waited for; without any, nothing is asked."""
+    stage = Stage(capabilities(), capabilities("cache.bust.tag", digest="sha256:2"), requires=NEEDY)
+    await stage.negotiator.ask_again()
+    assert stage.daemon.asked == []
+    await fault_of(stage)
+    assert stage.negotiator.misfit(stage.daemon)
+    await stage.negotiator.ask_again()
+    assert not stage.negotiator.misfit(stage.daemon)
 
 
 def test_what_we_advertise_has_a_digest() -> None:
@@ -469,6 +508,33 @@ async def test_a_bust_for_a_lone_misfit_is_kept(tmp_path: Path) -> None:
                 assert (result.status, result.applied) == ("deferred", "no")
                 assert {cause.kind for cause in result.causes} == {FaultKind.INCOMPATIBLE}
         assert fake.requests == []
+
+
+async def test_a_replay_asks_first_whether_a_misfit_fits_by_now(tmp_path: Path) -> None:
+    """Whatever it was waiting for: what was owed is delivered."""
+    async with FakeDaemon() as fake:
+        path = tmp_path / "o.db"
+        async with BustcallClient(fake.url, probes=None, requires=NEEDY, outbox=path, retry=None) as client:
+            assert (await client.bust("a")).status == "deferred"
+            assert (await client.outbox.replay()).left == 1
+            fake.advertises = {"capabilities": ["cache.bust", TAG]}
+            assert (await client.outbox.replay()).ok
+        assert [request.target for request in fake.applied] == ["a"]
+
+
+async def test_a_misfit_supports_nothing() -> None:
+    """Whatever it advertises: nothing can be used of it."""
+    async with FakeDaemon() as fake, BustcallClient(fake.url, probes=None, requires=NEEDY) as client:
+        assert not await client.supports("cache.bust")
+
+
+async def test_warming_up_learns_what_daemons_can_do() -> None:
+    """So that nobody asks again."""
+    async with FakeDaemon(capabilities=[TAG]) as fake, BustcallClient(fake.url, probes=None) as client:
+        await client.warm_up(3)
+        asked = fake.probes
+        assert await client.supports(TAG)
+        assert fake.probes == asked
 
 
 @pytest.mark.parametrize("requires", [{"semverx": ">=1"}, Requirements(semverx=">>1"), ">=1"])

@@ -12,7 +12,7 @@ from pybustcall import (
     ClientStatistics,
     DaemonCapabilities,
     DaemonStatus,
-    DependencyReply,
+    Dependency,
     Event,
     Failback,
     FailedOver,
@@ -50,10 +50,11 @@ async def use() -> None:
         assert_type(same.topology(), FleetView)
         assert_type(same.statistics(), ClientStatistics)
         assert_type(await same.supports("cache.hotswap"), bool)
-        assert_type(await same.announce("pricing-model", ["2.1.0"]), DependencyReply)
+        assert_type(await same.announce("pricing-model", ["2.1.0"]), Dependency)
+        assert_type(await same.dependencies(), tuple[Dependency, ...])
         assert_type(await same.resolve("pricing-model@^2.0.0"), Resolution)
         assert_type(await same.hot_swap([Swap("pricing-model", to="2.2.0", migrate=True)]), SwapResult)
-        await same.register("products/7.html", depends_on=["pricing-model"])
+        assert_type(await same.register("products/7.html", depends_on=["pricing-model"]), str)
         same.on_event(hook)()
         same.reset()
     BustcallClient(requires=Requirements(semverx=">=0.1", capabilities=("cache.hotswap",)))
