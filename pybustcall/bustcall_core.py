@@ -54,6 +54,7 @@ from pybustcall.hotswap import (
     SwapResult,
     announce_request,
     at_one,
+    check_name,
     check_spec,
     doubt_dependency,
     doubt_registration,
@@ -70,6 +71,8 @@ from pybustcall.models import (
     DaemonStatus,
     DependenciesReply,
     DependencyReply,
+    ForgetReply,
+    ForgetRequest,
     HotSwapReply,
     RegisterReply,
     Requirements,
@@ -843,6 +846,16 @@ class BustcallClient:
         using = _Using("asking for the dependencies", "cache.dependencies", "/api/v1/dependencies")
         reply = await self._use(using, None, DependenciesReply, daemon, timeout)
         return tuple(Dependency.of(one, reply.daemon) for one in reply.answer.dependencies)
+
+    async def forget(self, name: str, *, daemon: str | None = None, timeout: float | None = None) -> str:
+        """Have a daemon forget a cache dependency, on which nothing depends any more; return the daemon's URL.
+
+        What is not known is forgotten already. Done at the first daemon that answers, or at `daemon`. Raises
+        `BustRejected` if it is in use, and otherwise as `resolve` does.
+        """
+        request = ForgetRequest(name=check_name(name, "name"))
+        using = _Using("forgetting " + name, "cache.dependencies", "/api/v1/dependencies/forget", changes=True)
+        return (await self._use(using, request, ForgetReply, daemon, timeout)).daemon
 
     async def register(
         self,

@@ -18,6 +18,7 @@ import sys
 import threading
 from collections import Counter
 from concurrent.futures import CancelledError
+from dataclasses import asdict
 from functools import partial, wraps
 from itertools import repeat
 from pathlib import Path
@@ -51,8 +52,8 @@ if TYPE_CHECKING:
 
     from pybustcall.capabilities import DaemonCapabilities
     from pybustcall.delivery import DeliveryMode
-    from pybustcall.hotswap import Resolution, SwapResult
-    from pybustcall.models import Access, CapabilityDocument, DaemonStatus, DependencyReply
+    from pybustcall.hotswap import Dependency, Resolution, SwapResult
+    from pybustcall.models import Access, CapabilityDocument, DaemonStatus
 
 __all__ = ["cli", "run"]
 
@@ -463,14 +464,69 @@ def resolve(client: BustcallClient, spec: str, as_json: bool) -> int:
 @_asking_options
 def announce(client: BustcallClient, name: str, versions: tuple[str, ...], current: str | None, as_json: bool) -> int:
     """Tell a daemon that there is a cache dependency NAME in these VERSIONs."""
+    return _run(
+        _use(
+            client,
+            lambda: client.announce(name, versions, current=current),
+            lambda known: [_dependency(known)],
+            asdict,
+            as_json=as_json,
+        )
+    )
 
-    def tell(known: DependencyReply) -> list[str]:
-        return [f"{known.name}: current {known.current}, known {', '.join(known.versions)}"]
 
-    def to_json(known: DependencyReply) -> dict[str, Any]:
-        return known.model_dump(mode="json")
+def _dependency(known: Dependency) -> str:
+    return f"{known.name}: current {known.current}, known {', '.join(known.versions)}, by {known.daemon}"
 
-    return _run(_use(client, lambda: client.announce(name, versions, current=current), tell, to_json, as_json=as_json))
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@_asking_options
+def dependencies(client: BustcallClient, as_json: bool) -> int:
+    """List the cache dependencies that a daemon knows, with their current versions."""
+
+    def to_json(known: tuple[Dependency, ...]) -> dict[str, Any]:
+        return {"dependencies": [asdict(one) for one in known]}
+
+    def tell(known: tuple[Dependency, ...]) -> list[str]:
+        return [_dependency(one) for one in known] or ["no dependency was announced"]
+
+    return _run(_use(client, client.dependencies, tell, to_json, as_json=as_json))
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@_asking_options
+def forget(client: BustcallClient, name: str, as_json: bool) -> int:
+    """Have a daemon forget the cache dependency NAME, on which nothing depends any more."""
+    return _run(
+        _use(
+            client,
+            lambda: client.forget(name),
+            lambda daemon: [f"forgot {name} by {daemon}"],
+            lambda daemon: {"name": name, "daemon": daemon},
+            as_json=as_json,
+        )
+    )
+
+
+@cli.command()
+@click.argument("key")
+@click.option("--depends-on", "names", multiple=True, metavar="NAME", help="What KEY was made of; repeat it for more.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@_asking_options
+def register(client: BustcallClient, key: str, names: tuple[str, ...], as_json: bool) -> int:
+    """Tell a daemon that its cache holds KEY, made of what each NAME names; a second time replaces the first."""
+    return _run(
+        _use(
+            client,
+            lambda: client.register(key, names),
+            lambda daemon: [f"registered {key} by {daemon}"],
+            lambda daemon: {"key": key, "depends_on": names, "daemon": daemon},
+            as_json=as_json,
+        )
+    )
 
 
 @cli.command("hot-swap")
@@ -542,7 +598,8 @@ async def _use(
             if as_json:
                 click.echo(json.dumps({**line, "unmet": reasons}))
             else:
-                click.echo("\n".join(_printable(text) for text in [f"Error: {error}", *reasons]), err=True)
+                told = [f"Error: {error}", *(reason for reason in reasons if reason not in str(error))]
+                click.echo("\n".join(_printable(text) for text in told), err=True)
             return _UNAVAILABLE if isinstance(error, DaemonsUnavailable | DeadlineExceeded) else _REFUSED
     if as_json:
         click.echo(json.dumps({"ok": True, **to_json(done)}))
@@ -569,8 +626,8 @@ def conformance(url: str, strict: bool, token_file: Path | None, timeout: float,
     """Check that the daemon at URL, in whatever language, does what this client relies on.
 
     It busts and registers keys that begin with "conformance/", and announces dependencies that begin with
-    "conformance-". What the daemon does not advertise is skipped. Exits with 1 if a check failed, with 3 if nothing
-    answered.
+    "conformance-", which are forgotten at the end where the daemon can. What the daemon does not advertise is skipped.
+    Exits with 1 if a check failed, with 3 if nothing answered.
     """
     from pybustcall.testing import check_daemon  # noqa: PLC0415 - it loads a web server
 
@@ -579,6 +636,10 @@ def conformance(url: str, strict: bool, token_file: Path | None, timeout: float,
         verdicts = asyncio.run(check_daemon(url, token=token, strict=strict, timeout=timeout))
     except ConfigurationError as error:
         raise _Failure(str(error), _USAGE) from error
+    answered = any(verdict.answered and not verdict.skipped for verdict in verdicts)
+    if not answered and not as_json:
+        why = _printable(verdicts[0].detail.removeprefix("no answer: "))
+        raise _Failure(f"nothing answered at {url}: {why}", _UNAVAILABLE)
     words = {"passed": "pass", "failed": "FAIL", "skipped": "skipped"}
     width = max(len(verdict.name) for verdict in verdicts)
     for verdict in verdicts:
@@ -588,7 +649,10 @@ def conformance(url: str, strict: bool, token_file: Path | None, timeout: float,
     count = Counter(verdict.outcome for verdict in verdicts)
     if not as_json:
         click.echo(f"{count['passed']} passed, {count['failed']} failed, {count['skipped']} skipped")
-    if not any(verdict.answered and not verdict.skipped for verdict in verdicts):
+    if count["failed"] and all("HTTP 401" in verdict.detail for verdict in verdicts if not verdict.ok):
+        wanted = "a token" if token is None else "another token"
+        click.echo(f"each failure is a 401: the daemon wants {wanted} (--token-file or BUSTCALL_TOKEN)", err=True)
+    if not answered:
         return _UNAVAILABLE
     return _REFUSED if count["failed"] else 0
 

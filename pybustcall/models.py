@@ -33,6 +33,7 @@ __all__ = [
     "BINDING",
     "DEFAULT_STRATEGY",
     "DEFAULT_TOLERANCE",
+    "MAX_LISTED",
     "MAX_SWAPS",
     "MAX_TARGET_BYTES",
     "STRATEGIES",
@@ -49,6 +50,8 @@ __all__ = [
     "DependencyReply",
     "FaultRecord",
     "FaultToleranceRange",
+    "ForgetReply",
+    "ForgetRequest",
     "HotSwapReply",
     "HotSwapRequest",
     "Problem",
@@ -75,6 +78,8 @@ DEFAULT_TOLERANCE: Final = 6
 STRATEGIES: Final = ("direct", "dimensional", "hybrid")
 """What the reference daemon supports. The client sends any strategy verbatim."""
 MAX_TARGET_BYTES: Final = 8 * 1024
+MAX_LISTED: Final = 256
+"""How many versions one announcement may name, and how many dependencies one registration."""
 MAX_SWAPS: Final = 64
 """How many dependencies one hot swap may replace."""
 
@@ -86,12 +91,12 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
-def check_target(target: object) -> str:
+def check_target(target: object, field: str = "target") -> str:
     """Return the target if it can be sent: 1 byte to 8 KiB of UTF-8 without control characters.
 
-    Raises `InvalidRequest` (field "target") otherwise; its text never repeats the target.
+    Raises `InvalidRequest` otherwise, which names the `field`; its text never repeats the target.
     """
-    return _check_text(target, "target", MAX_TARGET_BYTES)
+    return _check_text(target, field, MAX_TARGET_BYTES)
 
 
 def check_strategy(strategy: object) -> str:
@@ -393,7 +398,7 @@ class RegisterRequest(_Request):
     """POST /api/v1/entries: a cache holds `key`, which was made of what `depends_on` names."""
 
     key: Target
-    depends_on: Annotated[tuple[Target, ...], Field(max_length=256, strict=False)] = ()
+    depends_on: Annotated[tuple[Target, ...], Field(max_length=MAX_LISTED, strict=False)] = ()
 
     _key = field_validator("key")(_valid_target)
 
@@ -438,7 +443,7 @@ class AnnounceRequest(_Request):
     """
 
     name: Name
-    versions: Annotated[tuple[Version, ...], Field(min_length=1, max_length=256, strict=False)]
+    versions: Annotated[tuple[Version, ...], Field(min_length=1, max_length=MAX_LISTED, strict=False)]
     current: Version | None = None
 
 
@@ -479,6 +484,26 @@ class ResolveReply(_Reply):
     state: Literal["stable", "legacy", "experimental"]
 
 
+class ForgetRequest(_Request):
+    """POST /api/v1/dependencies/forget: nothing goes by the cache dependency of this name any more."""
+
+    name: Name
+
+
+class ForgetReply(_Reply):
+    """What a daemon answers when it knows no cache dependency of this name, any more or at all."""
+
+    status: Literal["success"] = "success"
+    name: str
+
+
+def _as_sent(swaps: object) -> object:
+    """Leave `from_` out of swaps as they were sent: it is what Python calls `from`, and no field of the wire."""
+    if not isinstance(swaps, list | tuple):
+        return swaps
+    return [{name: it[name] for name in it if name != "from_"} if isinstance(it, dict) else it for it in swaps]
+
+
 class SwapItem(_Request):
     """One dependency of a hot swap. `from`, if given, must be its current version; the rest opts in to a rule each."""
 
@@ -498,6 +523,8 @@ class HotSwapRequest(_Request):
 
     swaps: Annotated[tuple[SwapItem, ...], Field(min_length=1, max_length=MAX_SWAPS, strict=False)]
 
+    _swaps = field_validator("swaps", mode="before")(_as_sent)
+
 
 class Swapped(_Reply):
     """One dependency that a hot swap replaced."""
@@ -516,6 +543,8 @@ class HotSwapReply(_Reply):
     busted: Annotated[int, Field(ge=0)] = 0
     fault_stage: Annotated[int, Field(ge=0, le=12)] = 12
     swaps: tuple[Swapped, ...] = Field(default=(), strict=False)
+
+    _swaps = field_validator("swaps", mode="before")(_as_sent)
 
 
 class Problem(_Reply):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 from packaging.version import InvalidVersion as NotPep440
 from packaging.version import Version
 
-from pybustcall.errors import InvalidVersion
+from pybustcall.errors import InvalidRequest, InvalidVersion
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -106,6 +106,7 @@ class SemverX:
     build: str = ""
 
     def __post_init__(self) -> None:
+        _check_fields(self)
         if _read_version(str(self)) != _fields(self):
             raise InvalidVersion(f"no text says {_fields(self)!r}: a pre-release or build implies the three states")
 
@@ -399,15 +400,21 @@ def can_hot_swap(
     - `validated`: the candidate was tried in place of the experimental version
     - `migrate`: what depends on the legacy version is moved along
     - `rollback`: the caller goes back to a legacy version on purpose
+
+    Raises `InvalidRequest`, which names the `field`, for one of these that is neither true nor false: "no" would count
+    as yes. Raises `InvalidVersion` for what is no version.
     """
     old, new = _as_version(current), _as_version(candidate)
-    given = {
-        "same_major": old.major == new.major,
+    flags = {
         "allow_experimental": allow_experimental,
         "validated": validated,
         "migrate": migrate,
         "rollback": rollback,
     }
+    for flag, value in flags.items():
+        if type(value) is not bool:
+            raise InvalidRequest(f"{flag} must be true or false, not {type(value).__name__}", field=flag)
+    given = {"same_major": old.major == new.major} | flags
     met = {need: f"with {need}" for need in given} | {"same_major": f"within major {old.major}"}
     taken = {need: need for need in given} | {"same_major": f"a candidate of major {old.major}"}
     passed: dict[str, str] = {}
@@ -423,6 +430,22 @@ def can_hot_swap(
 
 def _as_version(version: SemverX | str) -> SemverX:
     return version if isinstance(version, SemverX) else SemverX.parse(version)
+
+
+def _check_fields(version: SemverX) -> None:
+    """Refuse fields that could not even be written: of other types, or with numbers beyond their bounds."""
+    kinds = {"prerelease": tuple, "build": str, **dict.fromkeys(_PARTS, int)}
+    kinds |= {f"{part}_state": str for part in _PARTS}
+    for name, kind in kinds.items():
+        if not isinstance(value := getattr(version, name), kind):
+            raise InvalidVersion(f"{name} must be of type {kind.__name__}, not {type(value).__name__}")
+    identifiers = [("pre-release", one) for one in version.prerelease]
+    for name, one in [*zip(_PARTS, version.numbers, strict=True), *identifiers]:
+        if not isinstance(one, int | str):
+            raise InvalidVersion(f"a {name} identifier must be text or an integer, not {type(one).__name__}")
+        if isinstance(one, int) and not 0 <= one <= MAX_NUMBER:
+            why = "below 0" if one < 0 else "above 2^53-1, more than every language can hold"
+            raise InvalidVersion(f"fields have a {name} number {why}")
 
 
 def _fields(version: SemverX) -> _Fields:
@@ -473,7 +496,7 @@ def _read_fields(text: str) -> _Fields:
         major, minor, patch = map(_number, parts, _PARTS)
         return (major, minor, patch, *_thrice(_implied(prerelease)), prerelease, build)
     if len(parts) != 6:
-        raise ValueError(f"is divided by dots into {len(parts)}, not into three numbers or six parts with states")
+        raise ValueError(f"has {_count(parts)}; write three numbers, as in 1.2.0, or six parts with states")
     major, minor, patch = map(_number, parts[::2], _PARTS)
     major_state, minor_state, patch_state = map(_state, parts[1::2])
     return (major, minor, patch, major_state, minor_state, patch_state, (), "")
@@ -492,6 +515,10 @@ def _divide(text: str) -> tuple[list[str], _Prerelease, str]:
     if plus:
         build = ".".join(_identifier(word) for word in build.split("."))
     return parts, read, build
+
+
+def _count(parts: list[str]) -> str:
+    return f"{len(parts)} part{'s' if len(parts) > 1 else ''}"
 
 
 def _number(word: str, what: str) -> int:
@@ -545,9 +572,7 @@ def _read_operand(written: str, text: str) -> _Term:
             raise ValueError("has a pattern after an operator, where only a version can stand")
         return _Term(written, _read_fields(text)[:3])
     if len(parts) > 3:
-        raise ValueError(
-            f"is divided by dots into {len(parts)}, not into one to three numbers or six parts with states"
-        )
+        raise ValueError(f"has {_count(parts)}; write one to three numbers, as in 1.2, or six parts with states")
     numbers = _leading_numbers(parts)
     if len(numbers) == 3:
         return _Term(written or "=", numbers, _read_fields(text)[6])

@@ -50,9 +50,18 @@ OF_DOCUMENTS = [
     "has a sound capability document",
     "tells by its ETag that its document is unchanged",
     "signs every answer with the digest of its document",
+    "fits this client",
     "tells the access of each capability",
+    "keeps to the access that it tells",
 ]
+ACCESS = "keeps to the access that it tells"
+FITS = "fits this client"
+ONCE = "applies once what comes with a key many times at once"
+SWAPS_ONCE = "swaps once what comes with a key many times at once"
+BUST_DEPENDENTS = "busts what depends on what is busted"
 DEPENDENTS = "busts what depends on what is swapped"
+FORGETS = "forgets dependencies"
+FORGETS_UNUSED = "forgets no dependency in use"
 
 
 def failed(verdicts: tuple[Verdict, ...]) -> dict[str, str]:
@@ -86,7 +95,8 @@ async def test_the_reference_daemon_passes(start_daemon: StartDaemon) -> None:
     for _ in range(2):
         verdicts = await check_daemon(daemon.url, strict=True)
         assert failed(verdicts) == {}
-        assert list(skipped(verdicts)) == [DEPENDENTS]
+        assert list(skipped(verdicts)) == [BUST_DEPENDENTS, DEPENDENTS]
+        assert all(why.startswith("not decided: ") for why in skipped(verdicts).values())
         assert len(verdicts) == len(CHECKS)
 
 
@@ -137,7 +147,7 @@ async def test_what_is_not_advertised_is_skipped() -> None:
         not_asked = {check.name for check in CHECKS if check.needs} - set(OF_KEYS)
         assert set(skipped(verdicts)) == (not_asked if document else not_asked | set(OF_DOCUMENTS))
         assert skipped(verdicts)["swaps dependencies"] == "it does not advertise cache.dependencies, cache.hotswap"
-    assert len(OF_KEYS) == 4
+    assert len(OF_KEYS) == 5
 
 
 async def test_what_only_ours_must_do_is_asked_only_of_ours() -> None:
@@ -196,6 +206,7 @@ class Exchange:
     path: str
     sent: Any
     key: str | None
+    token: str | None
     status: int
     headers: dict[str, str]
     body: bytes
@@ -238,6 +249,7 @@ async def bent(defect: Defect) -> AsyncIterator[str]:
                     path=request.path,
                     sent=sent,
                     key=request.headers.get("Idempotency-Key"),
+                    token=request.headers.get("Authorization"),
                     status=answer.status,
                     headers={name: answer.headers[name] for name in FORWARDED if name in answer.headers},
                     body=await answer.read(),
@@ -414,6 +426,65 @@ def busts_everything(exchange: Exchange) -> None:
         exchange.fake.entries.clear()
 
 
+def wants_any_token(exchange: Exchange) -> None:
+    """Let in whoever has a token, whatever it is."""
+    if exchange.is_("GET", "capabilities") and exchange.status == 200:
+        exchange.say(access={"cache.bust": "protected"})
+    if exchange.is_("POST", "bust") and exchange.token is None:
+        exchange.status = 401
+
+
+def denies_its_status(exchange: Exchange) -> None:
+    """Say that it is public, and show it to nobody."""
+    if exchange.is_("GET", "status"):
+        exchange.status = 401
+
+
+def busts_no_dependents(exchange: Exchange) -> None:
+    """Bust what is named and nothing else, and tell that it held nothing at all."""
+    if exchange.is_("POST", "bust") and exchange.status == 200:
+        exchange.say(removed=0)
+    if exchange.is_("POST", "hotswap") and exchange.status == 200:
+        exchange.say(busted=0)
+
+
+def busts_one_dependent(exchange: Exchange) -> None:
+    """The same, but for one."""
+    busts_no_dependents(exchange)
+    if exchange.is_("POST", "hotswap") and exchange.status == 200:
+        exchange.say(busted=1)
+    if exchange.is_("POST", "bust") and exchange.status == 200 and "strategy" not in exchange.sent:
+        exchange.say(removed=1)
+
+
+def forgets_nothing(exchange: Exchange) -> None:
+    """Say that it forgot, and list it all the same."""
+    if exchange.is_("POST", "dependencies/forget") and exchange.status == 200:
+        _become(exchange, exchange.sent["name"], "1.0.0")
+
+
+def forgets_everything(exchange: Exchange) -> None:
+    """Forget all that it knows."""
+    if exchange.is_("POST", "dependencies/forget"):
+        exchange.fake.dependencies.clear()
+
+
+def forgets_what_is_in_use(exchange: Exchange) -> None:
+    """Refuse, and forget it all the same."""
+    if exchange.is_("POST", "dependencies/forget") and exchange.status == 409:
+        del exchange.fake.dependencies[exchange.sent["name"]]
+
+
+def misses_what_is_forgotten(exchange: Exchange) -> None:
+    """Refuse to forget what is not known."""
+    if exchange.is_("POST", "dependencies/forget") and exchange.status == 200:
+        forgotten = exchange.fake.dependencies.setdefault("forgotten", DependencyReply(name="forgotten", current="1"))
+        if exchange.sent["name"] in forgotten.versions:
+            exchange.status = 404
+        versions = (*forgotten.versions, exchange.sent["name"])
+        exchange.fake.dependencies["forgotten"] = forgotten.model_copy(update={"versions": versions})
+
+
 def plain_words(exchange: Exchange) -> None:
     """Refuse in plain text."""
     if exchange.status == 422:
@@ -479,6 +550,31 @@ DEFECTS: list[tuple[str, Defect, str]] = [
         for status in (200, 304, 400, 404, 405, 415, 422)
     ),
     ("tells the access of each capability", answering("GET", "capabilities", access={}), "does not name cache.bust"),
+    (
+        FITS,
+        answering("GET", "capabilities", requires={"semverx": ">=99", "capabilities": ["cache.telepathy"]}),
+        "does not match >=99; capability cache.telepathy is missing",
+    ),
+    (FITS, answering("GET", "capabilities", requires={"semverx": "new"}), "cannot be read: range 'new'"),
+    *(
+        (
+            ACCESS,
+            answering("GET", "capabilities", access={name: tier}),
+            f"{name} is told to be {tier}, and answers no token with HTTP ",
+        )
+        for name in (*EVERYTHING, "daemon.status", "daemon.capabilities")
+        if name != IDEMPOTENT
+        for tier in ("protected", "private")
+    ),
+    (ACCESS, wants_any_token, "cache.bust is told to be protected, and answers a wrong token with HTTP 200"),
+    (ACCESS, denies_its_status, "daemon.status is told to be public, and answers no token with HTTP 401"),
+    (ONCE, answering("POST", "bust", 500), "answered HTTP 500, expected 200"),
+    (ONCE, without("Idempotency-Replayed", 200), "of 8 requests with one key at once, 8 and not 1 were done anew"),
+    (SWAPS_ONCE, replays_at_once, "of 8 requests with one key at once, 0 and not 1 were done anew"),
+    (SWAPS_ONCE, swaps_nothing, "the current version is 1.0.0, and should be 1.1.0"),
+    (BUST_DEPENDENTS, answering("POST", "bust", removed=1), "with 2 dependents tells removed 1, not 3"),
+    (BUST_DEPENDENTS, answering("POST", "bust", removed=3), "a direct bust of one entry tells removed 3"),
+    (BUST_DEPENDENTS, busts_one_dependent, "with 2 dependents tells removed 1, not 3"),
     ("answers a capability document with its own", other_document, "with another one than its own"),
     ("answers a capability document with its own", answering("POST", "capabilities", 202), "answered HTTP 202"),
     ("refuses what is no capability document", accepting("capabilities"), "answered HTTP 200, expected 400 or 422"),
@@ -489,6 +585,13 @@ DEFECTS: list[tuple[str, Defect, str]] = [
     ("refuses announcements that say no dependency", blaming("dependencies", None), "names the field None"),
     ("refuses announcements that say no dependency", keeps_what_it_refused, "whose announcement was refused"),
     ("refuses announcements that say no dependency", follows_what_it_refused, "changed what is known"),
+    (FORGETS, forgets_nothing, "a forgotten dependency is still listed, or another is not"),
+    (FORGETS, forgets_everything, "a forgotten dependency is still listed, or another is not"),
+    (FORGETS, misses_what_is_forgotten, "answered HTTP 404, expected 200"),
+    (FORGETS, answering("POST", "dependencies/forget", name="another"), "it tells that it forgot another dependency"),
+    (FORGETS, answering("POST", "dependencies/forget", 409), "answered HTTP 409, expected 200"),
+    (FORGETS_UNUSED, forgets_what_is_in_use, "a dependency changed that could not be forgotten"),
+    (FORGETS_UNUSED, answering("POST", "dependencies/forget", 409), "answered HTTP 409, expected 200"),
     ("resolves a spec to the best known version", wrong_version, "@latest is 2.1.0-rc.1 (experimental), not 2.0.0"),
     ("resolves a spec to the best known version", answering("POST", "resolve", 404), "answered HTTP 404"),
     ("resolves a spec to the best known version", answering("POST", "resolve", state="new"), "state: Input should be"),
@@ -507,7 +610,10 @@ DEFECTS: list[tuple[str, Defect, str]] = [
     ("swaps all or none", swaps_the_first, "the current version is 1.1.0, and should be 1.0.0"),
     ("refuses what is no swap", blaming("hotswap", None), "names the field None, not 'swaps'"),
     ("refuses what is no swap", accepting("hotswap"), "answered HTTP 200, expected 422"),
-    (DEPENDENTS, answering("POST", "hotswap", busted=1), "3 entries depend on what was swapped, and busted is 1"),
+    (DEPENDENTS, answering("POST", "hotswap", busted=1), "a swap of what 3 entries depend on tells busted 1, not 3"),
+    (DEPENDENTS, answering("POST", "hotswap", busted=0), "a swap of what 3 entries depend on tells busted 0, not 3"),
+    (DEPENDENTS, answering("POST", "hotswap", busted=3), "a swap of what 0 entries depend on tells busted 3, not 0"),
+    (DEPENDENTS, busts_one_dependent, "a swap of what 3 entries depend on tells busted 1, not 3"),
     (DEPENDENTS, busts_everything, "an entry was busted that does not depend"),
 ]
 
@@ -538,15 +644,206 @@ async def test_without_a_defect_the_same_daemon_passes() -> None:
         assert failed(await check_daemon(url, strict=True)) == {}
 
 
-async def test_a_cache_that_does_not_tell_what_it_removes_is_not_asked_for_numbers() -> None:
-    """Nor one that holds nothing that is only registered."""
+async def test_a_cache_that_does_not_tell_what_it_removes_is_judged_by_what_it_tells_of_swaps() -> None:
+    """Nothing can be said of its busts, which the verdict says."""
 
     def silent(exchange: Exchange) -> None:
         if exchange.is_("POST", "bust") and exchange.status == 200:
             exchange.say(removed=None)
 
     async with bent(silent) as url:
-        assert (await judged(DEPENDENTS, url)).skipped
+        assert (await judged(DEPENDENTS, url)).outcome == "passed"
+        verdict = await judged(BUST_DEPENDENTS, url)
+    assert verdict.outcome == "skipped"
+    assert "not decided: a bust of a target with 2 dependents tells removed None" in verdict.detail
+
+
+async def test_what_may_be_a_cheat_or_a_cache_of_files_is_not_decided() -> None:
+    """A daemon that tells of no entry that it was there says the same as a cache that was never filled."""
+    async with bent(busts_no_dependents) as url:
+        verdicts = [await judged(name, url) for name in (BUST_DEPENDENTS, DEPENDENTS)]
+    assert {verdict.outcome for verdict in verdicts} == {"skipped"}
+    for verdict, told in zip(verdicts, ("removed 0", "busted 0"), strict=True):
+        assert told in verdict.detail
+        assert verdict.detail.endswith("and so is a daemon that busts no dependents")
+
+
+@asynccontextmanager
+async def careless() -> AsyncIterator[str]:
+    """Serve what the fake daemon serves, but look keys up, then act, then write them down, as if alone."""
+    answers: dict[tuple[str, str], bytes] = {}
+    async with FakeDaemon(capabilities=EVERYTHING[1:]) as fake, aiohttp.ClientSession() as session:
+
+        async def forward(request: web.Request) -> web.Response:
+            body = await request.read()
+            name = (request.path, request.headers.get("Idempotency-Key", ""))
+            if name in answers:
+                headers = {"Content-Type": "application/json", "Idempotency-Replayed": "true"}
+                return web.Response(body=answers[name], headers=headers)
+            headers = {"Content-Type": "application/json"}
+            async with session.request(request.method, fake.url + request.path, data=body, headers=headers) as answer:
+                told = await answer.read()
+                if answer.status == 200 and name[1]:
+                    answers[name] = told
+                return web.Response(status=answer.status, body=told, content_type="application/json")
+
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", forward)
+        async with TestServer(app) as server:
+            yield str(server.make_url("")).rstrip("/")
+
+
+@pytest.mark.parametrize(
+    ("name", "sound", "detail"),
+    [
+        (ONCE, "answers a repeat of a key from memory", r"of 8 requests .* at once, \d and not 1 were done anew"),
+        (SWAPS_ONCE, "remembers no refused swap under a key", "answered HTTP 409, expected 200"),
+    ],
+)
+async def test_a_daemon_that_looks_and_then_acts_does_not_pass(name: str, sound: str, detail: str) -> None:
+    """One request after another it serves well."""
+    async with careless() as url:
+        assert (await judged(sound, url)).outcome == "passed"
+        verdict = await judged(name, url)
+    assert verdict.outcome == "failed"
+    assert re.fullmatch(detail, verdict.detail)
+
+
+async def test_requests_at_once_of_which_one_gets_no_answer_are_no_answer() -> None:
+    """The others are waited for."""
+    async with FakeDaemon([Answer(), Answer(reset=True)], capabilities=[IDEMPOTENT]) as fake:
+        verdict = await judged(ONCE, fake.url)
+        assert len(fake.requests) == 8
+    assert (verdict.outcome, verdict.answered) == ("failed", False)
+
+
+# What is left behind
+
+
+async def names_known(url: str) -> list[str]:
+    """List the dependencies that a daemon knows."""
+    async with aiohttp.ClientSession() as session, session.get(f"{url}/api/v1/dependencies") as answer:
+        return [known["name"] for known in (await answer.json())["dependencies"]]
+
+
+async def test_two_runs_leave_no_dependency_behind(start_daemon: StartDaemon) -> None:
+    """Of a cache of files, which holds what depends on them as little as what was registered."""
+    url = start_daemon().url
+    for _ in range(2):
+        await check_daemon(url, strict=True)
+        assert await names_known(url) == []
+
+
+async def test_two_runs_leave_nothing_of_their_own_behind_in_memory() -> None:
+    """Neither a dependency nor an entry; what was there before stays."""
+    async with FakeDaemon(capabilities=EVERYTHING[1:]) as fake:
+        kept = DependencyReply(name="conformance-of-others", current="1.0.0", versions=("1.0.0",))
+        fake.dependencies[kept.name] = kept
+        fake.entries["conformance/of-others"] = (kept.name,)
+        for _ in range(2):
+            await check_daemon(fake.url, strict=True)
+            assert fake.dependencies == {kept.name: kept}
+            assert fake.entries == {"conformance/of-others": (kept.name,)}
+
+
+async def test_what_is_public_is_announced_by_nobody_and_forgotten_too() -> None:
+    """The check of the access announces without a token."""
+    async with FakeDaemon(capabilities=["cache.dependencies", "cache.register"]) as fake:
+        verdicts = await check_daemon(fake.url, token="s3cret")
+        assert ACCESS not in skipped(verdicts)
+        assert (fake.dependencies, fake.entries) == ({}, {})
+
+
+async def test_a_daemon_that_cannot_forget_is_left_as_it_is() -> None:
+    """Which is its right, and so is asking for the token before it says so."""
+
+    def cannot(exchange: Exchange) -> None:
+        if exchange.is_("POST", "dependencies/forget"):
+            exchange.status = 404
+        elif exchange.path == "/api/v1/capabilities" and exchange.status == 200:
+            exchange.say(access={"cache.dependencies": "protected"})
+        elif exchange.path == "/api/v1/dependencies" and exchange.token != "Bearer s3cret":
+            exchange.status = 401
+
+    async with bent(cannot) as url:
+        verdicts = await check_daemon(url, token="s3cret")
+        assert failed(verdicts) == {}
+        assert skipped(verdicts) == dict.fromkeys([FORGETS, FORGETS_UNUSED], "it cannot forget dependencies")
+
+
+async def test_a_daemon_that_forgets_nothing_is_left_as_it_is() -> None:
+    """It fails the check; that nothing can be cleared away is no other failure."""
+    async with bent(forgets_nothing) as url:
+        assert list(failed(await check_daemon(url, strict=True))) == [FORGETS]
+        assert len(await names_known(url)) > 10
+
+
+async def test_a_daemon_that_is_gone_at_the_end_is_left_alone() -> None:
+    """Its verdicts are told all the same."""
+    async with FakeDaemon(capabilities=EVERYTHING[1:]) as fake:
+
+        async def leaves(_: object) -> None:
+            await fake.stop()
+
+        checks = (named("keeps what is announced of dependencies"), Check("is there until the end", leaves))
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(conformance, "CHECKS", checks)
+            verdicts = await check_daemon(fake.url)
+        assert [verdict.outcome for verdict in verdicts] == ["passed", "passed"]
+
+
+# Access
+
+
+CHEAT = {**dict.fromkeys(EVERYTHING, "protected"), "daemon.status": "protected", "cache.hotswap": "private"}
+
+
+@pytest.mark.parametrize("token", [None, "s3cret"])
+async def test_a_daemon_that_says_protected_and_serves_everybody_does_not_pass(token: str | None) -> None:
+    """Whether or not there is a token; nothing else is wrong with it."""
+    async with FakeDaemon(capabilities=EVERYTHING[1:], advertises={"access": CHEAT}) as fake:
+        found = failed(await check_daemon(fake.url, token=token))
+    assert found == {ACCESS: "cache.register is told to be protected, and answers no token with HTTP 200"}
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "env"),
+    [
+        ("s3cret", (), {"BUSTCALL_TOKEN": "s3cret"}),
+        ("s3cret", ("--access", "cache.hotswap=private"), {"BUSTCALL_TOKEN": "s3cret"}),
+        ("s3cret", ("--access", "daemon.capabilities=protected"), {"BUSTCALL_TOKEN": "s3cret"}),
+        (
+            "0perator",
+            ("--access", "cache.hotswap=private", "--access", "daemon.status=public"),
+            {"BUSTCALL_TOKEN": "s3cret", "BUSTCALL_OPERATOR_TOKEN": "0perator"},
+        ),
+        (None, (), {}),
+    ],
+)
+async def test_a_daemon_that_keeps_to_its_access_passes(
+    start_daemon: StartDaemon, given: str | None, options: tuple[str, ...], env: dict[str, str]
+) -> None:
+    """Public, protected and private, with tokens and without, and what nobody may use."""
+    verdicts = await check_daemon(start_daemon(*options, env=env).url, token=given, strict=True)
+    assert failed(verdicts) == {}
+    assert ACCESS not in skipped(verdicts)
+
+
+async def test_what_nobody_may_use_need_not_be_there() -> None:
+    """A capability that is private and not advertised may be missing altogether; one that is served may not."""
+    without_swaps = [name for name in EVERYTHING if name not in {"cache.bust", "cache.hotswap"}]
+    for capabilities, outcome in ((without_swaps, "passed"), (EVERYTHING[1:], "failed")):
+        names = ["cache.bust", "daemon.status", "daemon.capabilities", *without_swaps]
+        says = {"capabilities": names, "access": {**dict.fromkeys(names, "public"), "cache.hotswap": "private"}}
+        async with FakeDaemon(capabilities=capabilities, advertises=says) as fake:
+            assert (await judged(ACCESS, fake.url)).outcome == outcome
+
+
+async def test_where_no_access_is_told_none_is_asked_for() -> None:
+    """Ours must tell it, which is another check."""
+    async with FakeDaemon(advertises={"access": {}}) as fake:
+        verdict = await judged(ACCESS, fake.url)
+    assert (verdict.outcome, verdict.detail) == ("skipped", "its document tells the access of nothing")
 
 
 # Daemons that speak HTTP badly
@@ -690,12 +987,12 @@ AGAIN = {"Idempotency-Replayed": "true"}
         (0, [applied(), applied()], "has Idempotency-Replayed None, not 'true'"),
         (0, [applied(), applied("another", **AGAIN)], "is another than the first"),
         (0, [applied(), Answer(status=409)], "answered HTTP 409, expected 200"),
-        (1, [applied(), applied(**AGAIN)], "answered HTTP 200, expected 422"),
-        (1, [applied(), Answer.problem(422)], "names the field None, not 'Idempotency-Key'"),
-        (2, [applied()], "answered HTTP 200, expected 400"),
-        (2, [Answer.problem(400)], "names the field None, not 'Idempotency-Key'"),
-        (3, [Answer.problem(422), Answer.problem(422)], "answered HTTP 422, expected 200"),
-        (3, [Answer.problem(422), applied(**AGAIN)], "the first success of a key has Idempotency-Replayed"),
+        (2, [applied(), applied(**AGAIN)], "answered HTTP 200, expected 422"),
+        (2, [applied(), Answer.problem(422)], "names the field None, not 'Idempotency-Key'"),
+        (3, [applied()], "answered HTTP 200, expected 400"),
+        (3, [Answer.problem(400)], "names the field None, not 'Idempotency-Key'"),
+        (4, [Answer.problem(422), Answer.problem(422)], "answered HTTP 422, expected 200"),
+        (4, [Answer.problem(422), applied(**AGAIN)], "the first success of a key has Idempotency-Replayed"),
     ],
 )
 async def test_a_daemon_that_remembers_wrongly_does_not_pass(check: int, answers: list[Answer], detail: str) -> None:

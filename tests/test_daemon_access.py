@@ -15,7 +15,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from pybustcall.capabilities import digest_of
 from pybustcall.daemon import DaemonSettings, Engine, FaultHistory, Index, check_settings
 from pybustcall.daemon.access import Clients, Refusal
-from pybustcall.daemon.app import ROUTES, Route
+from pybustcall.daemon.app import DAEMON, ROUTES, Route
 from pybustcall.errors import ConfigurationError
 from pybustcall.models import CapabilityDocument, Requirements
 from tests.conftest import StartDaemon
@@ -34,6 +34,7 @@ from tests.test_daemon_app import (
     running,
     serving,
 )
+from tests.test_daemon_idempotency import warnings_in
 
 if TYPE_CHECKING:
     from tests.test_daemon_app import Client
@@ -43,6 +44,7 @@ OPERATOR = "operat-or"
 DIGEST = "Bustcall-Capabilities"
 ADVERTISE = "urn:bustcall:problem:advertise"
 INCOMPATIBLE = "urn:bustcall:problem:incompatible"
+NEEDY = Requirements(capabilities=("cache.bust",))
 
 
 def bearer(token: str | None) -> dict[str, str]:
@@ -189,6 +191,26 @@ async def test_every_denial_is_in_the_history(
     assert [(it.fault_stage, it.binding, it.message) for it in history.records()] == [(3, "lua", problem.detail)]
 
 
+@pytest.mark.requirement("INT-14")
+async def test_denials_are_logged_and_not_washed_out(caplog: pytest.LogCaptureFixture) -> None:
+    """At once, then at most one line in 10 seconds, which counts those between; whatever else is asked."""
+    history = FaultHistory()
+    async with running(history=history, token=TOKEN) as client:
+        for path in [STATUS] * 3 + [CAPABILITIES] * 300:
+            async with client.get(path, headers={"Expect": "tea"} if path == CAPABILITIES else {}):
+                pass
+        client.app[DAEMON]._told -= 10
+        await status_of(client, "wrong", "GET", STATUS)
+    denied = "daemon.status is denied: this daemon wants its token, as Authorization: Bearer"
+    assert warnings_in(caplog) == [
+        f"{denied} (asked by unknown)",
+        f"{denied} (asked by unknown; 2 more since the line before)",
+    ]
+    assert [it.message.partition(" since")[0] for it in history.records() if it.fault_stage == 3] == [
+        f"{denied} (4 times"
+    ]
+
+
 @pytest.mark.parametrize("lines", [(), ("Bustcall-Binding: a b",), ("Bustcall-Binding: a", "Bustcall-Binding: b")])
 async def test_a_binding_that_no_header_says_is_unknown(lines: tuple[str, ...]) -> None:
     """Said twice, or not presentable, it is said by nobody."""
@@ -241,6 +263,11 @@ async def test_the_keys_of_the_operator_are_not_those_of_others() -> None:
         ({"operator_token": "secret", "token": "secret"}, "operator_token", "another than the token"),
         ({"requires": Requirements(semverx="newest")}, "requires", "required of clients: .*newest"),
         ({"requires": Requirements(capabilities=("",))}, "requires", "is not the name of a capability"),
+        (
+            {"requires": NEEDY, "access": {"daemon.negotiate": "private"}, "token": "secret"},
+            "access",
+            "no client could do anything; leave it protected, require no capability, or set an operator token",
+        ),
     ],
 )
 def test_rules_that_cannot_be_kept_are_told_by_name(settings: dict[str, Any], setting: str, reason: str) -> None:
@@ -249,6 +276,20 @@ def test_rules_that_cannot_be_kept_are_told_by_name(settings: dict[str, Any], se
         check_settings(DaemonSettings(**settings))
     assert caught.value.setting == setting
     assert setting == "access" or "cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"requires": NEEDY, "access": {"daemon.negotiate": "private"}, "operator_token": "x"},
+        {"requires": NEEDY, "access": {"daemon.negotiate": "protected"}},
+        {"requires": Requirements(semverx=">=1.0.0"), "access": {"daemon.negotiate": "private"}},
+        {"access": {"daemon.negotiate": "private"}},
+    ],
+)
+def test_negotiation_may_be_private_where_somebody_can_do_without(settings: dict[str, Any]) -> None:
+    """The operator, or everybody: a version is told with each request."""
+    check_settings(DaemonSettings(**settings))
 
 
 @pytest.mark.parametrize("token", ["token", "operator_token"])

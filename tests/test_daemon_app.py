@@ -14,6 +14,7 @@ import sys
 import threading
 from contextlib import asynccontextmanager
 from http import HTTPStatus
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -51,7 +52,6 @@ from pybustcall.topology import DaemonAddress
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
-    from pathlib import Path
 
     from aiohttp import web
 
@@ -622,6 +622,9 @@ async def test_two_hosts_or_two_tokens_are_refused() -> None:
         ({"max_entries": -1}, "max_entries", "0 or more"),
         ({"drain": -1.0}, "drain", "0 seconds or more"),
         ({"drain": float("nan")}, "drain", "0 seconds or more"),
+        ({"state": "f", "registry": "f"}, "registry", "cannot both be kept in 'f'; give each a file of its own"),
+        ({"state": "f", "registry": Path("f").absolute()}, "registry", "cannot both be kept"),
+        ({"state": Path("a/../f"), "registry": "./f"}, "registry", "cannot both be kept"),
     ],
 )
 def test_settings_that_cannot_work_are_told_by_name(settings: dict[str, Any], setting: str, reason: str) -> None:
@@ -644,11 +647,19 @@ def test_settings_that_cannot_work_are_told_by_name(settings: dict[str, Any], se
         {"allowed_hosts": ("a.example.", "b")},
         {"drain": 0.0},
         {"max_connections": 1, "max_entries": 0},
+        {"state": "f", "registry": "g"},
     ],
 )
 def test_settings_that_work_are_accepted(settings: dict[str, Any]) -> None:
     """Loopback needs no token, nor does a Unix socket."""
     check_settings(DaemonSettings(**settings))
+
+
+def test_a_link_to_the_same_file_is_the_same_file(tmp_path: Path) -> None:
+    """Though it has another name."""
+    (tmp_path / "link").symlink_to("file")
+    with pytest.raises(ConfigurationError, match="cannot both be kept"):
+        check_settings(DaemonSettings(state=tmp_path / "file", registry=tmp_path / "link"))
 
 
 def test_the_token_is_not_in_the_repr() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
+import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pybustcall.daemon import database as module
-from pybustcall.daemon.database import Database, Kind, error_code, transaction
+from pybustcall.daemon.database import Damaged, Database, Kind, error_code, transaction
 from pybustcall.errors import ConfigurationError
 
 KIND = Kind(setting="state", application=7, version=1, schema=("CREATE TABLE t (x)",), loss="nothing is lost")
@@ -56,6 +58,79 @@ def test_a_file_that_cannot_be_made_for_want_of_room_may_pass(
     monkeypatch.setattr(os, "open", fail)
     with pytest.raises(OSError if number == errno.ENOSPC else ConfigurationError, match=os.strerror(number)):
         module._make_private(tmp_path / "s", "state")
+
+
+def opened(path: Path | None, setting: str = "state") -> None:
+    """Open a database and close it again."""
+    database = Database(replace(KIND, setting=setting), path, lambda _: None)
+    database.open()
+    database.close()
+
+
+@pytest.mark.parametrize("setting", ["state", "registry"])
+@pytest.mark.parametrize("text", ["s3cret\n", '{"index.html": ["a"]}', "\n" * 5000, "[1]" + "x" * 100_000, "n\u00e4"])
+def test_a_text_is_refused_and_left_as_it_is(tmp_path: Path, setting: str, text: str) -> None:
+    """Somebody wrote it: it is no database, damaged or not."""
+    path = tmp_path / "f"
+    path.write_text(text)
+    path.chmod(0o640)
+    with pytest.raises(ConfigurationError, match="is a text and no database, and is left as it is") as caught:
+        opened(path, setting)
+    assert caught.value.setting == setting
+    assert ("--register" in str(caught.value)) == (setting == "registry" and text[0] in "{[")
+    assert os.listdir(tmp_path) == ["f"]
+    assert path.read_text() == text
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("content", [b"SQLite format 3\0" + b"x" * 5000, b"{" + bytes(5000), b"x" * 4096 + b"\0"])
+def test_what_no_text_can_be_is_set_aside(tmp_path: Path, content: bytes) -> None:
+    """It begins as a database does, or has a NUL."""
+    path = tmp_path / "f"
+    path.write_bytes(content)
+    opened(path)
+    assert sorted(os.listdir(tmp_path)) == ["f", "f.corrupt-1"]
+    assert (tmp_path / "f.corrupt-1").read_bytes() == content
+    opened(path)
+    assert sorted(os.listdir(tmp_path)) == ["f", "f.corrupt-1"]
+
+
+def test_a_database_of_something_else_is_left_as_it_is(tmp_path: Path) -> None:
+    """Every byte of it, its journal mode and who may read it."""
+    path = tmp_path / "f"
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE precious (x)")
+    db.close()
+    path.chmod(0o644)
+    before = path.read_bytes()
+    with pytest.raises(ConfigurationError, match="is a database of something else, which is left as it is"):
+        opened(path)
+    assert os.listdir(tmp_path) == ["f"]
+    assert path.read_bytes() == before
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_a_file_of_ours_is_made_private(tmp_path: Path) -> None:
+    """Though somebody let others read it."""
+    opened(tmp_path / "f")
+    (tmp_path / "f").chmod(0o644)
+    opened(tmp_path / "f")
+    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o600
+
+
+def test_memory_that_is_damaged_at_once_is_begun_anew() -> None:
+    """There is no file that could be a text."""
+    prepared: list[sqlite3.Connection] = []
+
+    def prepare(db: sqlite3.Connection) -> None:
+        prepared.append(db)
+        if len(prepared) == 1:
+            raise Damaged("as if")
+
+    database = Database(KIND, None, prepare)
+    database.open()
+    database.close()
+    assert len(prepared) == 2
 
 
 def test_an_error_that_sqlite_did_not_make_has_no_code() -> None:

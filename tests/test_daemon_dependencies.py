@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from pybustcall.daemon.dependencies import (
     MOST_DEPENDENCIES,
@@ -19,9 +20,10 @@ from pybustcall.daemon.dependencies import (
     announced,
     judged,
     resolved,
+    restored,
     with_version,
 )
-from pybustcall.models import AnnounceRequest, HotSwapRequest
+from pybustcall.models import AnnounceRequest, HotSwapReply, HotSwapRequest, SwapItem
 from pybustcall.semverx import State
 
 MODEL = Dependency("pricing-model", "1.0.0", ("1.0.0", "1.1.0", "2.0.0"))
@@ -95,12 +97,44 @@ def test_there_are_only_so_many_dependencies() -> None:
     assert announce(MODEL, MOST_DEPENDENCIES, versions=["3.0.0"]).versions[-1] == "3.0.0"
 
 
-def test_there_are_only_so_many_versions() -> None:
-    """Of one dependency; those that are known already are no more."""
-    full = with_version(MODEL, *(f"1.2.{number}" for number in range(MOST_VERSIONS - 3)))
-    assert announce(full, versions=["1.2.7"]) is full
-    with pytest.raises(RegistryFull, match="256 versions may be known"):
-        announce(full, versions=["1.3.0"])
+FULL = with_version(MODEL, *(f"1.2.{number}" for number in range(MOST_VERSIONS - 3)))
+"""As many versions as may be: 1.0.0, which is current, then 1.1.0, 1.2.0 to 1.2.252, and 2.0.0."""
+
+
+def test_a_new_version_takes_the_place_of_the_lowest() -> None:
+    """But not of the current one, nor of one that the same announcement names, whatever they are."""
+    assert announce(FULL, versions=["1.2.7"]) is FULL
+    told = announce(FULL, versions=["1.3.0", "0.1.0", "1.2.0"])
+    assert len(told.versions) == MOST_VERSIONS
+    assert set(FULL.versions) - set(told.versions) == {"1.1.0", "1.2.1"}
+    assert set(told.versions) - set(FULL.versions) == {"1.3.0", "0.1.0"}
+    assert told.versions[:3] == ("0.1.0", "1.0.0", "1.2.0")
+
+
+def test_a_version_that_an_unfinished_swap_names_goes_last() -> None:
+    """It goes all the same if nothing else can, so that there never are more."""
+    assert "1.1.0" in with_version(FULL, "3.0.0", spared={"1.1.0"}).versions
+    told = with_version(FULL, "3.0.0", spared=FULL.versions)
+    assert set(FULL.versions) - set(told.versions) == {"1.1.0"}
+
+
+def test_an_announcement_of_more_than_may_be_known_is_refused() -> None:
+    """The current one counts, too; as many as may be take the place of all others."""
+    many = [f"3.0.{number}" for number in range(MOST_VERSIONS)]
+    assert announce(FULL, versions=many[1:]).versions == ("1.0.0", *many[1:])
+    with pytest.raises(Unreadable, match="at most 256 versions, the current one counted in") as caught:
+        announce(FULL, versions=many)
+    assert caught.value.field == "versions"
+
+
+def test_what_was_written_down_is_read_back() -> None:
+    """In canonical form and order, however somebody wrote it; and what cannot have been written is refused."""
+    assert restored("model", "v1.0.0", ["2.0.0", "1.10.0", "1.9.0"]) == Dependency(
+        "model", "1.0.0", ("1.0.0", "1.9.0", "1.10.0", "2.0.0")
+    )
+    for name, current, versions in (("two words", "1.0.0", []), ("model", "one", []), ("model", "1.0.0", ["one"])):
+        with pytest.raises(Unreadable):
+            restored(name, current, versions)
 
 
 # Resolution
@@ -144,12 +178,18 @@ def test_a_swap_that_may_be_tells_its_changes() -> None:
 
 @pytest.mark.requirement("IMP-12")
 def test_the_rules_of_semverx_decide_and_are_told() -> None:
-    """One sentence for each part that failed, and each opt-in opens its rule."""
+    """One sentence for each rule that is broken, with the parts that break it; and each opt-in opens its rule."""
     experimental = "1.stable.1.experimental.0.stable"
     (told,) = refusals({"name": "pricing-model", "to": experimental})
     assert told == "pricing-model: minor: stable to experimental takes allow_experimental"
     assert swap({"name": "pricing-model", "to": experimental, "allow_experimental": True})
-    assert len(refusals({"name": "pricing-model", "to": "1.1.0-rc.1"})) == 3
+    assert refusals({"name": "pricing-model", "to": "1.1.0-rc.1"}) == (
+        "pricing-model: major, minor, patch: stable to experimental takes allow_experimental",
+    )
+    assert refusals({"name": "pricing-model", "to": "2.stable.0.stable.0.legacy"}) == (
+        "pricing-model: major, minor: stable to stable takes a candidate of major 1",
+        "pricing-model: patch: stable to legacy takes rollback",
+    )
 
 
 def test_every_reason_against_a_swap_is_told() -> None:
@@ -165,7 +205,7 @@ def test_every_reason_against_a_swap_is_told() -> None:
         "private: was not announced",
         "templates: the current version is 1.0.0, not 0.9.0",
     )
-    assert told[3].startswith("pricing-model: major: ")
+    assert told[3:] == ("pricing-model: major, minor, patch: stable to stable takes a candidate of major 1",)
     assert str(SwapRefused(told)).endswith(f"{told[0]} (and {len(told) - 1} more)")
     assert str(SwapRefused(told[:1])).endswith(told[0])
 
@@ -179,9 +219,27 @@ def test_a_version_of_a_swap_that_cannot_be_read_is_named(field: str) -> None:
     assert caught.value.field == f"swaps.1.{field}"
 
 
-def test_a_swap_to_one_version_too_many_is_refused() -> None:
-    """Before anything is done."""
-    full = with_version(MODEL, *(f"1.2.{number}" for number in range(MOST_VERSIONS - 3)))
+@pytest.mark.parametrize("name", ["two words", "tab\t", "\u202epricing-model", "a@b"])
+def test_a_name_of_a_swap_that_cannot_be_read_is_named_and_not_repeated(name: str) -> None:
+    """With its place in the list, as an announcement's is, also if it is there twice."""
+    with pytest.raises(Unreadable) as caught:
+        swap({"name": "templates", "to": "1.0.0"}, {"name": name, "to": "1.0.0"}, {"name": name, "to": "1.0.0"})
+    assert caught.value.field == "swaps.1.name"
+    assert name not in str(caught.value)
+
+
+def test_a_swap_may_go_to_a_version_beyond_those_that_may_be_known() -> None:
+    """Another makes room for it."""
     request = HotSwapRequest.model_validate({"swaps": [{"name": "pricing-model", "to": "1.3.0"}]})
-    with pytest.raises(RegistryFull):
-        judged(request, {"pricing-model": full})
+    assert judged(request, {"pricing-model": FULL}) == (Change("pricing-model", "1.0.0", "1.3.0"),)
+
+
+def test_only_the_names_of_the_wire_are_fields() -> None:
+    """`from_` is Python's name for `from`; on the wire it is an unknown field, ignored, in requests and replies."""
+    assert swap({"name": "pricing-model", "from_": "9.9.9", "to": "1.1.0"})
+    both = {"name": "pricing-model", "from_": "1.0.0", "from": "9.9.9", "to": "1.1.0"}
+    assert refusals(both) == ("pricing-model: the current version is 1.0.0, not 9.9.9",)
+    for swaps in ('[{"name": "a", "from_": "1.0.0", "to": "1.1.0"}]', "7", "[7]"):
+        with pytest.raises(ValidationError):
+            HotSwapReply.model_validate_json(f'{{"committed": true, "swaps": {swaps}}}')
+    assert HotSwapRequest(swaps=(SwapItem(name="a", to="1.1.0", from_="1.0.0"),)).swaps[0].from_ == "1.0.0"

@@ -314,7 +314,59 @@ def test_the_history_keeps_the_newest_faults_with_their_nanoseconds() -> None:
         (7, "2023-11-14T22:13:20.123456789Z"),
     ]
     assert len(history) == 2
-    assert repr(history) == "FaultHistory(2 of at most 2)"
+    assert repr(history) == "FaultHistory(2 faults, 0 denials, at most 2 of each)"
+
+
+def told(history: FaultHistory) -> list[tuple[str, str]]:
+    return [(record.binding, record.message) for record in history.records()]
+
+
+@pytest.mark.requirement("INT-14")
+def test_denials_are_not_washed_out_by_other_faults() -> None:
+    """They are kept apart, and told together, in the order in which they happened."""
+    history = FaultHistory(2)
+    history.record(3, "denied", binding="go", denial=True)
+    for number in range(100):
+        history.record(4, f"fault {number}")
+    history.record(3, "denied too", denial=True)
+    assert told(history) == [
+        ("go", "denied"), ("unknown", "fault 98"), ("unknown", "fault 99"), ("unknown", "denied too"),
+    ]  # fmt: skip
+
+
+@pytest.mark.requirement("INT-14")
+def test_equal_denials_are_one_with_a_count() -> None:
+    """Since the first, at the time of the last, also if others lie between; another binding is another one."""
+    instants = iter(range(1_000_000_000, 6_000_000_000, 1_000_000_000))
+    history = FaultHistory(clock=lambda: next(instants))
+    for message, binding in (("a", "go"), ("b", "go"), ("a", "go"), ("a", "lua"), ("a", "go")):
+        history.record(3, message, binding=binding, denial=True)
+    assert told(history) == [("go", "b"), ("lua", "a"), ("go", "a (3 times since 1970-01-01T00:00:01.000000000Z)")]
+    assert [str(record.timestamp)[17:19] for record in history.records()] == ["02", "04", "05"]
+    assert len(history) == 3
+
+
+@pytest.mark.requirement("INT-14")
+def test_denials_under_many_bindings_are_counted_all_the_same() -> None:
+    """Who invents a binding for each makes the daemon forget bindings, and no denial."""
+    instants = iter(range(1_000_000_000, 2**62, 1_000_000_000))
+    history = FaultHistory(3, clock=lambda: next(instants))
+    history.record(3, "mine", binding="go", denial=True)
+    for number in range(40):
+        history.record(3, "denied", binding=f"b{number}", denial=True)
+    assert told(history) == [
+        ("unknown", "mine"),
+        ("unknown", "denied (39 times since 1970-01-01T00:00:02.000000000Z)"),
+        ("b39", "denied"),
+    ]
+
+
+def test_denials_of_too_many_kinds_go_oldest_first() -> None:
+    """There is a bound to them, too."""
+    history = FaultHistory(2)
+    for number in range(4):
+        history.record(3, f"denied {number}", denial=True)
+    assert told(history) == [("unknown", "denied 2"), ("unknown", "denied 3")]
 
 
 def test_the_history_refuses_what_is_no_stage_and_no_limit() -> None:

@@ -364,7 +364,42 @@ def spoil_a_phase(path: Path) -> None:
     db.close()
 
 
-@pytest.mark.parametrize("spoil", [*SPOILERS, spoil_a_row, spoil_a_phase])
+def spoiling(statement: str, *values: object) -> Callable[[Path], None]:
+    def spoil(path: Path) -> None:
+        with sqlite3.connect(path) as db:
+            db.execute(statement, values)
+        db.close()
+
+    return spoil
+
+
+ENTRY = "INSERT INTO entries VALUES (?, ?)"
+DEPENDENCY = "INSERT INTO dependencies VALUES (?, ?, ?)"
+SWAP = "INSERT INTO swaps VALUES (1, ?, ?, ?, ?, ?, ?)"
+DEEP = "[" * 100_000 + "]" * 100_000
+BY_HAND = {
+    "deep json": spoiling(ENTRY, "a", DEEP),
+    "a blob as key": spoiling(ENTRY, b"a", "[]"),
+    "a text as list": spoiling(ENTRY, "a", '"abc"'),
+    "a number in a list": spoiling(ENTRY, "a", "[1]"),
+    "no UTF-8": spoiling("INSERT INTO entries VALUES (CAST(x'ff' AS TEXT), '[]')"),
+    "a name that is none": spoiling(DEPENDENCY, "two words", "1.0.0", "[]"),
+    "a blob as name": spoiling(DEPENDENCY, b"model", "1.0.0", "[]"),
+    "a current that is no version": spoiling(DEPENDENCY, "model", "one", "[]"),
+    "a version that is none": spoiling(DEPENDENCY, "model", "1.0.0", '["one"]'),
+    "deep versions": spoiling(DEPENDENCY, "model", "1.0.0", DEEP),
+    "a text as key": spoiling(SWAP, "name", b"", "done", "[]", 0, 0),
+    "a text as request": spoiling(SWAP, None, "request", "done", "[]", 0, 0),
+    "a blob as changes": spoiling(SWAP, None, b"", "done", b"[]", 0, 0),
+    "a change of two": spoiling(SWAP, None, b"", "done", '[["model", "1.0.0"]]', 0, 0),
+    "a change that is a text": spoiling(SWAP, None, b"", "done", '["abc"]', 0, 0),
+    "a text as count": spoiling(SWAP, None, b"", "done", "[]", "many", 0),
+    "a count below 0": spoiling(SWAP, None, b"", "done", "[]", -1, 0),
+    "a text as time": spoiling(SWAP, None, b"", "done", "[]", 0, "now"),
+}
+
+
+@pytest.mark.parametrize("spoil", [*SPOILERS, spoil_a_row, spoil_a_phase, *BY_HAND.values()])
 async def test_a_damaged_file_is_set_aside(
     tmp_path: Path, spoil: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -469,6 +504,17 @@ async def test_a_registry_that_is_closed_takes_nothing(tmp_path: Path) -> None:
         await registry.close()
         with pytest.raises(RegistryFailure, match="it is closed"):
             await registry.announce(model("1.0.0"))
+
+
+async def test_an_error_of_sqlite_while_reading_is_no_damage(tmp_path: Path) -> None:
+    """What it says itself is another matter than a row that cannot be read: nothing is set aside."""
+    async with keeping(tmp_path / "r"):
+        pass
+    spoiling("DROP TABLE entries")(tmp_path / "r")
+    with pytest.raises(ConfigurationError, match="no such table"):
+        await Registry(tmp_path / "r").open(memory())
+    assert sorted(os.listdir(tmp_path)) == ["r"]
+    assert not threads()
 
 
 # Dependencies

@@ -28,13 +28,14 @@ from pybustcall.daemon import (
     Swaps,
     create_app,
 )
-from pybustcall.daemon.dependencies import MOST_VERSIONS, RegistryFull, SwapRefused, with_version
+from pybustcall.daemon.dependencies import MOST_DEPENDENCIES, MOST_VERSIONS, Change, InUse, SwapRefused, with_version
 from pybustcall.daemon.registry import Phase, RegistryFailure
 from pybustcall.daemon.swaps import STEPS, SwapAnswer, SwapFailed, pause_before, swap_fingerprint_of
 from pybustcall.models import (
     AnnounceRequest,
     DependenciesReply,
     DependencyReply,
+    ForgetReply,
     HotSwapReply,
     HotSwapRequest,
     Problem,
@@ -45,6 +46,7 @@ from tests.test_daemon_app import BUST, ENTRIES, Gate, history_of
 from tests.test_daemon_idempotency import KEY, REPLAYED, files_limited, warnings_in
 
 DEPENDENCIES = "/api/v1/dependencies"
+FORGET = "/api/v1/dependencies/forget"
 RESOLVE = "/api/v1/resolve"
 HOTSWAP = "/api/v1/hotswap"
 
@@ -310,20 +312,94 @@ async def test_a_swap_that_cannot_be_written_down_does_not_begin(tmp_path: Path)
         assert (await it.swap(b"k", model="1.1.0")).replayed
 
 
-async def test_versions_that_became_too_many_meanwhile_roll_the_swap_back() -> None:
-    """As anything does before the commit."""
+async def test_versions_that_became_too_many_meanwhile_make_room() -> None:
+    """For those of the swap, also where it is put back."""
     async with house() as it:
         known = it.registry._dependencies
 
         def fill() -> None:
-            old = known["model"]
-            many = [f"1.2.{number}" for number in range(MOST_VERSIONS - 2)]
-            known["model"] = with_version(old, *many)
+            known["model"] = with_version(known["model"], *(f"1.2.{number}" for number in range(300)))
 
         it.acts["busted"] = fill
-        with pytest.raises(RegistryFull):
-            await it.swap(model="1.9.0", templates="1.2.3")
-        assert (it.current("model"), it.current("templates")) == ("1.0.0", "1.0.0")
+        await it.swap(model="1.9.0", templates="1.2.3")
+        versions = it.registry.dependencies["model"].versions
+        assert (it.current(), len(versions), versions[-1]) == ("1.9.0", MOST_VERSIONS, "1.9.0")
+        it.make("page")
+        it.acts["committed"] = it.breaking
+        with pytest.raises(SwapFailed):
+            await it.swap(model="1.0.0")
+        assert it.current() == "1.9.0"
+        it.mend()
+
+
+async def test_an_announcement_during_a_swap_leaves_its_versions() -> None:
+    """The lowest that goes is another, though these are lower."""
+    many = [f"3.0.{number}" for number in range(MOST_VERSIONS)]
+    async with house() as it:
+        await it.registry.announce(AnnounceRequest(name="model", versions=tuple(many[:-2])))
+        swap = await it.registry.prepare(None, b"", (Change("model", "1.0.0", "1.1.0"),))
+        await it.registry.announce(AnnounceRequest(name="model", versions=tuple(many[-2:])))
+        versions = it.registry.dependencies["model"].versions
+        assert (versions[:3], len(versions)) == (("1.0.0", "1.1.0", "3.0.2"), MOST_VERSIONS)
+        await it.registry.end(swap, Phase.ROLLED_BACK)
+
+
+# Forgetting
+
+
+async def test_a_dependency_of_which_nothing_is_made_can_be_forgotten(tmp_path: Path) -> None:
+    """For good; once it is, or if it never was, nothing happens. It can be announced anew."""
+    async with house(tmp_path / "r") as it:
+        it.engine.index.remove("frame")
+        for name in ("templates", "templates", "nothing"):
+            await it.swaps.forget(name)
+        assert set(it.registry.dependencies) == {"model"}
+    async with house(tmp_path / "r") as it:
+        assert set(it.registry.dependencies) == {"model"}
+        await it.announce("templates", "0.1.0")
+        assert it.registry.dependencies["templates"].versions == ("0.1.0",)
+
+
+async def test_a_dependency_that_is_in_use_is_not_forgotten() -> None:
+    """By an entry, or by a swap that is not finished."""
+    async with house() as it:
+        with pytest.raises(InUse, match="2 registered entries depend on it; register them without it first"):
+            await it.swaps.forget("model")
+        it.engine.register("page")
+        it.engine.register("page.gz")
+        swap = await it.registry.prepare(None, b"", (Change("model", "1.0.0", "1.1.0"),))
+        with pytest.raises(InUse, match="a hot swap of it is not finished"):
+            await it.swaps.forget("model")
+        await it.registry.end(swap, Phase.ROLLED_BACK)
+        await it.swaps.forget("model")
+        assert set(it.registry.dependencies) == {"templates"}
+
+
+async def test_what_cannot_be_written_is_not_forgotten(tmp_path: Path) -> None:
+    """It stays known, and can be forgotten later."""
+    async with house(tmp_path / "r") as it:
+        it.engine.register("frame")
+        await it.registry.save()
+        with files_limited(0), pytest.raises(RegistryFailure):
+            await it.swaps.forget("templates")
+        assert "templates" in it.registry.dependencies
+        await it.swaps.forget("templates")
+        assert "templates" not in it.registry.dependencies
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_nothing_is_forgotten_under_a_swap(step: str) -> None:
+    """A swap that was judged counts on what it names; who forgets it waits, also if nobody waits for that any more."""
+    async with house() as it:
+        it.engine.register("page")
+        it.engine.register("page.gz")
+        forgetting: list[asyncio.Task[None]] = []
+        it.acts[step] = lambda: forgetting.append(asyncio.create_task(it.swaps.forget("model")))
+        await it.swap(model="1.1.0")
+        forgetting[0].cancel()
+        await asyncio.wait(forgetting)
+        await eventually(lambda: "model" not in it.registry.dependencies)
+        assert it.steps == list(STEPS)
 
 
 async def test_a_swap_that_can_be_neither_busted_nor_put_back_stands(tmp_path: Path) -> None:
@@ -628,6 +704,10 @@ async def test_a_swap_is_answered_and_its_repeat_alike() -> None:
         (RESOLVE, {"spec": ""}, 422, "spec"),
         (RESOLVE, {"spec": "model@private"}, 422, "spec"),
         (HOTSWAP, {"swaps": []}, 422, "swaps"),
+        (FORGET, {"name": "private thing"}, 422, "name"),
+        (FORGET, {}, 422, "name"),
+        (HOTSWAP, {"swaps": [{"name": "private thing", "to": "1.0.0"}]}, 422, "swaps.0.name"),
+        (HOTSWAP, {"swaps": [{"name": "private\u0007", "to": "1.0.0"}]}, 422, "swaps.0.name"),
         (HOTSWAP, {"swaps": [{"name": "model"}]}, 422, "swaps.0.to"),
         (HOTSWAP, {"swaps": [{"name": "model", "to": "private"}]}, 422, "swaps.0.to"),
         (HOTSWAP, {"swaps": [{"name": "model", "from": "private", "to": "1.0.0"}]}, 422, "swaps.0.from"),
@@ -702,16 +782,39 @@ async def test_a_registry_that_fails_refuses_announcements_and_swaps(tmp_path: P
         with files_limited(0):
             told = await problem_of(client, DEPENDENCIES, {"name": "other", "versions": ["1.0.0"]}, 500)
             assert told.detail.endswith("; nothing was announced")
+            told = await problem_of(client, FORGET, {"name": "model"}, 500)
+            assert told.detail.endswith("; nothing was forgotten")
             assert (await problem_of(client, HOTSWAP, SWAP, 500)).detail.endswith("; no version has changed")
         assert (await post(client, HOTSWAP, SWAP))[0] == 200
 
 
-async def test_too_many_versions_are_a_507() -> None:
-    """Nothing of them is known."""
+async def test_a_full_registry_takes_a_dependency_once_another_is_forgotten() -> None:
+    """Until then it is a 507; a dependency in use is a 409, and what is not known is forgotten already."""
+    it = House()
+    async with served(it) as client:
+        known = it.registry._dependencies
+        await post(client, DEPENDENCIES, MODEL)
+        known.update({f"m{number}": known["model"] for number in range(MOST_DEPENDENCIES - 1)})
+        more = {"name": "more", "versions": ["2.0.0"]}
+        assert "most dependencies" in (await problem_of(client, DEPENDENCIES, more, 507)).detail
+        await post(client, ENTRIES, {"key": "page", "depends_on": ["model"]})
+        problem = await problem_of(client, FORGET, {"name": "model"}, 409)
+        assert problem.field == "name"
+        assert problem.detail.endswith("entries depend on it; register them without it first; nothing was forgotten")
+        await post(client, ENTRIES, {"key": "page"})
+        for _ in range(2):
+            status, body, _ = await post(client, FORGET, {"name": "model"})
+            assert (status, ForgetReply.model_validate_json(body)) == (200, ForgetReply(name="model"))
+        assert (await post(client, DEPENDENCIES, more))[0] == 200
+
+
+async def test_the_257th_version_is_known_and_the_lowest_is_not() -> None:
+    """However many there were."""
     async with served(House()) as client:
         await post(client, DEPENDENCIES, {**MODEL, "versions": [f"1.0.{number}" for number in range(256)]})
-        more = {"name": "model", "versions": ["2.0.0"]}
-        assert "256 versions may be known" in (await problem_of(client, DEPENDENCIES, more, 507)).detail
+        _, body, _ = await post(client, DEPENDENCIES, {"name": "model", "versions": ["2.0.0"]})
+        versions = DependencyReply.model_validate_json(body).versions
+        assert (len(versions), versions[:2], versions[-1]) == (256, ("1.0.0", "1.0.2"), "2.0.0")
 
 
 async def test_the_keys_of_a_token_are_its_own(tmp_path: Path) -> None:

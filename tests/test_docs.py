@@ -31,6 +31,7 @@ ROUTES = [
     "GET /api/v1/bindings/capabilities",
     "POST /api/v1/entries",
     "POST /api/v1/dependencies",
+    "POST /api/v1/dependencies/forget",
     "GET /api/v1/dependencies",
     "POST /api/v1/resolve",
     "POST /api/v1/hotswap",

@@ -443,7 +443,7 @@ def knowing(fake: FakeDaemon, **current: str) -> None:
         fake.dependencies[name] = DependencyReply(name=name, current=version, versions=(version, "1.1.0"))
 
 
-@pytest.mark.parametrize("path", ["entries", "dependencies", "resolve", "hotswap"])
+@pytest.mark.parametrize("path", ["entries", "dependencies", "dependencies/forget", "resolve", "hotswap"])
 async def test_what_it_does_not_advertise_it_does_not_have(path: str) -> None:
     """The route is missing."""
     async with FakeDaemon() as fake, calling(fake) as caller:
@@ -531,6 +531,29 @@ async def test_a_bust_drops_entries_as_its_strategy_says() -> None:
         assert list(fake.entries) == ["c"]
     async with FakeDaemon() as fake, calling(fake) as caller:
         assert BustReply.model_validate_json((await caller.bust("a"))[1]).removed is None
+
+
+async def test_a_dependency_is_forgotten_unless_something_depends_on_it() -> None:
+    """What it does not know is forgotten already; what is no name is refused."""
+    async with FakeDaemon(capabilities=EXTENDED) as fake, calling(fake) as caller:
+        knowing(fake, model="1.0.0", templates="1.0.0")
+        fake.entries["page"] = ("templates",)
+        for name, status, left in (
+            ("templates", 409, ["model", "templates"]),
+            ("two words", 422, ["model", "templates"]),
+            (7, 422, ["model", "templates"]),
+            ("model", 200, ["templates"]),
+            ("model", 200, ["templates"]),
+        ):
+            told, said = await caller.post("dependencies/forget", {"name": name})
+            assert (told, list(fake.dependencies)) == (status, left)
+            if status == 200:
+                assert said == {"status": "success", "name": "model"}
+            else:
+                assert said["field"] == "name"
+        fake.entries.clear()
+        assert (await caller.post("dependencies/forget", {"name": "templates"}))[0] == 200
+        assert fake.dependencies == {}
 
 
 # What it requires of its clients

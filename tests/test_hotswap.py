@@ -312,6 +312,20 @@ async def test_a_swap_that_the_rules_refuse_changes_nothing(start_daemon: StartD
             await client.hot_swap([Swap("a", to="1.1.0", from_="0.9.0")])
 
 
+async def test_a_dependency_that_nothing_depends_on_is_forgotten(start_daemon: StartDaemon) -> None:
+    """One that is in use is not; one that is not known is forgotten already."""
+    process = start_daemon()
+    async with BustcallClient(process.url) as client:
+        for name in ("a", "b"):
+            await client.announce(name, "1.0.0")
+        await client.register("page.html", ["a"])
+        with pytest.raises(BustRejected, match=r"forgetting a failed .* it was not applied") as caught:
+            await client.forget("a")
+        assert caught.value.applied == "no"
+        assert await client.forget("b") == await client.forget("b") == process.url
+        assert [one.name for one in await client.dependencies()] == ["a"]
+
+
 async def test_a_daemon_without_the_capability_is_not_asked(start_daemon: StartDaemon) -> None:
     """The error names what it does not advertise; it was not sent, and so not applied."""
     process = start_daemon("--access", "cache.hotswap=private")
@@ -355,6 +369,7 @@ async def test_a_disabled_client_has_nothing_to_ask() -> None:
         client.announce("a", "1.0.0"),
         client.register("a"),
         client.dependencies(),
+        client.forget("a"),
         client.hot_swap([Swap("a", to="1.0.0")]),
     ):
         with pytest.raises(InvalidRequest, match="disabled"):

@@ -23,7 +23,7 @@ from pybustcall.capabilities import digest_of
 from pybustcall.models import CapabilityDocument, Problem, StatusReply, cache_key_of
 from pybustcall.testing import Answer, FakeDaemon, check_daemon
 from tests.conftest import PATIENCE, StartDaemon, wait_until
-from tests.interop import PeerProcess
+from tests.interop import PeerProcess, start_peer
 from tests.interop.node_lua import CLIENTS, PEERS, start_lua_peer, start_node_peer
 
 pytestmark = [pytest.mark.requirement("INT-02"), pytest.mark.requirement("INT-04")]
@@ -328,6 +328,10 @@ def test_a_body_is_asked_for_before_it_comes(lua_peer: PeerProcess) -> None:
     ("sent", "status"),
     [
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\r\n\r\n", b"400"),
+        (b"\r\n\r\n", b"400"),
+        (b"\n\r\n\r\n", b"400"),
+        (b"A\n\r\n\r\n", b"400"),
+        (b"\r\r\n\r\n", b"400"),
         (b"GET /api/v1/status\r\n\r\n", b"400"),
         (b"GET /api/v1/status HTTP/2.0\r\n\r\n", b"400"),
         (b"GET /api/v1/status HTTP/1.1\r\nHost localhost\r\n\r\n", b"400"),
@@ -352,6 +356,33 @@ def test_what_is_not_http_is_refused_and_left(lua_peer: PeerProcess, sent: bytes
     with connect(lua_peer) as connection:
         connection.sendall(request(more="Connection: close\r\n"))
         assert read_all(connection).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    ("function", "sent"),
+    [("gsub", b"GET /planted HTTP/1.1\r\n\r\n"), ("find", b"GET /planted")],
+)
+def test_an_error_ends_the_connection_that_it_is_about_and_no_other(function: str, sent: bytes) -> None:
+    """Wherever it is made, here planted where the head is read; it is told, and the daemon goes on."""
+    plant = f"""
+        local real = string.{function}
+        string.{function} = function(text, ...)
+          if text:match "planted" then error "as planted" end
+          return real(text, ...)
+        end
+    """
+    interpreter, script = PEERS["lua"]()
+    with start_peer([interpreter, "-e", plant, script, "--port", "0"]) as broken, connect(broken) as other:
+        whole = request(more="Connection: close\r\n")
+        other.sendall(whole[:-5])
+        for _ in range(2):
+            with connect(broken) as connection:
+                connection.sendall(sent)
+                assert read_all(connection) == b""
+        other.sendall(whole[-5:])
+        assert read_all(other).startswith(b"HTTP/1.1 200 ")
+        told = re.findall(r"^a connection was closed after an error: .*as planted$", broken.output(), re.MULTILINE)
+        assert len(told) == 2
 
 
 def test_more_connections_than_it_serves_are_closed(lua_peer: PeerProcess) -> None:

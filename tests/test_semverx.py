@@ -22,7 +22,7 @@ from packaging.version import Version
 
 from pybustcall import semverx
 from pybustcall.capabilities import semverx_of
-from pybustcall.errors import BustcallError, InvalidVersion
+from pybustcall.errors import BustcallError, InvalidRequest, InvalidVersion
 from pybustcall.semverx import (
     HOT_SWAP,
     MAX_ALTERNATIVES,
@@ -269,6 +269,18 @@ def test_a_version_can_be_copied_pickled_and_shown(text: str) -> None:
         {"patch_state": L, "build": "b"},
         {"patch_state": "beta"},
         {"prerelease": ("stable", *"a" * 200)},
+        {"major": 10**5000},
+        {"major": -(10**5000)},
+        {"prerelease": (10**5000,)},
+        {"prerelease": ((10**5000,),)},
+        {"prerelease": 5},
+        {"prerelease": {1: "rc"}},
+        {"prerelease": None},
+        {"prerelease": "rc"},
+        {"build": 10**5000},
+        {"build": None},
+        {"patch_state": 10**5000},
+        {"patch_state": L, "prerelease": (10**5000,)},
     ],
 )
 def test_fields_that_no_text_says_are_refused(change: dict[str, Any]) -> None:
@@ -298,7 +310,8 @@ def test_what_is_no_text_is_refused(read: Reader, value: object) -> None:
         (parse, "", "is empty"),
         (parse, "1.02.3", "'02' as its minor number, with a leading zero"),
         (parse, "1.2.x", "'x' as its patch number, which is none"),
-        (parse, "1.2", "divided by dots into 2"),
+        (parse, "1.2", "'1.2' has 2 parts; write three numbers, as in 1.2.0, or six parts with states"),
+        (parse, "new", "'new' has 1 part; write three numbers"),
         (parse, "1.2.\u0663", r"U\+0663 at position 4"),
         (parse, "9007199254740992.0.0", "major number above 2"),
         (parse, "1.2.3-a..b", "'' as an identifier"),
@@ -307,7 +320,7 @@ def test_what_is_no_text_is_refused(read: Reader, value: object) -> None:
         (parse, "1" * 257, "257 characters, which is more than 256"),
         (SemverXRange.parse, ">", "an operator stands where a version should"),
         (SemverXRange.parse, "1.x,", "missing beside a comma"),
-        (SemverXRange.parse, "1.2.3.4", "divided by dots into 4"),
+        (SemverXRange.parse, "1.2.3.4", "'1.2.3.4' has 4 parts; write one to three numbers, as in 1.2, or six parts"),
         (SemverXRange.parse, "1.0.0 - 2.0.0", "is written >=1.0.0 <=2.0.0"),
         (SemverXRange.parse, "^*", "no number that it could compare with"),
         (SemverXRange.parse, "1.x.2", "a number after a wildcard"),
@@ -723,6 +736,34 @@ def test_a_part_passes_iff_all_that_its_pair_takes_is_given(pair: tuple[State, S
 def test_a_verdict_gives_its_reasons(current: str, candidate: str, flags: dict[str, bool], reasons: list[str]) -> None:
     """Why it may be, or what it would take."""
     assert list(can_hot_swap(parse(current), candidate, **flags).reasons) == reasons
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize("value", ["no", "", 1, 0, None])
+def test_a_flag_is_true_or_false(flag: str, value: object) -> None:
+    """What only seems so is refused by name: "no" is no opting in."""
+    flags: dict[str, Any] = {flag: value}
+    with pytest.raises(InvalidRequest, match=f"{flag} must be true or false, not {type(value).__name__}") as caught:
+        can_hot_swap("1.0.0", "1.1.0", **flags)
+    assert caught.value.field == flag
+
+
+def test_a_new_major_of_something_stable_is_not_swapped_in_one_step() -> None:
+    """Whatever is given."""
+    verdict = can_hot_swap("1.9.0", "2.0.0", **dict.fromkeys(FLAGS, True))
+    assert not verdict
+    assert verdict.failed == ("major", "minor", "patch")
+
+
+def test_a_new_major_is_swapped_by_way_of_an_experimental_version() -> None:
+    """The steps are those of the page, and none of them goes without what the page has it take."""
+    section = PAGE.partition("\n## Hot-swap\n")[2]
+    steps = re.findall(r"^\d\. from `([^`]+)` to `([^`]+)` with `([^`]+)`$", section, re.MULTILINE)
+    assert [steps[0][0], steps[-1][1]] == ["1.9.0", "2.0.0"]
+    assert [step[0] for step in steps[1:]] == [step[1] for step in steps[:-1]]
+    for current, candidate, flag in steps:
+        assert can_hot_swap(current, candidate, **{flag: True})
+        assert not can_hot_swap(current, candidate)
 
 
 def test_a_swap_of_what_is_no_version_is_an_error() -> None:

@@ -38,6 +38,7 @@ __all__ = [
     "Clients",
     "Refusal",
     "check_access",
+    "check_meeting",
     "check_requires",
     "check_token",
     "ip_address",
@@ -53,6 +54,7 @@ _BINDING_HEADER: Final = "Bustcall-Binding"
 
 _TIERS: Final[tuple[Access, ...]] = get_args(Access)
 _PUBLIC: Final = frozenset({"daemon.capabilities"})
+_MEETING: Final = "daemon.negotiate"
 _FOLLOWERS: Final[Mapping[str, str]] = {"cache.bust.idempotent": "cache.bust"}  # whose access is another's
 
 _REJECTED: Final = TABLE[FaultKind.REJECTED].stage
@@ -106,6 +108,17 @@ def check_requires(requires: Requirements) -> None:
             )
 
 
+def check_meeting(requires: Requirements, access: Mapping[str, str], operator_token: str | None) -> None:
+    """Raise `ConfigurationError` if clients must tell what they can do, and nobody may tell it."""
+    if requires.capabilities and access.get(_MEETING) == "private" and operator_token is None:
+        raise ConfigurationError(
+            f"capabilities are required of clients, which tell theirs by {_MEETING}, and that is private: no client"
+            " could do anything; leave it protected, require no capability, or set an operator token"
+            " (BUSTCALL_OPERATOR_TOKEN)",
+            setting="access",
+        )
+
+
 def tiers_of(capabilities: Iterable[str], access: Mapping[str, Access]) -> dict[str, Access]:
     """Tell the tier of each capability: what `access` says, or else public for the capabilities, protected for all."""
 
@@ -136,7 +149,9 @@ def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
 class Refusal(Exception):
     """A request ends here: what to answer, and at which stage to remember it, or None not to.
 
-    `kind` is the problem's type, for those that have one; `binding` is who asked, as far as the body said.
+    - `kind`: the problem's type, for those that have one
+    - `binding`: who asked, as far as the body said
+    - `denial`: whether somebody was not let in, rather than something asked wrongly
     """
 
     def __init__(
@@ -151,10 +166,12 @@ class Refusal(Exception):
         unmet: tuple[str, ...] | None = None,
         headers: Mapping[str, str] | None = None,
         binding: str = "unknown",
+        denial: bool = False,
     ) -> None:
         super().__init__(detail)
         self.stage = stage
         self.binding = binding
+        self.denial = denial
         self._headers = headers
         self._problem = Problem(
             type=kind,
@@ -245,13 +262,12 @@ class Admission:
         listener = request.get_extra_info("socket")
         hosts = request.headers.getall("Host", [])
         if (listener is None or listener.family != socket.AF_UNIX) and not self._is_known_host(hosts):
-            raise Refusal(
+            raise _denial(
                 421,
                 f"{denied}: this daemon does not answer for that host; its operator can add it to the allowed hosts",
-                stage=_DENIED,
             )
         if not _is_own_origin(request.headers, hosts):
-            raise Refusal(403, f"{denied}: pages of other origins may not call this daemon", stage=_DENIED)
+            raise _denial(403, f"{denied}: pages of other origins may not call this daemon")
         match "protected" if capability is None else self.tiers[capability]:
             case "protected":
                 self._admit_protected(request, denied)
@@ -264,12 +280,12 @@ class Admission:
 
     def _admit_private(self, request: web.Request, denied: str) -> None:
         if self.operator_token is None:
-            raise Refusal(403, f"{denied}: it is private, and nobody may use it here", stage=_DENIED)
+            raise _denial(403, f"{denied}: it is private, and nobody may use it here")
         given = self.credential(request)
         if given is None:
             raise _unknown(f"{denied}: it is private, and wants the operator's token, as Authorization: Bearer")
         if given != self.operator_token:
-            raise Refusal(403, f"{denied}: it is private, and this token does not open it", stage=_DENIED)
+            raise _denial(403, f"{denied}: it is private, and this token does not open it")
 
     def _is_known_host(self, hosts: list[str]) -> bool:
         found = _HOST_HEADER.fullmatch(hosts[0]) if len(hosts) == 1 else None
@@ -279,7 +295,11 @@ class Admission:
 
 
 def _unknown(detail: str) -> Refusal:
-    return Refusal(401, detail, stage=_DENIED, headers={"WWW-Authenticate": "Bearer"})
+    return _denial(401, detail, {"WWW-Authenticate": "Bearer"})
+
+
+def _denial(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Refusal:
+    return Refusal(status, detail, stage=_DENIED, headers=headers, denial=True)
 
 
 def _is_own_origin(headers: CIMultiDictProxy[str], hosts: list[str]) -> bool:

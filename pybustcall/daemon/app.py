@@ -36,6 +36,7 @@ from pybustcall.daemon.access import (
     Clients,
     Refusal,
     check_access,
+    check_meeting,
     check_requires,
     check_token,
     is_loopback,
@@ -44,7 +45,16 @@ from pybustcall.daemon.access import (
 )
 from pybustcall.daemon.backends import BackendFailure, RefusedKey
 from pybustcall.daemon.connections import Connection
-from pybustcall.daemon.dependencies import NotCurrent, RegistryFull, SwapRefused, Unreadable, Unresolved, resolved
+from pybustcall.daemon.dependencies import (
+    InUse,
+    NotCurrent,
+    RegistryFull,
+    SwapRefused,
+    Unreadable,
+    Unresolved,
+    named,
+    resolved,
+)
 from pybustcall.daemon.engine import IndexFull, UnknownStrategy
 from pybustcall.daemon.history import FaultHistory
 from pybustcall.daemon.idempotency import Idempotency, KeyReused, fingerprint_of, name_of
@@ -76,6 +86,8 @@ from pybustcall.models import (
     CapabilityLimits,
     DependenciesReply,
     DependencyReply,
+    ForgetReply,
+    ForgetRequest,
     HotSwapRequest,
     RegisterReply,
     RegisterRequest,
@@ -108,6 +120,8 @@ _DENIED: Final = TABLE[FaultKind.NOT_ALLOWED].stage
 _BROKEN: Final = TABLE[FaultKind.SERVER_ERROR].stage
 
 GRACE: Final = 0.25  # seconds for the last bytes of answers, and for handlers to end when cancelled
+
+_QUIET: Final = 10.0  # seconds between two lines of the log about denials
 
 _REPLAYED_HEADER: Final = "Idempotency-Replayed"
 _HOST_NAME: Final = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
@@ -166,6 +180,7 @@ def check_settings(settings: DaemonSettings) -> None:
         raise ConfigurationError("the operator token must be another than the token", setting="operator_token")
     check_access(settings.access, _capabilities())
     check_requires(settings.requires)
+    check_meeting(settings.requires, settings.access, settings.operator_token)
     if settings.socket is None:
         if type(settings.port) is not int or not 0 <= settings.port <= 65535:
             raise ConfigurationError(f"the port must be 0 to 65535, not {settings.port!r}", setting="port")
@@ -200,6 +215,16 @@ def check_settings(settings: DaemonSettings) -> None:
         )
     if not 0 <= settings.drain < float("inf"):
         raise ConfigurationError(f"the drain must be 0 seconds or more, not {settings.drain!r}", setting="drain")
+    if (
+        settings.state is not None
+        and settings.registry is not None
+        and os.path.realpath(settings.state) == os.path.realpath(settings.registry)
+    ):
+        raise ConfigurationError(
+            f"the state and the registry cannot both be kept in {os.fspath(settings.registry)!r}; give each a file of"
+            " its own",
+            setting="registry",
+        )
 
 
 async def _expect_later(_request: web.Request) -> None:
@@ -248,6 +273,8 @@ class Daemon:
         self._stopping = asyncio.Event()
         self._quiet = asyncio.Event()
         self._requests = 0
+        self._told = float("-inf")  # when a denial was logged
+        self._untold = 0
         self._connections: set[asyncio.Task[None]] = set()
 
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -298,8 +325,20 @@ class Daemon:
         """Remember a refusal; `said` is the binding that the headers say, which a body may say better."""
         if refusal.stage is not None:
             binding = said if refusal.binding == "unknown" else refusal.binding
-            self._history.record(refusal.stage, str(refusal), binding=binding)
+            self._history.record(refusal.stage, str(refusal), binding=binding, denial=refusal.denial)
+            if refusal.denial:
+                self._tell_denial(refusal, binding)
         return refusal.response()
+
+    def _tell_denial(self, refusal: Refusal, binding: str) -> None:
+        """Log a denial, or only count it if one was logged just now: the next line tells how many there were."""
+        now = asyncio.get_running_loop().time()
+        if now - self._told < _QUIET:
+            self._untold += 1
+            return
+        since = f"; {self._untold} more since the line before" if self._untold else ""
+        _log.warning("%s (asked by %s%s)", refusal, binding, since)
+        self._told, self._untold = now, 0
 
     def refuse_unread(self, status: int) -> web.Response:
         """Make the refusal of what is no request, and remember it."""
@@ -396,6 +435,19 @@ class Daemon:
         known = self._swaps.registry.dependencies
         return _json(DependenciesReply(dependencies=tuple(_reply_of(known[name]) for name in sorted(known))))
 
+    async def forget(self, request: web.Request) -> web.Response:
+        """POST /api/v1/dependencies/forget."""
+        asked, binding = await self._read(request, ForgetRequest)
+        try:
+            await self._swaps.forget(named(asked.name, "name"))
+        except Unreadable as error:
+            raise Refusal(422, str(error), field_name=error.field, binding=binding) from None
+        except InUse as error:
+            raise Refusal(409, f"{error}; nothing was forgotten", field_name="name", binding=binding) from None
+        except RegistryFailure as error:
+            raise _told(error, "nothing was forgotten", binding) from error
+        return _json(ForgetReply(name=asked.name))
+
     async def resolve(self, request: web.Request) -> web.Response:
         """POST /api/v1/resolve."""
         asked, binding = await self._read(request, ResolveRequest)
@@ -426,7 +478,7 @@ class Daemon:
             raise Refusal(422, str(error), field_name=error.field, binding=binding) from None
         except SwapRefused as error:
             raise Refusal(409, str(error), kind=_SWAP_REFUSED, unmet=error.unmet, binding=binding) from None
-        except (RegistryFull, RegistryFailure) as error:
+        except RegistryFailure as error:
             raise _told(error, "no version has changed", binding) from error
         except SwapFailed as error:
             _log.error("a hot swap failed: %s", error)
@@ -548,6 +600,7 @@ ROUTES: Final = (
     Route("POST", "/api/v1/entries", "cache.register", Daemon.register),
     Route("POST", "/api/v1/dependencies", "cache.dependencies", Daemon.announce),
     Route("GET", "/api/v1/dependencies", "cache.dependencies", Daemon.dependencies),
+    Route("POST", "/api/v1/dependencies/forget", "cache.dependencies", Daemon.forget),
     Route("POST", "/api/v1/resolve", "semver.resolve", Daemon.resolve),
     Route("POST", "/api/v1/hotswap", "cache.hotswap", Daemon.hotswap),
     Route("GET", "/api/v1/status", "daemon.status", Daemon.status),

@@ -1,4 +1,4 @@
-"""A private SQLite file: opened or made, refused if it is not ours, set aside if it is damaged.
+"""A private SQLite file: opened or made, refused if it is not ours or a text, set aside if it is damaged.
 
 This module decides what becomes of the file that a setting names, whatever is found there, and how a transaction ends.
 What is kept in the file, when it is written, and what follows if it cannot be, is decided by the rooms that own it.
@@ -36,6 +36,9 @@ _DAMAGE: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _OPERATORS_TO_MEND: Final = frozenset({sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM})
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
+_MAGIC: Final = b"SQLite format 3\0"
+_HEAD_BYTES: Final = 65536  # of a file that is no database, to tell whether it is a text
+
 _log = logging.getLogger("pybustcall.daemon")
 
 
@@ -66,8 +69,8 @@ class Database:
     """A database in a private file or, without a path, in memory. Used in one thread only.
 
     A file belongs to one daemon at a time: what another daemon did to its own cache says nothing of this one's. A
-    damaged file is set aside and a new one begun, also in the midst of the work. `prepare` is called with each
-    connection that was opened.
+    damaged file is set aside and a new one begun, also in the midst of the work. Another program's database, and a
+    text, are refused and left as they are. `prepare` is called with each connection that was opened.
     """
 
     def __init__(self, kind: Kind, path: Path | None, prepare: Callable[[sqlite3.Connection], None]) -> None:
@@ -128,14 +131,40 @@ class Database:
             except sqlite3.Error as error:
                 if not is_damage(error):
                     raise
+                self._refuse_text()
                 self.set_aside(str(error))
                 self._connect()
         assert self._db is not None  # noqa: S101 - made by _connect
         return self._db
 
+    def _refuse_text(self) -> None:
+        """Raise `ConfigurationError` if what SQLite cannot read was never a database, but something that people write.
+
+        The file is opened here, since it cannot be one of ours that another daemon in this process has locked.
+        """
+        if self._path is None:
+            return
+        with self._path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+        if head.startswith(_MAGIC) or b"\0" in head:
+            return
+        why = "is a text and no database, and is left as it is; choose another path"
+        if self._kind.setting == "registry" and head.lstrip()[:1] in {b"{", b"["}:
+            why += ", and give JSON that lists entries with --register"
+        raise _refuse(self._path, self._kind.setting, why)
+
     def _connect(self) -> None:
-        if self._path is not None:
-            _make_private(self._path, self._kind.setting)
+        if self._path is None:
+            self._db = self._connected()
+            return
+        mode = _make_private(self._path, self._kind.setting)
+        try:
+            self._db = self._connected()
+        except (ConfigurationError, sqlite3.Error):
+            self._path.chmod(mode)  # what is refused is left as it is
+            raise
+
+    def _connected(self) -> sqlite3.Connection:
         try:
             db = sqlite3.connect(self._path or ":memory:", timeout=_LOCK_PATIENCE, isolation_level=None)
             try:
@@ -149,28 +178,31 @@ class Database:
             if mistake is None:
                 raise
             raise mistake from error
-        self._db = db
+        return db
 
     def _check(self, db: sqlite3.Connection) -> None:
-        for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = NORMAL"):
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        application = _pragma(db, "application_id")
+        is_new = not application and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if not is_new and application != self._kind.application:
+            why = "is a database of something else, which is left as it is; choose another path"
+            raise _refuse(self._path, self._kind.setting, why)
+        for pragma in ("journal_mode = WAL", "synchronous = NORMAL"):  # the first would change another's file
             db.execute(f"PRAGMA {pragma}")
-        if not _pragma(db, "application_id") and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        if is_new:
             with transaction(db):
                 for statement in self._kind.schema:
                     db.execute(statement)
                 db.execute(f"PRAGMA application_id = {self._kind.application}")
                 db.execute(f"PRAGMA user_version = {self._kind.version}")
-        elif _pragma(db, "application_id") != self._kind.application:
-            why = "is a database of something else, which is left as it is; choose another path"
-            raise _refuse(self._path, self._kind.setting, why)
         elif (version := _pragma(db, "user_version")) != self._kind.version:
             raise Damaged(f"it is of version {version}, not {self._kind.version}")
         elif (found := _pragma(db, "quick_check(1)")) != "ok":
             raise Damaged(str(found))
 
 
-def _make_private(path: Path, setting: str) -> None:
-    """See to it that there is a file with mode 0600. Raises `ConfigurationError` if there cannot be one.
+def _make_private(path: Path, setting: str) -> int:
+    """See to it that there is a file with mode 0600; tell its mode before. Raises `ConfigurationError` if it cannot be.
 
     A file that is there is not opened: closing it again would release the locks of another daemon in this process.
     """
@@ -182,6 +214,7 @@ def _make_private(path: Path, setting: str) -> None:
             raise _refuse(path, setting, "is not a regular file; choose another path")
         if stat.S_IMODE(mode) != 0o600:
             path.chmod(0o600)
+        return stat.S_IMODE(mode)
     except OSError as error:
         if error.errno in _NO_ROOM:
             raise

@@ -16,7 +16,7 @@ from pybustcall.errors import InvalidVersion
 from pybustcall.semverx import SemverX, SemverXRange, Spec, can_hot_swap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from pybustcall.models import AnnounceRequest, HotSwapRequest, SwapItem
 
@@ -25,6 +25,7 @@ __all__ = [
     "MOST_VERSIONS",
     "Change",
     "Dependency",
+    "InUse",
     "NotCurrent",
     "RegistryFull",
     "SwapRefused",
@@ -32,20 +33,22 @@ __all__ = [
     "Unresolved",
     "announced",
     "judged",
+    "named",
     "resolved",
+    "restored",
     "with_version",
 ]
 
 MOST_DEPENDENCIES: Final = 10_000
 MOST_VERSIONS: Final = 256
-"""How many versions of one dependency may be known."""
+"""How many versions of one dependency may be known; a new one takes the place of the lowest that can go."""
 
 _SHOWN: Final = 20  # versions that a refusal lists, the highest
 _ANY: Final = SemverXRange.parse("*")
 
 
 class Unreadable(ValueError):
-    """The text of a field is no version, spec or name. `field` names the field; the text is not repeated."""
+    """A field is no version, spec or name, or lists too many. `field` names the field; the text is not repeated."""
 
     def __init__(self, field: str, what: str) -> None:
         super().__init__(f"{field} is not {what}")
@@ -54,6 +57,10 @@ class Unreadable(ValueError):
 
 class RegistryFull(Exception):
     """There is as much as may be, and this would be more."""
+
+
+class InUse(Exception):
+    """The dependency cannot be forgotten: something still goes by it, which the text tells."""
 
 
 class NotCurrent(Exception):
@@ -96,12 +103,13 @@ class Change:
     after: str
 
 
-def announced(asked: AnnounceRequest, known: Dependency | None, count: int) -> Dependency:
+def announced(asked: AnnounceRequest, known: Dependency | None, count: int, spared: Collection[str] = ()) -> Dependency:
     """Tell what a dependency is after an announcement; `known` is what it was before, `count` how many there are.
 
-    Raises `Unreadable`, `RegistryFull`, and `NotCurrent` if it says that another version is current than is.
+    Raises `Unreadable`, `RegistryFull`, and `NotCurrent` if it says that another version is current than is. `spared`
+    is as for `with_version`.
     """
-    _check_name(asked.name)
+    named(asked.name, "name")
     told = [_canonical(text, f"versions.{number}") for number, text in enumerate(asked.versions)]
     current = None if asked.current is None else _canonical(asked.current, "current")
     if known is None:
@@ -110,17 +118,29 @@ def announced(asked: AnnounceRequest, known: Dependency | None, count: int) -> D
         known = Dependency(asked.name, current or str(_ANY.best(told)), ())
     if current not in {None, known.current}:
         raise NotCurrent(known.current)
-    return with_version(known, known.current, *told)
+    if len({known.current, *told}) > MOST_VERSIONS:
+        raise Unreadable("versions", f"a list of at most {MOST_VERSIONS} versions, the current one counted in")
+    return with_version(known, known.current, *told, spared=spared)
 
 
-def with_version(known: Dependency, *versions: str) -> Dependency:
-    """Tell what a dependency is once it is known to have these versions too. Raises `RegistryFull`."""
+def with_version(known: Dependency, *versions: str, spared: Collection[str] = ()) -> Dependency:
+    """Tell what a dependency is once it is known to have these versions too.
+
+    If there are too many, the lowest are forgotten, but neither the current one nor these; those that are `spared`, for
+    an unfinished swap names them, go last.
+    """
     union = {*known.versions, *versions}
-    if len(union) > MOST_VERSIONS:
-        raise RegistryFull(f"the registry is full: of one dependency, {MOST_VERSIONS} versions may be known")
     if len(union) == len(known.versions):
         return known
-    return replace(known, versions=tuple(sorted(union, key=_rank)))
+    others = sorted(union.difference(versions, [known.current]), key=lambda it: (it in spared, _rank(it)))
+    kept = union.difference(others[: max(0, len(union) - MOST_VERSIONS)])
+    return replace(known, versions=tuple(sorted(kept, key=_rank)))
+
+
+def restored(name: str, current: str, versions: Iterable[str]) -> Dependency:
+    """Make a dependency of what was written down of it. Raises `Unreadable` for what cannot have been."""
+    known = Dependency(named(name, "name"), _canonical(current, "current"), ())
+    return with_version(known, known.current, *(_canonical(text, "versions") for text in versions))
 
 
 def resolved(text: str, known: Mapping[str, Dependency]) -> tuple[Spec, SemverX]:
@@ -139,11 +159,10 @@ def resolved(text: str, known: Mapping[str, Dependency]) -> tuple[Spec, SemverX]
 
 
 def judged(asked: HotSwapRequest, known: Mapping[str, Dependency]) -> tuple[Change, ...]:
-    """Tell what a swap changes. Raises `Unreadable`, `RegistryFull`, and `SwapRefused` with every reason against it."""
+    """Tell what a swap changes. Raises `Unreadable`, and `SwapRefused` with every reason against it."""
+    names = Counter(named(item.name, f"swaps.{number}.name") for number, item in enumerate(asked.swaps))
     changes = []
-    unmet: list[str] = [
-        f"{name}: is named {times} times" for name, times in Counter(it.name for it in asked.swaps).items() if times > 1
-    ]
+    unmet = [f"{name}: is named {times} times" for name, times in names.items() if times > 1]
     for number, item in enumerate(asked.swaps):
         to = _canonical(item.to, f"swaps.{number}.to")
         since = None if item.from_ is None else _canonical(item.from_, f"swaps.{number}.from")
@@ -155,7 +174,6 @@ def judged(asked: HotSwapRequest, known: Mapping[str, Dependency]) -> tuple[Chan
             unmet.append(f"{item.name}: the current version is {found.current}, not {since}")
             continue
         unmet += _broken_rules(item, found, to)
-        with_version(found, to)
         changes.append(Change(item.name, found.current, to))
     if unmet:
         raise SwapRefused(tuple(dict.fromkeys(unmet)))
@@ -171,14 +189,18 @@ def _broken_rules(item: SwapItem, found: Dependency, to: str) -> Iterable[str]:
         migrate=item.migrate,
         rollback=item.rollback,
     )
-    return [] if verdict else [f"{item.name}: {reason}" for reason in verdict.reasons]
+    parts: dict[str, list[str]] = {}  # by what is wrong with them, which is often the same
+    for part, reason in zip(verdict.failed, verdict.reasons, strict=False):  # if none failed, the reasons are others
+        parts.setdefault(reason.removeprefix(f"{part}: "), []).append(part)
+    return [f"{item.name}: {', '.join(some)}: {why}" for why, some in parts.items()]
 
 
-def _check_name(name: str) -> None:
+def named(name: str, field: str) -> str:
+    """Return a dependency's name if it can be one. Raises `Unreadable`."""
     try:
-        Spec(name, _ANY)
+        return Spec(name, _ANY).name
     except InvalidVersion:
-        raise Unreadable("name", "a name: visible text without spaces, with an @ only before a scope") from None
+        raise Unreadable(field, "a name: visible text without spaces, with an @ only before a scope") from None
 
 
 def _canonical(text: str, field: str) -> str:

@@ -25,6 +25,8 @@ from pybustcall.models import (
     CapabilityDocument,
     DependenciesReply,
     DependencyReply,
+    ForgetReply,
+    ForgetRequest,
     HotSwapReply,
     HotSwapRequest,
     Problem,
@@ -132,8 +134,8 @@ _REFUSALS: Final[Mapping[int, _Refusal]] = MappingProxyType(
         408: _Refusal("RequestTimeout", "The body did not arrive in time."),
         409: _Refusal(
             "Conflict",
-            "What is asked does not go with what is: another version is current, or the swap breaks a rule"
-            " (`urn:bustcall:problem:swap-refused`, with every reason in `unmet`). Nothing was changed.",
+            "What is asked does not go with what is: another version is current, the dependency is in use, or the swap"
+            " breaks a rule (`urn:bustcall:problem:swap-refused`, with every reason in `unmet`). Nothing was changed.",
         ),
         413: _Refusal("ContentTooLarge", "The body is larger than `limits.max_body_bytes`."),
         415: _Refusal("UnsupportedMediaType", "The body does not say that it is application/json."),
@@ -158,7 +160,7 @@ _REFUSALS: Final[Mapping[int, _Refusal]] = MappingProxyType(
         ),
         500: _Refusal("InternalServerError", "The cache or a file failed; `detail` tells what was done and what not."),
         503: _Refusal("ServiceUnavailable", "The daemon is stopping.", "Retry-After"),
-        507: _Refusal("InsufficientStorage", "The registry is full. Nothing was changed."),
+        507: _Refusal("InsufficientStorage", "The registry, or its disk, is full. Nothing was changed."),
     }
 )
 _ANY_ROUTE: Final = (400, 401, 403, 417, 421, 500, 503)
@@ -309,6 +311,11 @@ def _operations() -> tuple[_Operation, ...]:
                     },
                 },
                 "list": {"operationId": "dependencies", "description": "It is among those that there are."},
+                "forget": {
+                    "operationId": "forget",
+                    "description": "Have it forgotten, if nothing depends on it.",
+                    "requestBody": {"name": _ASKED_NAME},
+                },
             },
         ),
         _Operation(
@@ -319,6 +326,30 @@ def _operations() -> tuple[_Operation, ...]:
             summary="Tell the cache dependencies that there are.",
             reply=DependenciesReply,
             answer={"dependencies": [_DEPENDENCY]},
+        ),
+        _Operation(
+            method="post",
+            path="/api/v1/dependencies/forget",
+            name="forget",
+            capability="cache.dependencies",
+            summary="Forget a cache dependency on which no entry depends.",
+            request=ForgetRequest,
+            example={"name": "vat-table"},
+            reply=ForgetReply,
+            answer={"status": "success", "name": "vat-table"},
+            refusals=(409, 507),
+            links={
+                "again": {
+                    "operationId": "forget",
+                    "description": "What is not known is forgotten already.",
+                    "requestBody": {"name": _ASKED_NAME},
+                },
+                "announce": {
+                    "operationId": "announce",
+                    "description": "It can be announced anew.",
+                    "requestBody": {"name": _ASKED_NAME, "versions": ["1.0.0"]},
+                },
+            },
         ),
         _Operation(
             method="post",

@@ -39,7 +39,7 @@ from pybustcall.daemon.database import (
     open_in,
     transaction,
 )
-from pybustcall.daemon.dependencies import Change, Dependency, announced, with_version
+from pybustcall.daemon.dependencies import Change, Dependency, InUse, announced, restored, with_version
 from pybustcall.daemon.index import Index
 from pybustcall.errors import ConfigurationError
 
@@ -136,12 +136,13 @@ _Entry = tuple[str, tuple[str, ...] | None]  # a key and what it depends on, Non
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Writing:
-    """What one transaction writes. `gone` are the ids of swaps to forget."""
+    """What one transaction writes. `gone` are the ids of swaps to forget, `forgotten` the names of dependencies."""
 
     entries: tuple[_Entry, ...] = ()
     dependencies: tuple[Dependency, ...] = ()
     swaps: tuple[Swap, ...] = ()
     gone: tuple[int, ...] = ()
+    forgotten: tuple[str, ...] = ()
 
 
 @final
@@ -169,6 +170,7 @@ def _write(db: sqlite3.Connection, writings: tuple[_Writing, ...], *, durable: b
                 "INSERT OR REPLACE INTO dependencies VALUES (?, ?, ?)",
                 ((it.name, it.current, json.dumps(it.versions)) for it in writing.dependencies),
             )
+            db.executemany("DELETE FROM dependencies WHERE name = ?", ((name,) for name in writing.forgotten))
             db.executemany("DELETE FROM swaps WHERE id = ?", ((number,) for number in writing.gone))
             # A row that bears the same key is one that could not be written to its end: it is replaced.
             db.executemany("INSERT OR REPLACE INTO swaps VALUES (?, ?, ?, ?, ?, ?, ?)", map(_row, writing.swaps))
@@ -181,25 +183,57 @@ def _row(swap: Swap) -> tuple[object, ...]:
 
 def _read(db: sqlite3.Connection) -> _Known:
     """Read everything. Raises `Damaged` if something in it is not as we write it."""
+    cursor = db.cursor()
     try:
         return _Known(
-            {key: tuple(json.loads(names)) for key, names in db.execute("SELECT key, depends_on FROM entries")},
+            {_a(str, key): _texts(names) for key, names in cursor.execute("SELECT key, depends_on FROM entries")},
             {
-                name: Dependency(name, current, tuple(json.loads(versions)))
-                for name, current, versions in db.execute("SELECT name, current, versions FROM dependencies")
+                name: restored(name, current, _texts(versions))
+                for name, current, versions in cursor.execute("SELECT name, current, versions FROM dependencies")
             },
             {
-                number: Swap(
-                    id=number, name=name, request=request, changes=tuple(Change(*it) for it in json.loads(changes)),
-                    phase=Phase(phase), busted=busted, at=at,
-                )
-                for number, name, request, phase, changes, busted, at in db.execute(
-                    "SELECT id, name, request, phase, changes, busted, at FROM swaps ORDER BY id"
-                )
+                row[0]: _swap(*row)
+                for row in cursor.execute("SELECT id, name, request, phase, changes, busted, at FROM swaps ORDER BY id")
             },
-        )  # fmt: skip
-    except (ValueError, TypeError) as error:
+        )
+    except (ValueError, TypeError, RecursionError) as error:
         raise Damaged(f"a row cannot be read: {error}") from error
+    except sqlite3.OperationalError as error:
+        if error_code(error):
+            raise
+        raise Damaged("a row has a text that is not UTF-8") from error  # of which SQLite itself knows nothing
+    finally:
+        cursor.close()  # or the file would stay open as long as the error is at hand
+
+
+def _swap(*row: object) -> Swap:
+    number, name, request, phase, changes, busted, at = row
+    if _a(int, busted) < 0:
+        raise ValueError("a swap busted less than nothing")
+    return Swap(
+        id=_a(int, number),
+        name=None if name is None else _a(bytes, name),
+        request=_a(bytes, request),
+        changes=tuple(Change(*_listed(it, of=str)) for it in _listed(json.loads(_a(str, changes)), of=list)),
+        phase=Phase(_a(str, phase)),
+        busted=_a(int, busted),
+        at=_a(float, at),
+    )
+
+
+def _texts(written: object) -> tuple[str, ...]:
+    return _listed(json.loads(_a(str, written)), of=str)
+
+
+def _listed(value: object, *, of: type[_T]) -> tuple[_T, ...]:
+    return tuple(_a(of, one) for one in _a(list, value))
+
+
+def _a(kind: type[_T], value: object) -> _T:
+    """Return the value if it is of this kind, and no other."""
+    if not isinstance(value, kind):
+        raise TypeError(f"there is {type(value).__name__} where {kind.__name__} should be")
+    return value
 
 
 # On the event loop
@@ -425,11 +459,32 @@ class Registry:
     async def _announce(self, asked: AnnounceRequest) -> Dependency:
         async with self._writing:
             known = self._dependencies.get(asked.name)
-            told = announced(asked, known, len(self._dependencies))
+            told = announced(asked, known, len(self._dependencies), self._at_stake(asked.name))
             if told != known:
                 await self._commit(_Writing(dependencies=(told,)))
                 self._dependencies[told.name] = told
             return told
+
+    async def forget(self, name: str) -> None:
+        """Forget a dependency; one that is not known is forgotten already.
+
+        Raises `InUse` if an entry depends on it or an unfinished swap names it, and `RegistryFailure`; then nothing has
+        changed.
+        """
+        async with self._writing:
+            if name not in self._dependencies:
+                return
+            if count := len(self._index.dependents(name)):
+                raise InUse(f"{count} registered entries depend on it; register them without it first")
+            if self._at_stake(name):
+                raise InUse("a hot swap of it is not finished; ask again later")
+            await self._commit(_Writing(forgotten=(name,)))
+            del self._dependencies[name]
+
+    def _at_stake(self, name: str) -> frozenset[str]:
+        """Tell the versions of a dependency that unfinished swaps name."""
+        changes = [it for swap in self.unfinished() for it in swap.changes if it.name == name]
+        return frozenset(version for it in changes for version in (it.before, it.after))
 
     # Swaps
 
@@ -459,7 +514,11 @@ class Registry:
         async with self._writing:
             put = self._moved(swap, phase, busted)
             dependencies = tuple(
-                replace(with_version(self._dependencies[it.name], it.after), current=it.after) for it in changes
+                replace(
+                    with_version(self._dependencies[it.name], it.after, spared=self._at_stake(it.name)),
+                    current=it.after,
+                )
+                for it in changes
             )
             gone = self._to_forget()
             await self._commit(_Writing(dependencies=dependencies, swaps=(put,), gone=gone))

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, final
 
 from pybustcall.daemon.backends import BackendFailure
-from pybustcall.daemon.dependencies import RegistryFull, judged
+from pybustcall.daemon.dependencies import judged
 from pybustcall.daemon.idempotency import KeyReused
 from pybustcall.daemon.registry import Errands, Phase, Registry, RegistryFailure
 from pybustcall.faults import CLEAN
@@ -165,6 +165,17 @@ class Swaps:
         task.add_done_callback(self._waiting.discard)
         return await self._errands.wait_for(task)
 
+    async def forget(self, name: str) -> None:
+        """Forget a dependency, between two swaps: one that was judged counts on those that it names.
+
+        Raises what `Registry.forget` raises. A caller that is cancelled breaks nothing off.
+        """
+        await self._errands.run(self._forget(name))
+
+    async def _forget(self, name: str) -> None:
+        async with self._turn:
+            await self.registry.forget(name)
+
     async def _in_turn(self, asked: HotSwapRequest, name: bytes | None) -> SwapAnswer:
         async with self._turn:
             self._acting = asyncio.current_task()
@@ -194,7 +205,7 @@ class Swaps:
         self._step("busted")
         try:
             swap = await self.registry.put(swap, Phase.COMMITTED, changes, busted)
-        except (RegistryFailure, RegistryFull):
+        except RegistryFailure:
             await self._roll_back(swap)
             raise
         self._step("committed")

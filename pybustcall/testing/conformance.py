@@ -4,8 +4,8 @@ Each check sends requests of the base protocol, or of an extension that the daem
 answers are right. It decides nothing about how a daemon does it, in which language, or with which cache; every daemon
 that passes can serve busts.
 
-Keys and dependencies are new ones in each check, so that the suite can be run again, and by several at once. What was
-announced stays known to the daemon: there is no request that ends it.
+Keys and dependencies are new ones in each check, so that the suite can be run again, and by several at once. At the end
+what was announced is forgotten, as far as the daemon forgets.
 """
 
 from __future__ import annotations
@@ -22,7 +22,16 @@ from urllib.parse import urlsplit
 import aiohttp
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from pybustcall.capabilities import SEMVERX, advertised_digest, advertisement_bytes, check_requirements, digest_of
+from pybustcall.capabilities import (
+    SEMVERX,
+    Agreement,
+    DaemonCapabilities,
+    advertised_digest,
+    advertisement,
+    advertisement_bytes,
+    check_requirements,
+    digest_of,
+)
 from pybustcall.errors import ConfigurationError, InvalidVersion
 from pybustcall.models import (
     BINDING,
@@ -32,6 +41,7 @@ from pybustcall.models import (
     CapabilityDocument,
     DependenciesReply,
     DependencyReply,
+    ForgetReply,
     HotSwapReply,
     Problem,
     ResolveReply,
@@ -43,7 +53,7 @@ from pybustcall.semverx import SemverX
 from pybustcall.topology import DaemonAddress
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
     from types import TracebackType
 
 __all__ = ["CHECKS", "Check", "Verdict", "check_daemon"]
@@ -54,6 +64,11 @@ _Model = TypeVar("_Model", bound=BaseModel)
 _BUST: Final = "/api/v1/bust"
 _CAPABILITIES: Final = "/api/v1/capabilities"
 _DEPENDENCIES: Final = "/api/v1/dependencies"
+_FORGET: Final = "/api/v1/dependencies/forget"
+_ENTRIES: Final = "/api/v1/entries"
+_HOTSWAP: Final = "/api/v1/hotswap"
+_RESOLVE: Final = "/api/v1/resolve"
+_STATUS: Final = "/api/v1/status"
 _TARGET: Final = "conformance/naïve key.css"
 _SCRIPTS: Final = "conformance/ключ/キー/مفتاح/🔑/e\u0301.css"
 _KEY: Final = "Idempotency-Key"
@@ -63,7 +78,11 @@ _IDEMPOTENT: Final = "cache.bust.idempotent"
 _KNOWS: Final = ("cache.dependencies",)
 _RESOLVES: Final = ("cache.dependencies", "semver.resolve")
 _SWAPS: Final = ("cache.dependencies", "cache.hotswap")
+_REGISTERS: Final = ("cache.register",)
+_MISSING: Final = (404, 405, 501)  # the answers where there is no such route or method
 _PAUSE: Final = 0.02  # seconds between two pieces of a body, so that they arrive one by one
+_CROWD: Final = 8  # requests at once
+_ROUNDS: Final = 3  # of them, since who acts on what may have changed meanwhile is lucky at times
 _PATIENCE: Final = 3  # checks in a row without an answer, after which nothing more is asked
 
 
@@ -92,7 +111,8 @@ class _Probe:
     """Sends single requests to one daemon, as pybustcall would, and reads the answers whole.
 
     Each request has a connection of its own, or, of a probe that is `alone`, all have the same one if the daemon keeps
-    it. `connections` tells how many were made, `closings` how many the daemon said that it closes.
+    it. `connections` tells how many were made, `closings` how many the daemon said that it closes. `names` were made up
+    to be announced, `entries` were registered.
     """
 
     def __init__(
@@ -100,6 +120,8 @@ class _Probe:
     ) -> None:
         self.connections = 0
         self.closings = 0
+        self.names: set[str] = set()
+        self.entries: set[str] = set()
         self._address = address
         self._headers = {
             "Bustcall-Binding": BINDING,
@@ -134,6 +156,23 @@ class _Probe:
     def alone(self) -> _Probe:
         """Make a probe that keeps to one connection."""
         return _Probe(self._address, self._headers, self._timeout, alone=True)
+
+    def stranger(self, token: str | None) -> _Probe:
+        """Make a probe that has another token, or none."""
+        headers = {name: value for name, value in self._headers.items() if name != "Authorization"}
+        return _Probe(
+            self._address, {**headers, **({} if token is None else {"Authorization": f"Bearer {token}"})}, self._timeout
+        )
+
+    def new_name(self) -> str:
+        """Make up a dependency's name."""
+        name = f"conformance-{secrets.token_hex(8)}"
+        self.names.add(name)
+        return name
+
+    def new_target(self) -> str:
+        """Make up a target, below which keys can be registered."""
+        return f"conformance/{secrets.token_hex(8)}"
 
     async def send(
         self,
@@ -193,6 +232,16 @@ class _Probe:
     async def post(self, path: str, document: object, key: str | None = None) -> _Answer:
         """Send a document, with an idempotency key or without."""
         return await self.send("POST", path, json.dumps(document).encode(), headers={} if key is None else {_KEY: key})
+
+    async def post_at_once(self, path: str, document: object, key: str) -> list[_Answer]:
+        """Send a document many times with one key; the last bytes of all go out together."""
+        body = json.dumps(document).encode()
+        sendings = (self.send("POST", path, (body[:-1], body[-1:]), headers={_KEY: key}) for _ in range(_CROWD))
+        answers = await asyncio.gather(*sendings, return_exceptions=True)  # none is left behind if one fails
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return [answer for answer in answers if isinstance(answer, _Answer)]
 
     async def bust(self, **fields: object) -> _Answer:
         return await self.post(_BUST, fields)
@@ -257,7 +306,7 @@ async def _keeps_its_connections(probe: _Probe) -> None:
     async with probe.alone() as one:
         for target in (_TARGET, f"{_TARGET}.map"):
             _expect_bust(await one.bust(target=target, strategy="direct"), target)
-            _expect(await one.send("GET", "/api/v1/status"), 200)
+            _expect(await one.send("GET", _STATUS), 200)
         if one.closings:
             raise _Skipped("it closes its connections, and says so")
         _expect_kept(one)
@@ -284,7 +333,7 @@ async def _reads_pieces(probe: _Probe) -> None:
 
 
 async def _answers_head(probe: _Probe) -> None:
-    for path, statuses in (("/api/v1/status", (200, 404, 405, 501)), ("/api/v1/nothing-here", (404, 405, 501))):
+    for path, statuses in ((_STATUS, (200, 404, 405, 501)), ("/api/v1/nothing-here", (404, 405, 501))):
         head, _, rest = (await probe.send_raw("HEAD", path)).partition(b"\r\n\r\n")
         found = re.match(rb"HTTP/1\.[01] (\d{3}) ", head)
         if found is None or int(found[1]) not in statuses:
@@ -295,7 +344,7 @@ async def _answers_head(probe: _Probe) -> None:
 
 
 async def _tells_its_status(probe: _Probe) -> None:
-    answer = await probe.send("GET", "/api/v1/status")
+    answer = await probe.send("GET", _STATUS)
     _expect(answer, 200)
     _read(StatusReply, answer)
 
@@ -400,7 +449,7 @@ async def _signs_every_answer(probe: _Probe) -> None:
     digest = digest_of(answer.body)
     for method, path, body, content_type in (
         ("GET", _CAPABILITIES, None, ""),
-        ("GET", "/api/v1/status", None, ""),
+        ("GET", _STATUS, None, ""),
         ("POST", _BUST, json.dumps({"target": _TARGET}).encode(), "application/json"),
         ("POST", _BUST, b'{"target": ""}', "application/json"),
         ("POST", _BUST, b"{", "application/json"),
@@ -419,6 +468,49 @@ async def _tells_the_access(probe: _Probe) -> None:
     document, _ = await _document(probe)
     if untold := [name for name in document.capabilities if name not in document.access]:
         raise _Unmet(f"access does not name {', '.join(untold)}")
+
+
+async def _fits(probe: _Probe) -> None:
+    document, _ = await _document(probe)
+    agreement = Agreement([advertisement().requires])
+    agreement.learned(DaemonCapabilities("", document), 0.0)
+    if agreement.misfit:
+        raise _Unmet(agreement.misfit)
+
+
+async def _keeps_to_the_access(probe: _Probe) -> None:
+    document, _ = await _document(probe)
+    if not document.access:
+        raise _Skipped("its document tells the access of nothing")
+    async with probe.stranger(None) as nobody, probe.stranger(_new_key()) as stranger:
+        for capability, method, path, body in _harmless(probe):
+            tier = document.access.get(capability, "")
+            usable = capability in document.capabilities
+            if tier == "public" and usable:
+                _expect_access(capability, tier, "no token", await nobody.send(method, path, body))
+            elif tier in {"protected", "private"}:
+                missing = _MISSING if path == _FORGET or not usable else ()  # what nobody may use need not be there
+                for one, whose in ((nobody, "no token"), (stranger, "a wrong token")):
+                    _expect_access(capability, tier, whose, await one.send(method, path, body), *missing)
+
+
+def _harmless(probe: _Probe) -> Iterator[tuple[str, str, str, bytes | None]]:
+    """Tell requests of each capability that do little, and that whoever is let in can make."""
+    name = probe.new_name()
+    posts: tuple[tuple[str, str, object], ...] = (
+        ("cache.register", _ENTRIES, {"key": _TARGET, "depends_on": []}),  # which is busted next
+        ("cache.bust", _BUST, {"target": _TARGET, "strategy": "direct"}),
+        ("cache.dependencies", _DEPENDENCIES, {"name": name, "versions": ["1.0.0"]}),
+        ("cache.dependencies", _FORGET, {"name": name}),
+        ("semver.resolve", _RESOLVE, {"spec": f"{name}@*"}),
+        ("cache.hotswap", _HOTSWAP, {"swaps": [{"name": probe.new_name(), "to": "1.0.0"}]}),  # which nobody announced
+    )
+    for capability, path, document in posts:
+        yield capability, "POST", path, json.dumps(document).encode()
+    yield "daemon.negotiate", "POST", _CAPABILITIES, advertisement_bytes()
+    yield "cache.dependencies", "GET", _DEPENDENCIES, None
+    yield "daemon.status", "GET", _STATUS, None
+    yield "daemon.capabilities", "GET", _CAPABILITIES, None
 
 
 async def _negotiates(probe: _Probe) -> None:
@@ -442,6 +534,11 @@ async def _answers_a_repeat_from_memory(probe: _Probe) -> None:
     first = await probe.bust_once(key, target=_TARGET, strategy="direct")
     again = await probe.bust_once(key, target=_TARGET, strategy="direct")
     _expect_replay(first, again)
+
+
+async def _applies_once_what_comes_at_once(probe: _Probe) -> None:
+    for _ in range(_ROUNDS):
+        _expect_one(await probe.post_at_once(_BUST, {"target": _TARGET, "strategy": "direct"}, _new_key()))
 
 
 async def _refuses_a_key_of_another_request(probe: _Probe) -> None:
@@ -479,7 +576,7 @@ def _new_key() -> str:
 
 
 async def _announces(probe: _Probe) -> None:
-    name, other = _new_name(), _new_name()
+    name, other = probe.new_name(), probe.new_name()
     for _ in range(2):
         known = await _announce(probe, name, "1.2.0", "1.0.0", "2.0.0-rc.1")
         _expect_known(known, name, "1.2.0", "1.0.0", "1.2.0", "2.0.0-rc.1")
@@ -492,7 +589,7 @@ async def _announces(probe: _Probe) -> None:
 
 
 async def _refuses_announcements(probe: _Probe) -> None:
-    name = _new_name()
+    name = probe.new_name()
     for field_name, wrong in (
         ("name", {"name": "two words"}),
         ("versions", {"versions": []}),
@@ -509,8 +606,35 @@ async def _refuses_announcements(probe: _Probe) -> None:
         raise _Unmet("a refused announcement changed what is known")
 
 
+async def _forgets(probe: _Probe) -> None:
+    name, other = probe.new_name(), probe.new_name()
+    for one in (name, other):
+        await _announce(probe, one, "1.0.0")
+    first = await _forget_first(probe, name)
+    for answer in (first, await _forget(probe, name)):  # what is not known is forgotten already
+        _expect(answer, 200)
+        if _read(ForgetReply, answer).name != name:
+            raise _Unmet("it tells that it forgot another dependency")
+    listed = await _listed(probe)
+    if name in listed or other not in listed:
+        raise _Unmet("a forgotten dependency is still listed, or another is not")
+    _expect_known(await _announce(probe, name, "0.9.0"), name, "0.9.0", "0.9.0")
+    _expect_problem(await _forget(probe, "two words"), 422, "name")
+
+
+async def _forgets_nothing_in_use(probe: _Probe) -> None:
+    name, key = probe.new_name(), probe.new_target()
+    before = await _announce(probe, name, "1.0.0")
+    await _register(probe, key, name)
+    _expect_problem(await _forget_first(probe, name), 409, "name")
+    if (await _listed(probe)).get(name) != before:
+        raise _Unmet("a dependency changed that could not be forgotten")
+    await _register(probe, key)
+    _expect(await _forget(probe, name), 200)
+
+
 async def _resolves(probe: _Probe) -> None:
-    name = _new_name()
+    name = probe.new_name()
     await _announce(probe, name, "0.9.0-legacy", "1.0.0", "1.2.0", "1.10.0", "2.0.0", "2.1.0-rc.1", current="1.0.0")
     for asked, version, state in (
         ("@^1.0.0", "1.10.0", "stable"),
@@ -520,7 +644,7 @@ async def _resolves(probe: _Probe) -> None:
         ("@<1.0.0", "0.9.0-legacy", "legacy"),
         ("@>2.0.0", "2.1.0-rc.1", "experimental"),
     ):
-        answer = await probe.post("/api/v1/resolve", {"spec": name + asked})
+        answer = await probe.post(_RESOLVE, {"spec": name + asked})
         _expect(answer, 200)
         reply = _read(ResolveReply, answer)
         found = (reply.spec, reply.resolved, reply.version, reply.state)
@@ -529,10 +653,10 @@ async def _resolves(probe: _Probe) -> None:
 
 
 async def _refuses_specs(probe: _Probe) -> None:
-    name = _new_name()
+    name = probe.new_name()
     await _announce(probe, name, "1.0.0")
-    for spec in (f"{name}@^2.0.0", f"{_new_name()}@*", f"{name}@private", "two words@*", ""):
-        _expect_problem(await probe.post("/api/v1/resolve", {"spec": spec}), 422, "spec")
+    for spec in (f"{name}@^2.0.0", f"{probe.new_name()}@*", f"{name}@private", "two words@*", ""):
+        _expect_problem(await probe.post(_RESOLVE, {"spec": spec}), 422, "spec")
 
 
 async def _swaps(probe: _Probe) -> None:
@@ -557,6 +681,14 @@ async def _answers_a_repeated_swap(probe: _Probe) -> None:
     await _expect_current(probe, name, "1.0.0")
     _expect_problem(await _swap(probe, {"name": other, "to": "1.1.0"}, key=key), 422, _KEY)
     await _expect_current(probe, other, "1.0.0")
+
+
+async def _swaps_once_what_comes_at_once(probe: _Probe) -> None:
+    for _ in range(_ROUNDS):
+        name, _ = await _new_pair(probe)
+        swaps = [{"name": name, "from": "1.0.0", "to": "1.1.0"}]
+        _expect_one(await probe.post_at_once(_HOTSWAP, {"swaps": swaps}, _new_key()))
+        await _expect_current(probe, name, "1.1.0")
 
 
 async def _remembers_no_refused_swap(probe: _Probe) -> None:
@@ -590,7 +722,7 @@ async def _swaps_all_or_none(probe: _Probe) -> None:
     for bad in (
         {"name": other, "to": "2.0.0"},
         {"name": other, "from": "0.9.0", "to": "1.1.0"},
-        {"name": _new_name(), "to": "1.1.0"},
+        {"name": probe.new_name(), "to": "1.1.0"},
     ):
         _expect_refused(await _swap(probe, {"name": name, "to": "1.1.0"}, bad))
         await _expect_current(probe, name, "1.0.0")
@@ -600,36 +732,60 @@ async def _swaps_all_or_none(probe: _Probe) -> None:
 async def _refuses_what_is_no_swap(probe: _Probe) -> None:
     name, _ = await _new_pair(probe)
     for swaps in ([], [{"name": name}], [{"name": name, "to": "one"}], [{"name": name, "to": "1.1.0", "from": "one"}]):
-        _expect_problem(await probe.post("/api/v1/hotswap", {"swaps": swaps}), 422, "swaps")
+        _expect_problem(await probe.post(_HOTSWAP, {"swaps": swaps}), 422, "swaps")
     await _expect_current(probe, name, "1.0.0")
+
+
+async def _busts_dependents(probe: _Probe) -> None:
+    key = probe.new_target()
+    await _register(probe, f"{key}/page", f"{key}/part")
+    await _register(probe, f"{key}/whole", f"{key}/page")
+    held = await _holds(probe, f"{key}/part")
+    await _register(probe, f"{key}/part")
+    reply = _expect_bust(await probe.bust(target=f"{key}/part"), f"{key}/part")
+    _expect_count("a bust of a target with 2 dependents", "removed", reply.removed, 3, held=held)
 
 
 async def _busts_what_depends(probe: _Probe) -> None:
     name, other = await _new_pair(probe)
-    key = f"conformance/{secrets.token_hex(8)}"
-    await _register(probe, f"{key}/alone")
-    if await _removed(probe, f"{key}/alone") != 1:
-        raise _Skipped("its cache does not hold what is only registered, or does not tell what it removes")
-    await _register(probe, f"{key}/alone", _new_name())
+    key = probe.new_target()
+    held = await _holds(probe, f"{key}/alone")
+    await _register(probe, f"{key}/alone", probe.new_name())
     await _register(probe, f"{key}/page", name)
-    await _register(probe, f"{key}/part", other, _new_name())
+    await _register(probe, f"{key}/part", other, probe.new_name())
     await _register(probe, f"{key}/whole", f"{key}/part")
     for versions, count in ((("1.1.0", "1.1.0"), 3), (("1.0.0", "1.0.0"), 0)):
         swaps = ({"name": swapped, "to": to} for swapped, to in zip((name, other), versions, strict=True))
         reply = _expect_swap(await _swap(probe, *swaps))
-        if reply.busted != count:
-            raise _Unmet(f"{count} entries depend on what was swapped, and busted is {reply.busted}")
-    if await _removed(probe, f"{key}/alone") != 1:
+        _expect_count(f"a swap of what {count} entries depend on", "busted", reply.busted, count, held=held)
+    if held and await _removed(probe, f"{key}/alone") != 1:
         raise _Unmet("an entry was busted that does not depend on what was swapped")
 
 
-def _new_name() -> str:
-    return f"conformance-{secrets.token_hex(8)}"
+async def _holds(probe: _Probe, key: str) -> bool:
+    """Tell whether the cache holds an entry because it was registered, as far as it tells."""
+    await _register(probe, key)
+    removed = await _removed(probe, key)
+    if removed not in {None, 0, 1}:
+        raise _Unmet(f"a direct bust of one entry tells removed {removed}")
+    return removed == 1
+
+
+def _expect_count(what: str, field_name: str, told: int | None, count: int, *, held: bool) -> None:
+    """Expect a number; a cache that seems to hold nothing may tell none, which then proves nothing."""
+    if told == count:
+        return
+    if held or told:
+        raise _Unmet(f"{what} tells {field_name} {told}, not {count}")
+    raise _Skipped(
+        f"not decided: {what} tells {field_name} {told}, and so does a bust of an entry just registered; a cache that"
+        " does not hold what is only registered is like that, and so is a daemon that busts no dependents"
+    )
 
 
 async def _new_pair(probe: _Probe) -> tuple[str, str]:
     """Announce two dependencies in versions 1.0.0, which is current, and 1.1.0."""
-    names = (_new_name(), _new_name())
+    names = (probe.new_name(), probe.new_name())
     for name in names:
         _expect_known(await _announce(probe, name, "1.0.0", "1.1.0", current="1.0.0"), name, "1.0.0", "1.0.0", "1.1.0")
     return names
@@ -648,12 +804,25 @@ async def _listed(probe: _Probe) -> dict[str, DependencyReply]:
     return {known.name: known for known in _read(DependenciesReply, answer).dependencies}
 
 
+async def _forget(probe: _Probe, name: str) -> _Answer:
+    return await probe.post(_FORGET, {"name": name})
+
+
+async def _forget_first(probe: _Probe, name: str) -> _Answer:
+    """Do the same where it is not known whether the daemon can forget at all."""
+    answer = await _forget(probe, name)
+    if answer.status in _MISSING:
+        raise _Skipped("it cannot forget dependencies")
+    return answer
+
+
 async def _swap(probe: _Probe, *swaps: Mapping[str, object], key: str | None = None) -> _Answer:
-    return await probe.post("/api/v1/hotswap", {"swaps": swaps}, key)
+    return await probe.post(_HOTSWAP, {"swaps": swaps}, key)
 
 
 async def _register(probe: _Probe, key: str, *depends_on: str) -> None:
-    _expect(await probe.post("/api/v1/entries", {"key": key, "depends_on": depends_on}), 200)
+    probe.entries.add(key)
+    _expect(await probe.post(_ENTRIES, {"key": key, "depends_on": depends_on}), 200)
 
 
 async def _removed(probe: _Probe, target: str) -> int | None:
@@ -685,7 +854,7 @@ class Verdict:
 
     - `ok`: it did not fail
     - `detail`: what was found instead, or why it was skipped
-    - `skipped`: it was not asked, since the daemon does not advertise what it is about
+    - `skipped`: it was not asked, since the daemon does not advertise what it is about; or its answers decide nothing
     - `answered`: false if it failed for want of an answer
     """
 
@@ -726,24 +895,33 @@ CHECKS: Final[tuple[Check, ...]] = (
     Check("has a sound capability document", _has_a_sound_document),
     Check("tells by its ETag that its document is unchanged", _tells_what_is_unchanged, strict=True),
     Check("signs every answer with the digest of its document", _signs_every_answer, strict=True),
+    Check("fits this client", _fits),
     Check("tells the access of each capability", _tells_the_access, strict=True),
+    Check("keeps to the access that it tells", _keeps_to_the_access),
     Check("answers a capability document with its own", _negotiates, needs=("daemon.negotiate",)),
     Check("refuses what is no capability document", _refuses_what_is_no_document, needs=("daemon.negotiate",)),
     Check("answers a repeat of a key from memory", _answers_a_repeat_from_memory, needs=(_IDEMPOTENT,)),
+    Check(
+        "applies once what comes with a key many times at once", _applies_once_what_comes_at_once, needs=(_IDEMPOTENT,)
+    ),
     Check("refuses a key that belongs to another request", _refuses_a_key_of_another_request, needs=(_IDEMPOTENT,)),
     Check("refuses what cannot be a key", _refuses_what_is_no_key, needs=(_IDEMPOTENT,)),
     Check("remembers no refusal under a key", _remembers_no_refusal, needs=(_IDEMPOTENT,)),
+    Check("busts what depends on what is busted", _busts_dependents, needs=_REGISTERS),
     Check("keeps what is announced of dependencies", _announces, needs=_KNOWS),
     Check("refuses announcements that say no dependency", _refuses_announcements, needs=_KNOWS),
+    Check("forgets dependencies", _forgets, needs=_KNOWS),
+    Check("forgets no dependency in use", _forgets_nothing_in_use, needs=(*_KNOWS, *_REGISTERS)),
     Check("resolves a spec to the best known version", _resolves, needs=_RESOLVES),
     Check("refuses specs that mean no known version", _refuses_specs, needs=_RESOLVES),
     Check("swaps dependencies", _swaps, needs=_SWAPS),
     Check("answers a repeated swap from memory", _answers_a_repeated_swap, needs=_SWAPS),
+    Check("swaps once what comes with a key many times at once", _swaps_once_what_comes_at_once, needs=_SWAPS),
     Check("remembers no refused swap under a key", _remembers_no_refused_swap, needs=_SWAPS),
     Check("keeps to the rules of hot swaps", _keeps_to_the_rules, needs=_SWAPS),
     Check("swaps all or none", _swaps_all_or_none, needs=_SWAPS),
     Check("refuses what is no swap", _refuses_what_is_no_swap, needs=_SWAPS),
-    Check("busts what depends on what is swapped", _busts_what_depends, needs=(*_SWAPS, "cache.register")),
+    Check("busts what depends on what is swapped", _busts_what_depends, needs=(*_SWAPS, *_REGISTERS)),
 )
 """The base protocol and the extensions, as checks."""
 
@@ -757,9 +935,10 @@ async def check_daemon(
     - `timeout`: seconds for each request
 
     The checks bust and register keys that begin with "conformance/", and announce dependencies whose names begin with
-    "conformance-", ever new ones. What the daemon does not advertise is skipped, which is no failure. Raises
-    `ConfigurationError` for a URL that is none, and for a token that is none or would cross a network in clear text; a
-    daemon that does not answer makes verdicts that say so, and after three of them in a row it is asked no more.
+    "conformance-", ever new ones, and have these forgotten at the end. What the daemon does not advertise is skipped,
+    which is no failure. Raises `ConfigurationError` for a URL that is none, and for a token that is none or would cross
+    a network in clear text; a daemon that does not answer makes verdicts that say so, and after three of them in a row
+    it is asked no more.
     """
     address = DaemonAddress.parse(url)
     headers = {} if token is None else {"Authorization": f"Bearer {_checked(token, address)}"}
@@ -769,7 +948,20 @@ async def check_daemon(
         for check in [check for check in CHECKS if strict or not check.strict]:
             over = _is_given_up(verdicts)
             verdicts.append(_not_asked(check) if over else await _judge(check, probe, advertised))
+        await _clean_up(probe, verdicts)
         return tuple(verdicts)
+
+
+async def _clean_up(probe: _Probe, verdicts: Sequence[Verdict]) -> None:
+    """Have forgotten what was announced and registered, as far as that goes: no verdict depends on it."""
+    if _is_given_up(verdicts):
+        return
+    with suppress(_Unmet, aiohttp.ClientError, TimeoutError, OSError):
+        for key in sorted(probe.entries):
+            await _register(probe, key)  # so that it depends on nothing, also where it is not held
+            await _removed(probe, key)
+        for name in sorted(probe.names.intersection(await _listed(probe) if probe.names else ())):
+            await _forget(probe, name)
 
 
 def _is_given_up(verdicts: Sequence[Verdict]) -> bool:
@@ -858,6 +1050,25 @@ def _expect_replay(first: _Answer, again: _Answer) -> None:
         raise _Unmet(f"the answer to a repeat has {_REPLAYED} {again.headers.get(_REPLAYED)!r}, not 'true'")
     if again.body != first.body:
         raise _Unmet("the answer to a repeat is another than the first")
+
+
+def _expect_one(answers: Sequence[_Answer]) -> None:
+    """Expect that one of these answers is the first, and the others repeats of it."""
+    for answer in answers:
+        _expect(answer, 200)
+    fresh = [answer for answer in answers if _REPLAYED not in answer.headers]
+    if len(fresh) != 1:
+        raise _Unmet(f"of {len(answers)} requests with one key at once, {len(fresh)} and not 1 were done anew")
+    for answer in answers:
+        if answer is not fresh[0]:
+            _expect_replay(fresh[0], answer)
+
+
+def _expect_access(capability: str, tier: str, whose: str, answer: _Answer, *missing: int) -> None:
+    """Expect that who has no token, or a wrong one, is denied where that is said, and nowhere else."""
+    denied = answer.status in {401, 403}
+    if denied == (tier == "public") and answer.status not in missing:
+        raise _Unmet(f"{capability} is told to be {tier}, and answers {whose} with HTTP {answer.status}")
 
 
 def _expect_kept(probe: _Probe) -> None:

@@ -35,6 +35,8 @@ from pybustcall.models import (
     DependenciesReply,
     DependencyReply,
     FaultRecord,
+    ForgetReply,
+    ForgetRequest,
     HotSwapReply,
     HotSwapRequest,
     Problem,
@@ -288,6 +290,7 @@ class FakeDaemon:
             "cache.dependencies": [
                 web.post("/api/v1/dependencies", self._announce),
                 web.get("/api/v1/dependencies", self._tell_dependencies),
+                web.post("/api/v1/dependencies/forget", self._forget),
             ],
             "semver.resolve": [web.post("/api/v1/resolve", self._resolve)],
             "cache.hotswap": [web.post("/api/v1/hotswap", self._swap)],
@@ -490,10 +493,7 @@ class FakeDaemon:
 
     async def _announce(self, request: web.Request) -> web.Response:
         asked = await self._read(request, AnnounceRequest)
-        try:
-            Spec(asked.name, _ANY)
-        except InvalidVersion as error:
-            raise _Refused(422, str(error), field="name") from None
+        _check_name(asked.name)
         told = [_canonical(version, f"versions.{number}") for number, version in enumerate(asked.versions)]
         current = None if asked.current is None else _canonical(asked.current, "current")
         known = self.dependencies.get(asked.name)
@@ -507,6 +507,14 @@ class FakeDaemon:
 
     async def _tell_dependencies(self, _: web.Request) -> web.Response:
         return _ok(DependenciesReply(dependencies=tuple(known for _, known in sorted(self.dependencies.items()))))
+
+    async def _forget(self, request: web.Request) -> web.Response:
+        asked = await self._read(request, ForgetRequest)
+        _check_name(asked.name)
+        if asked.name in self.dependencies and self._dependents([asked.name]):
+            raise _Refused(409, "registered entries depend on it", field="name")
+        self.dependencies.pop(asked.name, None)
+        return _ok(ForgetReply(name=asked.name))
 
     async def _resolve(self, request: web.Request) -> web.Response:
         asked = await self._read(request, ResolveRequest)
@@ -685,6 +693,14 @@ def _judge_client(requires: Requirements, version: str | None, capabilities: Ite
             unmet=lacks,
             headers={"Upgrade": "bustcall/1", "Connection": "Upgrade"},
         )
+
+
+def _check_name(name: str) -> None:
+    """Raise the refusal of what is no dependency's name."""
+    try:
+        Spec(name, _ANY)
+    except InvalidVersion as error:
+        raise _Refused(422, str(error), field="name") from None
 
 
 def _canonical(text: str, field: str) -> str:

@@ -52,6 +52,7 @@ async def use() -> None:
         assert_type(await same.supports("cache.hotswap"), bool)
         assert_type(await same.announce("pricing-model", ["2.1.0"]), Dependency)
         assert_type(await same.dependencies(), tuple[Dependency, ...])
+        assert_type(await same.forget("pricing-model"), str)
         assert_type(await same.resolve("pricing-model@^2.0.0"), Resolution)
         assert_type(await same.hot_swap([Swap("pricing-model", to="2.2.0", migrate=True)]), SwapResult)
         assert_type(await same.register("products/7.html", depends_on=["pricing-model"]), str)

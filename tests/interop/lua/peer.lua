@@ -182,7 +182,7 @@ local PHRASES = {
 local function read_head(head)
   local malformed = refusal(400, "the request is not HTTP as this daemon reads it")
   local line, rest = head:match "^([^\r\n]*)\r\n(.*)$"
-  local method, target, version = line:match "^(%u+) (/[!-~]*) HTTP/1%.([01])$"
+  local method, target, version = (line or ""):match "^(%u+) (/[!-~]*) HTTP/1%.([01])$"
   if not method or head:gsub("\r\n", ""):find "[\r\n\0]" then return nil, malformed end
   local headers = {}
   for field in rest:gmatch "([^\r\n]*)\r\n" do
@@ -324,6 +324,14 @@ local function expire(connection, now)
   end
 end
 
+--- Do one thing for a connection. An error in it ends that connection, and is told; the others are served on.
+local function attend(connection, act, ...)
+  local ok, problem = pcall(act, connection, ...)
+  if ok then return end
+  io.stderr:write(("a connection was closed after an error: %s\n"):format(problem))
+  if connections[connection.socket] then drop(connection) end
+end
+
 local function serve(port)
   local server, problem = socket.bind("127.0.0.1", port, 128)
   if not server then
@@ -353,19 +361,19 @@ local function serve(port)
           count = count + 1
         end
       elseif connection then
-        receive(connection)
-        advance(connection)
+        attend(connection, receive)
+        attend(connection, advance)
       end
     end
     for _, ready in ipairs(writable) do
       local connection = connections[ready]
       if connection then
-        send(connection)
-        if connections[ready] then advance(connection) end
+        attend(connection, send)
+        attend(connection, advance)
       end
     end
     local now = socket.gettime()
-    for _, connection in pairs(connections) do expire(connection, now) end
+    for _, connection in pairs(connections) do attend(connection, expire, now) end
   end
 end
 
