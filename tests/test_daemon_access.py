@@ -261,7 +261,7 @@ async def test_the_keys_of_the_operator_are_not_those_of_others() -> None:
         ({"operator_token": ""}, "operator_token", "the operator token must be visible ASCII"),
         ({"operator_token": "se cret"}, "operator_token", "visible ASCII"),
         ({"operator_token": "secret", "token": "secret"}, "operator_token", "another than the token"),
-        ({"requires": Requirements(semverx="newest")}, "requires", "required of clients: .*newest"),
+        ({"requires": Requirements(semverx="newest")}, "requires", "semverx: range .newest."),
         ({"requires": Requirements(capabilities=("",))}, "requires", "is not the name of a capability"),
         (
             {"requires": NEEDY, "access": {"daemon.negotiate": "private"}, "token": "secret"},
@@ -618,7 +618,7 @@ async def test_the_rules_can_be_given_on_the_command_line(
         (["--access", "cache.bust"], 2, "--access takes NAME=TIER"),
         (["--access", "cache.burst=public"], 4, "no capability 'cache.burst'"),
         (["--access", "cache.bust="], 4, "one of public, protected, private"),
-        (["--require-semverx", "newest"], 4, "required of clients"),
+        (["--require-semverx", "newest"], 4, "semverx: range"),
         (["--operator-token-file", "missing"], 4, "token file missing: cannot be read"),
     ],
 )

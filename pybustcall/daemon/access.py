@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Final, final, get_args
 from aiohttp import web
 
 from pybustcall.capabilities import unmet
-from pybustcall.errors import ConfigurationError, InvalidVersion
+from pybustcall.errors import ConfigurationError
 from pybustcall.faults import TABLE, FaultKind
 from pybustcall.models import Access, Problem, Requirements
-from pybustcall.semverx import SemverXRange
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -39,7 +38,6 @@ __all__ = [
     "Refusal",
     "check_access",
     "check_meeting",
-    "check_requires",
     "check_token",
     "ip_address",
     "is_loopback",
@@ -62,7 +60,6 @@ _DENIED: Final = TABLE[FaultKind.NOT_ALLOWED].stage
 _INCOMPATIBLE: Final = TABLE[FaultKind.INCOMPATIBLE].stage
 
 _VISIBLE: Final = re.compile(r"[!-~]+")
-_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HOST_HEADER: Final = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[^\[\]:@/\s]+)(?::[0-9]{1,5})?")
 _BINDING_NAME: Final = re.compile(r"[A-Za-z0-9._+@/-]{1,64}")
 
@@ -92,19 +89,6 @@ def check_access(access: Mapping[str, str], capabilities: Collection[str]) -> No
         if tier not in _TIERS:
             raise ConfigurationError(
                 f"the access of {name} must be one of {', '.join(_TIERS)}, not {tier!r}", setting="access"
-            )
-
-
-def check_requires(requires: Requirements) -> None:
-    """Raise `ConfigurationError` if no client could be measured by these requirements."""
-    try:
-        SemverXRange.parse(requires.semverx)
-    except InvalidVersion as error:
-        raise ConfigurationError(f"the versions that are required of clients: {error}", setting="requires") from error
-    for name in requires.capabilities:
-        if not _NAME.fullmatch(name):
-            raise ConfigurationError(
-                f"{name!r} is not the name of a capability, such as cache.bust", setting="requires"
             )
 
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Final, TypeVar, final
 from aiohttp import web
 from pydantic import BaseModel
 
-from pybustcall.capabilities import SEMVERX, VERSION, digest_of
+from pybustcall.capabilities import SEMVERX, VERSION, check_requirements, digest_of
 from pybustcall.daemon.access import (
     DIGEST_HEADER,
     Admission,
@@ -37,7 +37,6 @@ from pybustcall.daemon.access import (
     Refusal,
     check_access,
     check_meeting,
-    check_requires,
     check_token,
     is_loopback,
     said_binding,
@@ -179,7 +178,7 @@ def check_settings(settings: DaemonSettings) -> None:
     if settings.operator_token is not None and settings.operator_token == settings.token:
         raise ConfigurationError("the operator token must be another than the token", setting="operator_token")
     check_access(settings.access, _capabilities())
-    check_requires(settings.requires)
+    check_requirements(settings.requires)
     check_meeting(settings.requires, settings.access, settings.operator_token)
     if settings.socket is None:
         if type(settings.port) is not int or not 0 <= settings.port <= 65535:
