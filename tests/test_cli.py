@@ -180,7 +180,7 @@ def test_a_pipe_is_read_as_it_comes(start_daemon: StartDaemon) -> None:
         (["daemon", "--access", "cache.bust"], 2, "--access takes NAME=TIER, such as cache.bust=public"),
         (["daemon", "--access", "cache.bust=open"], 4, "the access of cache.bust must be one of public, protected"),
         (["daemon", "--access", "tea=public"], 4, "there is no capability 'tea' to give access to"),
-        (["daemon", "--require-semverx", "new"], 4, "the versions that are required of clients: range 'new'"),
+        (["daemon", "--require-semverx", "new"], 4, "semverx: range 'new'"),
         (["daemon", "--port", "0", "--state", "a", "--registry", "./a"], 4, "cannot both be kept in 'a'; give each"),
         (["daemon", "--require-capability", "two words"], 4, "'two words' is not the name of a capability"),
     ],
