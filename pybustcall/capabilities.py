@@ -46,6 +46,7 @@ __all__ = [
     "load_document",
     "semverx_of",
     "unmet",
+    "unmet_here",
 ]
 
 VERSION: Final = version("pybustcall")
@@ -208,6 +209,14 @@ def unmet(requires: Requirements, semverx: str | None, capabilities: Collection[
     return tuple(lacks)
 
 
+def unmet_here(document: CapabilityDocument) -> tuple[str, ...]:
+    """Tell what this package lacks of what the document's side requires, a sentence each."""
+    try:
+        return unmet(document.requires, SEMVERX, advertisement().capabilities)
+    except InvalidVersion as error:
+        return (f"what it requires of its clients cannot be read: {error}",)
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class DaemonCapabilities:
@@ -339,10 +348,5 @@ class Agreement:
         lacks = (lack for required in self._requires for lack in unmet(required, semverx, found.usable))
         if ours := tuple(dict.fromkeys(lacks)):
             return f"it does not meet what this client requires: {'; '.join(ours)}", ours
-        if document is None:
-            return _FITS
-        try:
-            theirs = unmet(document.requires, SEMVERX, advertisement().capabilities)
-        except InvalidVersion as error:
-            return f"what it requires of its clients cannot be read: {error}", ()
+        theirs = unmet_here(document) if document is not None else ()
         return (f"this client does not meet what it requires: {'; '.join(theirs)}", theirs) if theirs else _FITS

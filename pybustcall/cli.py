@@ -28,7 +28,7 @@ import click
 from pydantic import SecretStr
 
 from pybustcall.bustcall_core import BustcallClient, ClientOutbox
-from pybustcall.capabilities import SEMVERX, VERSION, advertisement, unmet
+from pybustcall.capabilities import VERSION, unmet_here
 from pybustcall.config import settings_from_env, settings_from_toml
 from pybustcall.errors import (
     BustcallError,
@@ -37,7 +37,6 @@ from pybustcall.errors import (
     DaemonsUnavailable,
     DeadlineExceeded,
     InvalidRequest,
-    InvalidVersion,
 )
 from pybustcall.faults import check_tolerance, raises
 from pybustcall.hotswap import Swap
@@ -385,20 +384,10 @@ def capabilities(client: BustcallClient, as_json: bool) -> int:
             "capabilities": sorted(reply.names),
             "document": reply.document.model_dump(mode="json") if reply.document else None,
             "bindings": {name: binding.model_dump(mode="json") for name, binding in reply.bindings.items()},
-            "unmet": list(_unmet(reply.document)),
+            "unmet": [] if reply.document is None else list(unmet_here(reply.document)),
         }
 
     return _run(_ask_each(client, client.capabilities, tell, to_json, as_json=as_json))
-
-
-def _unmet(document: CapabilityDocument | None) -> tuple[str, ...]:
-    """Tell what this client lacks of what a daemon requires, a sentence each."""
-    if document is None:
-        return ()
-    try:
-        return unmet(document.requires, SEMVERX, advertisement().capabilities)
-    except InvalidVersion as error:
-        return (f"what it requires cannot be read: {error}",)
 
 
 def _requirements(document: CapabilityDocument | None) -> str:
@@ -406,7 +395,7 @@ def _requirements(document: CapabilityDocument | None) -> str:
         return ""
     requires = document.requires
     told = ", ".join([*([f"version {requires.semverx}"] if requires.semverx != "*" else []), *requires.capabilities])
-    lacks = _unmet(document)
+    lacks = unmet_here(document)
     return f"; requires of clients: {told} ({'; '.join(lacks) if lacks else 'this one fits'})"
 
 

@@ -112,10 +112,6 @@ class Negotiator(Generic[_Daemon]):
         self._clock = clock
         self._asking: dict[int, asyncio.Task[None]] = {}
 
-    def known(self, daemon: _Daemon) -> DaemonCapabilities | None:
-        """Tell what is known of a daemon now, without asking."""
-        return self._agreements[self._index[daemon.url]].known
-
     def misfit(self, daemon: _Daemon) -> str:
         """Tell why a daemon is left out; an empty text if it is not."""
         return self._agreements[self._index[daemon.url]].misfit
@@ -197,24 +193,26 @@ class Negotiator(Generic[_Daemon]):
     ) -> _Reply:
         """Send a request; advertise first what we can do if the daemon asks for that, and note if it refuses us."""
         unsure = False
-        for advertisements in (1, 2, 0):
-            try:
-                return await request()
-            except AttemptFailed as failed:
-                fault = failed.fault
-                unsure = unsure or fault.applied != "no"
-                if fault.status != ADVERTISE:
-                    if fault.kind is FaultKind.INCOMPATIBLE:
-                        self._refused(self._index[daemon.url], fault)
-                elif advertisements:
-                    # Twice the second time: of several behind one URL another may have been told the first time.
-                    for _ in range(advertisements):
-                        await self._advertise(daemon, until=until, deadline=deadline)
-                    continue
-                if unsure:
-                    failed.fault = replace(fault, applied="maybe")
-                raise
-        raise AssertionError("the last time round returns or raises")
+        try:
+            for advertisements in (1, 2):
+                try:
+                    return await request()
+                except AttemptFailed as failed:
+                    if failed.fault.status != ADVERTISE:
+                        raise
+                    unsure = unsure or failed.fault.applied != "no"
+                # Twice the second time: of several behind one URL another may have been told the first time.
+                for _ in range(advertisements):
+                    found = await daemon.advertise(until=until, deadline=deadline)
+                    self._learned(self._index[daemon.url], found)
+            return await request()
+        except AttemptFailed as failed:
+            fault = failed.fault
+            if fault.kind is FaultKind.INCOMPATIBLE and fault.status != ADVERTISE:  # that is a question, no refusal
+                self._refused(self._index[daemon.url], fault)
+            if unsure:
+                failed.fault = replace(fault, applied="maybe")
+            raise
 
     def asking(
         self,
@@ -285,10 +283,6 @@ class Negotiator(Generic[_Daemon]):
         self._asking[index] = task
         task.add_done_callback(lambda _: self._answered(index, task))
         return task
-
-    async def _advertise(self, daemon: _Daemon, *, until: float, deadline: float) -> None:
-        found = await daemon.advertise(until=until, deadline=deadline)
-        self._learned(self._index[daemon.url], found)
 
     def _refused(self, index: int, fault: Fault) -> None:
         agreement = self._agreements[index]

@@ -301,7 +301,7 @@ def test_capabilities_tells_what_a_daemon_requires(fake: FakeDaemon) -> None:
     for requires, told, lacks in (
         ({"semverx": ">=0.1.0-0", "capabilities": ["cache.bust"]}, "version >=0.1.0-0, cache.bust (this one fits)", 0),
         ({"capabilities": ["x.y"]}, "requires of clients: x.y (capability x.y is missing)", 1),
-        ({"semverx": "new"}, "version new (what it requires cannot be read: range 'new'", 1),
+        ({"semverx": "new"}, "version new (what it requires of its clients cannot be read: range 'new'", 1),
     ):
         fake.advertises = {"requires": requires}
         code, out, _ = call("capabilities", "--url", fake.url)

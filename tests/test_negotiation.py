@@ -206,7 +206,7 @@ async def test_an_answer_with_another_digest_is_looked_into_in_the_background() 
     (asking,) = stage.negotiator._asking.values()
     await asking
     assert len(stage.daemon.asked) == 2
-    known = stage.negotiator.known(stage.daemon)
+    known = stage.agreement.known
     assert known is not None
     assert known.supports("b")
     stage.negotiator.cancel()  # with nothing under way
@@ -235,7 +235,7 @@ async def test_a_misfit_is_left_out_until_it_fits() -> None:
     await asking
     assert len(stage.daemon.asked) == 2
     assert stage.judged[-1] == ""
-    assert await stage.terms() == stage.negotiator.known(stage.daemon)
+    assert await stage.terms() == stage.agreement.known
 
 
 def refusing(stage: Stage, *faults: Fault) -> Callable[[], object]:
@@ -267,12 +267,26 @@ async def test_a_daemon_that_wants_to_know_us_is_told_and_asked_again() -> None:
     stage = Stage(capabilities("a"))
     assert await send(stage, WANTS_TO_KNOW) == "done"
     assert stage.daemon.advertised == 1
-    assert stage.negotiator.known(stage.daemon) == stage.daemon.answers[0]
+    assert stage.agreement.known == stage.daemon.answers[0]
     assert await send(stage, WANTS_TO_KNOW, WANTS_TO_KNOW) == "done"
     assert stage.daemon.advertised == 4
     with pytest.raises(AttemptFailed):
         await send(stage, WANTS_TO_KNOW, WANTS_TO_KNOW, WANTS_TO_KNOW)
     assert set(stage.judged) == {""}
+
+
+async def test_a_daemon_that_refuses_what_we_advertise_is_left_out() -> None:
+    """It asked, was told, and found us wanting: it need not be told again by the next call."""
+    stage = Stage(capabilities())
+
+    async def refuse(**_: object) -> DaemonCapabilities:
+        raise AttemptFailed(REFUSED)
+
+    stage.daemon.advertise = refuse  # type: ignore[method-assign]
+    with pytest.raises(AttemptFailed) as caught:
+        await send(stage, replace(WANTS_TO_KNOW, applied="maybe"))
+    assert stage.judged == ["it refused this client before: too old for it"]
+    assert caught.value.fault.applied == "maybe"
 
 
 async def test_what_may_have_been_done_before_a_daemon_wants_to_know_us_stays_so() -> None:
