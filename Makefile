@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 LOCK   := .ci/requirements-dev.txt
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint types floors pytest interop simulate bench-failover bench-latency openapi schema lock clean
+.PHONY: demo test lint types floors pytest interop simulate bench-failover bench-latency bench-journal bench-index openapi schema lock clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -40,6 +40,14 @@ bench-failover: $(READY)
 # Injected latency from 0 to 500 ms against the stage reached and the time taken.
 bench-latency: $(READY)
 	$(BIN)/python -m bench.latency_stages
+
+# How many busts a second the journal takes, alone and with many callers that share its commits.
+bench-journal: $(READY)
+	$(BIN)/python -m bench.journal
+
+# Counted steps and time of each operation of the index, from 10^3 to 10^6 entries.
+bench-index: $(READY)
+	$(BIN)/python -m bench.index_scaling
 
 # One environment, pinned and hashed; made again only when the lock or the project's metadata change.
 $(READY): $(LOCK) pyproject.toml

@@ -31,10 +31,11 @@ from pybustcall.errors import (
 from pybustcall.faults import Band, Fault, FaultKind, Oversight
 from pybustcall.fleet import DaemonView, FleetView
 from pybustcall.hotswap import Dependency, Resolution, Swap, SwapResult
+from pybustcall.jobs import BustJob
 from pybustcall.models import CapabilityDocument, DaemonStatus, Requirements, Timestamp
 from pybustcall.outbox import Outbox, OutboxCounts, OutboxRow, RowState, StoredBust
 from pybustcall.policies import Breaker, BreakerState, Budget, Failback, Hedge, Pool, Probes, Retry
-from pybustcall.results import Attempt, BustReport, BustResult, Delivery
+from pybustcall.results import Attempt, BustReport, BustResult, Delivery, LayerResult
 from pybustcall.semverx import SemverX, SemverXRange, Spec, State, SwapVerdict, can_hot_swap
 from pybustcall.session import TLS, PoolStatistics
 from pybustcall.telemetry import (
@@ -66,6 +67,7 @@ __all__ = [
     "Budget",
     "BustDeferred",
     "BustFailed",
+    "BustJob",
     "BustRejected",
     "BustReplayed",
     "BustReport",
@@ -97,6 +99,7 @@ __all__ = [
     "IncompatibleDaemon",
     "InvalidRequest",
     "InvalidVersion",
+    "LayerResult",
     "NotAllowed",
     "Outbox",
     "OutboxCounts",

@@ -35,7 +35,7 @@ from pybustcall.config import settings_from_env, settings_from_toml
 from pybustcall.daemon_client import MAX_REPLY_BYTES, DaemonClient
 from pybustcall.delivery import Delivered, Deliverer, DeliveryMode, Job
 from pybustcall.dispatcher import dispatch, reap
-from pybustcall.errors import ConfigurationError, InvalidRequest, OutboxError
+from pybustcall.errors import ConfigurationError, DaemonsUnavailable, DeadlineExceeded, InvalidRequest, OutboxError
 from pybustcall.faults import (
     AttemptFailed,
     Band,
@@ -63,9 +63,11 @@ from pybustcall.hotswap import (
     register_request,
     swap_request,
 )
+from pybustcall.jobs import BustJob, doubt_job, doubt_jobs, job_path, jobs_path
 from pybustcall.models import (
     DEFAULT_STRATEGY,
     DEFAULT_TOLERANCE,
+    EVERYTHING,
     BustReply,
     BustRequest,
     DaemonStatus,
@@ -74,14 +76,16 @@ from pybustcall.models import (
     ForgetReply,
     ForgetRequest,
     HotSwapReply,
+    JobReply,
+    JobsReply,
     RegisterReply,
     Requirements,
     ResolveReply,
     ResolveRequest,
     bust_request,
-    check_strategy,
     redact,
 )
+from pybustcall.needs import needs_of, phrase_of, widened
 from pybustcall.negotiation import Negotiator
 from pybustcall.outbox import Outbox, OutboxCounts, OutboxRow, OutboxStore
 from pybustcall.policies import Breaker, Budget, Failback, Hedge, Pool, Probes, Retry, check_seconds
@@ -96,6 +100,7 @@ if TYPE_CHECKING:
 
     from pybustcall.config import Settings
     from pybustcall.dispatcher import Ask
+    from pybustcall.models import JobState, Kind
 
 __all__ = ["BustcallClient", "ClientOutbox", "ClientStatistics"]
 
@@ -117,6 +122,11 @@ _DIGEST: Final = 10.0
 
 _FLUSH: Final = 1.0
 """Seconds that `aclose` waits for hooks to be told the last events."""
+_FIRST_PAUSE: Final = 0.05
+_LONGEST_PAUSE: Final = 2.0
+"""Seconds between two questions of `wait_job`: from the first on they double."""
+
+_JOBS: Final = "cache.bust.jobs"
 _DISABLED: Final = "disabled"
 _Reply = TypeVar("_Reply")
 _Answer = TypeVar("_Answer", bound=BaseModel)
@@ -154,6 +164,7 @@ class ClientStatistics:
     - `hedges`: calls that asked a second daemon at the live p95; `overdue`: calls that left a silent daemon
     - `incidents`: failures that counted against a daemon; `failovers`, `failbacks`: of the hub
     - `probes`, `probes_missed`: of the daemons, in the background
+    - `accepted`: busts that daemons keep as jobs, since they are not applied everywhere yet
     - `deferred`, `replayed`, `refused`: busts stored in the outbox, delivered out of it, and set aside there
     - `events_dropped`: events that slow hooks were not told
     """
@@ -174,6 +185,7 @@ class ClientStatistics:
     replayed: int = 0
     refused: int = 0
     events_dropped: int = 0
+    accepted: int = 0
 
 
 @final
@@ -298,7 +310,8 @@ class _Digest:
         """Log what was only counted."""
         for status, (_, passed) in self._counts.items():
             if passed:
-                _log.log(logging.INFO if status == "busted" else logging.WARNING, "%d more busts: %s", passed, status)
+                level = logging.INFO if status in {"busted", "dry_run"} else logging.WARNING
+                _log.log(level, "%d more busts: %s", passed, status)
         self._counts.clear()
 
 
@@ -383,6 +396,7 @@ async def _send(
     until: float,
     deadline: float,
     started: Callable[[], None],
+    wider: bool,
 ) -> BustReply:
     told = False
 
@@ -392,7 +406,14 @@ async def _send(
             told = True
             started()
 
-    known = await negotiator.terms(daemon, until=until, started=start)
+    needs = needs_of(request)
+    what = phrase_of(request) if needs else ""
+    known = await negotiator.terms(daemon, needs, until=until, started=start, what=what, strict=not wider)
+    if needs and known is not None:  # it is known wherever something is needed
+        able = widened(request, known.supports)
+        if able is None:
+            raise negotiator.unsupported(daemon, needs, what)
+        request = able
     # A server that does not know the header ignores it; only one that says so is spared it.
     sent = key if known is None or known.supports(_IDEMPOTENT) else None
     bust = partial(daemon.bust, request, key=sent, until=until, deadline=deadline, started=start)
@@ -642,7 +663,16 @@ class BustcallClient:
         self,
         target: str,
         *,
+        kind: Kind = "key",
         strategy: str = DEFAULT_STRATEGY,
+        soft: bool = False,
+        namespace: str | None = None,
+        confirm: bool = False,
+        dry_run: bool = False,
+        verify: bool = False,
+        settle: float | None = None,
+        allow_wider: bool = False,
+        reason: str | None = None,
         fault_tolerance: int | None = None,
         timeout: float | None = None,
         delivery: DeliveryMode | None = None,
@@ -652,30 +682,56 @@ class BustcallClient:
         """Have the old value of `target` dropped from the caches; return once that is acknowledged, or stored.
 
         - `target`: 1 byte to 8 KiB of UTF-8 without control characters
+        - `kind`: what it names: a key, a prefix (the key and all below it, by whole segments), a tag, or all ("*")
         - `strategy`: sent verbatim; the reference daemon knows direct, dimensional and hybrid
+        - `soft`: mark as stale instead of removing; readers are served the old value while one of them makes it anew
+        - `namespace`: whose entries; None for the daemon's default one. No bust reaches across namespaces
+        - `confirm`: must be true for the kind "all"
+        - `dry_run`: tell how many entries would go (`matched`), and remove none. It is never stored
+        - `verify`: have the daemon read back that nothing of it is left
+        - `settle`: seconds after which it is busted a second time, against fills in flight; 0 for never; None for what
+          each layer of the daemon does by itself
+        - `allow_wider`: where a daemon cannot do it, have it do the next wider: all instead of a prefix or a tag, hard
+          instead of soft; the result's `note` and `kind` say so
+        - `reason`: why, for the daemon's audit; at most 256 characters
         - `fault_tolerance`: 0 to 12 for this call; 12 never raises: ask the result's `ok`
         - `timeout`: seconds for this call, retries and peers included
         - `delivery`: how many daemons must acknowledge: "first", "quorum" or "all"
         - `write_ahead`: store it before the first attempt, so that not even a kill of this process loses it
         - `idempotency_key`: 1 to 255 visible ASCII characters, the same on every attempt; by default one is made
 
+        A bust that goes on at the daemon after its answer is "accepted", or "partial" if one of its layers failed, with
+        the name of its `job`. What is beyond the base protocol is sent only to daemons that advertise it.
+
         Raises `InvalidRequest` before anything is sent, `OutboxError` if it was to be stored and could not be, and
         `BustFailed` or a subclass of it if the call's stage is below 12 - fault_tolerance; the error tells whether the
         bust was, was not or may have been applied. A cancellation stores the bust first if there is an outbox.
         """
         tolerance = self._tolerance(fault_tolerance)
-        request = bust_request(target, strategy, tolerance)
+        request = bust_request(
+            target,
+            strategy,
+            tolerance,
+            kind=kind,
+            soft=soft,
+            namespace=namespace,
+            confirm=confirm,
+            dry_run=dry_run,
+            verify=verify,
+            settle=settle,
+            reason=reason,
+        )
+        _check_flag(allow_wider, "allow_wider")
         seconds = self._seconds(timeout)
         mode = self._options.delivery if delivery is None else _check_mode(delivery)
-        if type(write_ahead) is not bool:
-            raise InvalidRequest(f"write_ahead must be true or false, not {write_ahead!r}; nothing was sent")
+        _check_flag(write_ahead, "write_ahead")
         if write_ahead and self._core is not None and self._core.store is None:
             raise InvalidRequest("write_ahead needs an outbox; nothing was sent", field="write_ahead")
         key = _check_key(idempotency_key)
         try:
-            delivered = await self._bust(request, seconds, mode, key=key, write_ahead=write_ahead)
+            delivered = await self._bust(request, seconds, mode, key=key, write_ahead=write_ahead, wider=allow_wider)
         except OutboxError as error:
-            unstored = self._unstored(request.target, key, error)
+            unstored = self._unstored(request, key, error)
             if raises(unstored.stage, tolerance):
                 raise
             return unstored
@@ -693,7 +749,16 @@ class BustcallClient:
         *,
         concurrency: int = 64,
         on_progress: Callable[[BustResult], object] | None = None,
+        kind: Kind = "key",
         strategy: str = DEFAULT_STRATEGY,
+        soft: bool = False,
+        namespace: str | None = None,
+        confirm: bool = False,
+        dry_run: bool = False,
+        verify: bool = False,
+        settle: float | None = None,
+        allow_wider: bool = False,
+        reason: str | None = None,
         fault_tolerance: int | None = None,
         timeout: float | None = None,
         delivery: DeliveryMode | None = None,
@@ -703,13 +768,30 @@ class BustcallClient:
         - `targets`: any iterable, also an asynchronous one; it is read as the busts go on
         - `on_progress`: called with every result, in the order in which they end; what it raises ends the call
         - `timeout`: seconds for each target, from its turn
-        - the others: as in `bust`
+        - the others: as in `bust`, the same for all targets
 
         The report counts them and keeps the results that are not ok, a target that cannot be sent among them. Raises
         `InvalidRequest` for other arguments that cannot be used, before anything is sent.
         """
         tolerance = self._tolerance(fault_tolerance)
-        check_strategy(strategy)
+
+        def request_of(target: object) -> BustRequest:
+            return bust_request(
+                target,
+                strategy,
+                tolerance,
+                kind=kind,
+                soft=soft,
+                namespace=namespace,
+                confirm=confirm,
+                dry_run=dry_run,
+                verify=verify,
+                settle=settle,
+                reason=reason,
+            )
+
+        request_of(EVERYTHING)  # of any target: the other arguments are refused before one is taken
+        _check_flag(allow_wider, "allow_wider")
         seconds = self._seconds(timeout)
         mode = self._options.delivery if delivery is None else _check_mode(delivery)
         if type(concurrency) is not int or concurrency < 1:
@@ -732,7 +814,7 @@ class BustcallClient:
                     return
                 if len(workers) < concurrency:  # one more at work only when there was something to do
                     workers.add(loop.create_task(work()))
-                result = await self._bust_checked(target, strategy, tolerance, seconds, mode)
+                result = await self._bust_checked(target, request_of, seconds, mode, wider=allow_wider)
                 builder.add(result)
                 if on_progress is not None:
                     on_progress(result)
@@ -862,19 +944,96 @@ class BustcallClient:
         key: str,
         depends_on: Iterable[str] = (),
         *,
+        tags: Iterable[str] = (),
+        ttl: float | None = None,
+        namespace: str | None = None,
         daemon: str | None = None,
         timeout: float | None = None,
     ) -> str:
         """Tell a daemon that its cache holds `key`, made of what `depends_on` names; a second time replaces the first.
 
-        A bust or a hot swap of any of those then reaches `key`. Done at the first daemon that answers, or at `daemon`;
-        returns its URL. Raises as `resolve` does.
+        A bust or a hot swap of any of those then reaches `key`, and so does a bust of one of its `tags`. With `ttl` the
+        entry ends by itself after so many seconds, as it does in the cache. `namespace` is whose entry it is. Done at
+        the first daemon that answers, or at `daemon`; returns its URL. Raises as `resolve` does, `IncompatibleDaemon`
+        also if no daemon knows tags or namespaces, and they are given.
         """
-        request = register_request(key, depends_on)
+        request = register_request(key, depends_on, tags=tags, ttl=ttl, namespace=namespace)
         label = repr(key) if self._options.reveal_targets else redact(request.key)
-        using = _Using("registering " + label, "cache.register", "/api/v1/entries", changes=True)
+        also = ("cache.bust.tag",) * bool(request.tags) + ("cache.bust.namespace",) * (request.namespace is not None)
+        using = _Using("registering " + label, "cache.register", "/api/v1/entries", changes=True, also=also)
         doubt = partial(doubt_registration, request)
         return (await self._use(using, request, RegisterReply, daemon, timeout, doubt)).daemon
+
+    async def jobs(
+        self,
+        *,
+        limit: int = 100,
+        before: str | None = None,
+        state: JobState | None = None,
+        daemon: str | None = None,
+        timeout: float | None = None,
+    ) -> tuple[BustJob, ...]:
+        """List the busts in a daemon's journal, the newest first: those under way and those that are over, its audit.
+
+        - `limit`: 1 to 1,000; `before`: the `job` of the last one listed, to go on from there
+        - `state`: only those that are waiting, running, settling, done, cancelled or failed
+
+        The first daemon that answers is asked, or `daemon`: journals are each daemon's own. Raises as `resolve` does.
+        """
+        using = _Using("asking for the jobs", _JOBS, jobs_path(limit, before, state))
+        doubt = partial(doubt_jobs, limit, state)
+        reply = await self._use(using, None, JobsReply, daemon, timeout, doubt)
+        return tuple(BustJob.of(one, reply.daemon) for one in reply.answer.jobs)
+
+    async def job(self, job: str, *, daemon: str | None = None, timeout: float | None = None) -> BustJob:
+        """Tell how far a bust is that a daemon accepted; `job` and `daemon` are in the result of `bust`.
+
+        Without `daemon` the first that answers is asked. Raises `BustRejected` if there is no such job there (any
+        more), and otherwise as `resolve` does.
+        """
+        using = _Using("asking for a job", _JOBS, job_path(job))
+        reply = await self._use(using, None, JobReply, daemon, timeout, partial(doubt_job, job))
+        return BustJob.of(reply.answer, reply.daemon)
+
+    async def cancel_job(self, job: str, *, daemon: str | None = None, timeout: float | None = None) -> BustJob:
+        """Have a daemon do no more for a bust that it accepted; tell how it is then. One that is over stays as it is.
+
+        What was removed stays removed, and a layer that has not done it keeps the old value. Doing it twice is
+        harmless. Raises as `job` does.
+        """
+        using = _Using("cancelling a job", _JOBS, job_path(job), changes=True, method="DELETE")
+        reply = await self._use(using, None, JobReply, daemon, timeout, partial(doubt_job, job))
+        return BustJob.of(reply.answer, reply.daemon)
+
+    async def wait_job(self, job: str, *, timeout: float, daemon: str | None = None) -> BustJob:
+        """Wait until a bust that a daemon accepted is over: done, cancelled or failed.
+
+        It is asked for again and again, at most every 2 seconds, for `timeout` seconds in all; a daemon that cannot be
+        reached may be back by then. Raises `DeadlineExceeded` if it is not over in time, and otherwise as `job` does.
+        """
+        seconds = self._seconds(timeout)
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        pause = _FIRST_PAUSE
+        while True:
+            left = max(_FIRST_PAUSE, begun + seconds - loop.time())
+            try:
+                found = await self.job(job, daemon=daemon, timeout=min(self._options.timeout, left))
+            except (DaemonsUnavailable, DeadlineExceeded):
+                if loop.time() + pause > begun + seconds:
+                    raise
+            else:
+                if found.is_over:
+                    return found
+                daemon = found.daemon  # another would not know it
+                if loop.time() + pause > begun + seconds:
+                    raise DeadlineExceeded(
+                        f"the job {job} of {daemon} was not over within {seconds:g} s: it is {found.state}. It goes on;"
+                        " wait again, or allow more time with timeout=",
+                        daemon=daemon,
+                    )
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     async def hot_swap(
         self,
@@ -1055,11 +1214,17 @@ class BustcallClient:
             self._core.hooks.close()
 
     async def _bust_checked(
-        self, target: object, strategy: str, tolerance: int, seconds: float, mode: DeliveryMode
+        self,
+        target: object,
+        request_of: Callable[[object], BustRequest],
+        seconds: float,
+        mode: DeliveryMode,
+        *,
+        wider: bool,
     ) -> BustResult:
         """Bust one of many: a target that cannot be sent becomes a failed result."""
         try:
-            request = bust_request(target, strategy, tolerance)
+            request = request_of(target)
         except InvalidRequest as error:
             await asyncio.sleep(0)  # nothing else here lets the loop run, nor a cancellation in
             fault = Fault(FaultKind.REJECTED, "this client", str(error), "no")
@@ -1072,17 +1237,20 @@ class BustcallClient:
             )
         key = _check_key(None)
         try:
-            result = (await self._bust(request, seconds, mode, key=key)).result
+            result = (await self._bust(request, seconds, mode, key=key, wider=wider)).result
         except OutboxError as error:
-            result = self._unstored(request.target, key, error)
+            result = self._unstored(request, key, error)
         if self._core is not None:
             self._core.digest.tell(result)
         return result
 
-    def _unstored(self, target: str, key: str, error: OutboxError) -> BustResult:
+    def _unstored(self, request: BustRequest, key: str, error: OutboxError) -> BustResult:
         """Make the result of a bust that could not be stored."""
         return BustResult(
-            target=target,
+            target=request.target,
+            kind=request.kind,
+            namespace=request.namespace,
+            soft=request.soft,
             status="failed",
             stage=call_stage(Outcome.FAILED, [] if error.stage is None else [error.stage]),
             attempts=tuple(Attempt(cause.daemon, cause.stage, 0.0, cause) for cause in error.causes),
@@ -1092,13 +1260,30 @@ class BustcallClient:
         )
 
     async def _bust(
-        self, request: BustRequest, seconds: float, mode: DeliveryMode, *, key: str, write_ahead: bool = False
+        self,
+        request: BustRequest,
+        seconds: float,
+        mode: DeliveryMode,
+        *,
+        key: str,
+        write_ahead: bool = False,
+        wider: bool = False,
     ) -> Delivered:
         reveal = self._options.reveal_targets
         if self._core is None:
             await asyncio.sleep(0)
             stage = call_stage(Outcome.ACKNOWLEDGED, ())
-            result = BustResult(request.target, _DISABLED, stage, key=key, reveal=reveal)
+            result = BustResult(
+                request.target,
+                _DISABLED,
+                stage,
+                key=key,
+                reveal=reveal,
+                kind=request.kind,
+                namespace=request.namespace,
+                soft=request.soft,
+                dry_run=request.dry_run,
+            )
             return Delivered(result=result, ending="answered", error=None)
         begun = asyncio.get_running_loop().time()
         job = Job(
@@ -1110,6 +1295,7 @@ class BustcallClient:
             retry=self._options.retry,
             write_ahead=write_ahead,
             reveal=reveal,
+            wider=wider,
         )
         async with self._core.sessions.call():
             runtime = self._core.runtime()
@@ -1130,7 +1316,9 @@ class BustcallClient:
         async with core.sessions.call():
             negotiator = core.runtime().negotiator
             negotiator.look_again()
-            asking = negotiator.asking(using.capability, using.path, request, reply, doubt=doubt)
+            asking = negotiator.asking(
+                using.capability, using.path, request, reply, doubt=doubt, also=using.also, method=using.method
+            )
 
             async def ask(
                 asked: DaemonClient, /, *, until: float, deadline: float, started: Callable[[], None]
@@ -1200,12 +1388,17 @@ async def _close(core: _Core) -> None:
 @final
 @dataclass(frozen=True, slots=True)
 class _Using:
-    """An extension that is used: what the call is named in errors, where it is, and whether it changes anything."""
+    """An extension that is used: what the call is named in errors, where it is, and whether it changes anything.
+
+    `also` are further capabilities that it takes; `method` is POST with a request and GET without one, if not given.
+    """
 
     what: str
     capability: str
     path: str
     changes: bool = False
+    also: tuple[str, ...] = ()
+    method: str | None = None
 
 
 @final
@@ -1259,6 +1452,11 @@ def _check_mode(delivery: DeliveryMode) -> DeliveryMode:
             f"delivery must be one of {', '.join(_MODES)}, not {delivery!r}; nothing was sent", field="delivery"
         )
     return delivery
+
+
+def _check_flag(flag: object, name: str) -> None:
+    if type(flag) is not bool:
+        raise InvalidRequest(f"{name} must be true or false, not {flag!r}; nothing was sent", field=name)
 
 
 def _check_hook(hook: object) -> None:

@@ -22,7 +22,7 @@ from dataclasses import asdict
 from functools import partial, wraps
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast, get_args
 
 import click
 from pydantic import SecretStr
@@ -40,7 +40,16 @@ from pybustcall.errors import (
 )
 from pybustcall.faults import check_tolerance, raises
 from pybustcall.hotswap import Swap
-from pybustcall.models import DEFAULT_STRATEGY, MAX_TARGET_BYTES, Requirements, check_target
+from pybustcall.jobs import MAX_JOBS, BustJob
+from pybustcall.models import (
+    DEFAULT_STRATEGY,
+    EVERYTHING,
+    KINDS,
+    MAX_TARGET_BYTES,
+    JobState,
+    Requirements,
+    check_target,
+)
 from pybustcall.outbox import RowState
 from pybustcall.results import BustResult, error_class, summary
 
@@ -50,9 +59,10 @@ if TYPE_CHECKING:
     from click._termui_impl import ProgressBar
 
     from pybustcall.capabilities import DaemonCapabilities
-    from pybustcall.delivery import DeliveryMode
+    from pybustcall.daemon.configuration import Configuration
+    from pybustcall.daemon.engine import Layer
     from pybustcall.hotswap import Dependency, Resolution, SwapResult
-    from pybustcall.models import Access, CapabilityDocument, DaemonStatus
+    from pybustcall.models import Access, CapabilityDocument, DaemonStatus, Kind
 
 __all__ = ["cli", "run"]
 
@@ -168,8 +178,23 @@ def _read_token(path: Path) -> str:
 
 
 @cli.command()
-@click.argument("targets", nargs=-1, required=True, metavar="TARGET...")
+@click.argument("targets", nargs=-1, metavar="TARGET...")
+@click.option(
+    "--kind",
+    type=click.Choice(KINDS),
+    default="key",
+    show_default=True,
+    help='What each TARGET names; "all" takes --confirm and no TARGET.',
+)
+@click.option("--confirm", is_flag=True, help="Say that everything is meant, with --kind all.")
 @click.option("--strategy", default=DEFAULT_STRATEGY, show_default=True, help="direct, dimensional or hybrid.")
+@click.option("--soft", is_flag=True, help="Mark as stale instead of removing.")
+@click.option("--namespace", metavar="NS", help="Whose entries; the daemon's default one if not given.")
+@click.option("--dry-run", is_flag=True, help="Tell how many entries would go, and remove none.")
+@click.option("--verify", is_flag=True, help="Have the daemon read back that nothing is left.")
+@click.option("--settle", type=float, metavar="SECONDS", help="Bust a second time after so long; 0 for never.")
+@click.option("--allow-wider", is_flag=True, help="Where a daemon cannot do it, have it do the next wider.")
+@click.option("--reason", metavar="TEXT", help="Why, for the daemon's audit.")
 @click.option("--fault-tolerance", type=int, help="0 to 12; fails iff the stage is below 12 minus this.")
 @click.option("--delivery", type=click.Choice(["first", "quorum", "all"]), help="How many daemons must acknowledge.")
 @click.option("--concurrency", type=click.IntRange(1), default=64, show_default=True, help="Busts under way at once.")
@@ -178,32 +203,31 @@ def _read_token(path: Path) -> str:
 def bust(
     client: BustcallClient,
     targets: tuple[str, ...],
-    strategy: str,
+    kind: Kind,
     fault_tolerance: int | None,
-    delivery: DeliveryMode | None,
     concurrency: int,
     as_json: bool,
+    **how: Any,
 ) -> int:
     """Have the old value of each TARGET dropped; a TARGET of "-" reads more from standard input, one a line."""
+    if kind == "all" and targets not in {(), (EVERYTHING,)}:
+        raise click.UsageError('--kind all drops everything, and takes no TARGET but "*"')
+    if kind != "all" and not targets:
+        raise click.UsageError("Missing argument 'TARGET...'.")
     try:
         for target in targets:
             check_target(target)
         tolerance = client.fault_tolerance if fault_tolerance is None else check_tolerance(fault_tolerance)
     except InvalidRequest as error:
         raise _Failure(str(error), _USAGE) from error
-    return _run(_bust(client, targets, strategy, tolerance, delivery, concurrency, as_json=as_json))
+    how |= {"kind": kind, "concurrency": concurrency}
+    return _run(_bust(client, targets or (EVERYTHING,), tolerance, how, as_json=as_json))
 
 
 async def _bust(
-    client: BustcallClient,
-    targets: tuple[str, ...],
-    strategy: str,
-    tolerance: int,
-    delivery: DeliveryMode | None,
-    concurrency: int,
-    *,
-    as_json: bool,
+    client: BustcallClient, targets: tuple[str, ...], tolerance: int, how: dict[str, Any], *, as_json: bool
 ) -> int:
+    """Bust the targets and tell each result; `how` is what is the same for all of them."""
     codes: set[int] = set()
     unwritten: list[OSError] = []
     known = None if "-" in targets else len(targets)
@@ -234,17 +258,16 @@ async def _bust(
             bar.update(1)
 
         async with client:
-            report = await client.bust_many(
-                _targets(targets),
-                concurrency=concurrency,
-                on_progress=tell,
-                strategy=strategy,
-                fault_tolerance=tolerance,
-                delivery=delivery,
-            )
+            report = await client.bust_many(_targets(targets), on_progress=tell, fault_tolerance=tolerance, **how)
     if report.total != 1 and not as_json:
-        kept = f", {report.deferred + report.partial} kept for later" if report.deferred + report.partial else ""
-        click.echo(f"{report.busted} of {report.total} busted{kept} in {report.elapsed:.3f} s", err=True)
+        later = report.deferred + report.partial + report.accepted
+        kept = f", {later} kept for later" if later else ""
+        done = (
+            f"{report.dry_run} of {report.total} told"
+            if how["dry_run"]
+            else f"{report.busted} of {report.total} busted"
+        )
+        click.echo(f"{done}{kept} in {report.elapsed:.3f} s", err=True)
     if unwritten and not isinstance(unwritten[0], BrokenPipeError):
         click.echo(f"Error: not every result could be written: {unwritten[0].strerror}", err=True)
         codes.add(_REFUSED)
@@ -253,8 +276,8 @@ async def _bust(
 
 def _code_of(result: BustResult) -> int:
     """Tell the exit code of a bust that failed: whether trying again may help."""
-    if result.ok:
-        return _REFUSED  # it was applied: there is nothing to try again
+    if result.ok or result.job is not None:
+        return _REFUSED  # it was applied, or a daemon goes on with it: there is nothing to try again
     may_help = {DaemonsUnavailable, DeadlineExceeded}
     return _UNAVAILABLE if not result.causes or error_class("exhausted", result.causes) in may_help else _REFUSED
 
@@ -262,10 +285,17 @@ def _code_of(result: BustResult) -> int:
 def _as_line(result: BustResult, *, tolerated: bool) -> str:
     if result.ok:
         where = f" by {result.daemon}" if result.daemon else ""
-        gone = f", {result.removed} removed" if result.removed is not None else ""
+        done = "marked stale" if result.soft else "removed"
+        gone = f", {result.removed} {done}" if result.removed is not None else ""
+        if result.dry_run:
+            gone = (
+                f", would {'mark' if result.soft else 'remove'} {result.matched}" if result.matched is not None else ""
+            )
         after = f", after faults: {'; '.join(summary(result.causes))}" if result.causes else ""
+        note = f"; {result.note}" if result.note else ""
         below = "" if tolerated else f"; stage {result.stage} is below the tolerance"
-        return f"{result.status} {result.target}{where} in {result.elapsed:.3f} s{gone}{after}{below}"
+        status = result.status.replace("_", " ")
+        return f"{status} {result.target}{where} in {result.elapsed:.3f} s{gone}{after}{note}{below}"
     reasons = "; ".join([*summary(result.causes), *([result.note] if result.note else [])]) or "the deadline was over"
     told = f"{result.status} {result.target!r} (stage {result.stage}, applied: {result.applied})"
     return f"{told}, in the outbox: {reasons}" if result.rows else f"{told}: {reasons}"
@@ -286,12 +316,26 @@ def _as_dict(result: BustResult, *, tolerated: bool) -> dict[str, Any]:
         "delegate": result.delegate,
         "reported_stage": result.reported_stage,
         "removed": result.removed,
+        "kind": result.kind,
+        "namespace": result.namespace,
+        "soft": result.soft,
+        "dry_run": result.dry_run,
+        "matched": result.matched,
+        "verified": result.verified,
+        "layers": [asdict(layer) for layer in result.layers],
+        "job": result.job,
         "elapsed": round(result.elapsed, 6),
         "key": result.key,
         "rows": result.rows,
         "note": result.note,
         "deliveries": [
-            {"daemon": delivery.daemon, "status": delivery.status, "stage": delivery.stage, "row": delivery.row}
+            {
+                "daemon": delivery.daemon,
+                "status": delivery.status,
+                "stage": delivery.stage,
+                "row": delivery.row,
+                "job": delivery.job,
+            }
             for delivery in result.deliveries
         ],
         "attempts": [
@@ -503,16 +547,34 @@ def forget(client: BustcallClient, name: str, as_json: bool) -> int:
 @cli.command()
 @click.argument("key")
 @click.option("--depends-on", "names", multiple=True, metavar="NAME", help="What KEY was made of; repeat it for more.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="A tag by which it is busted; repeat it for more.")
+@click.option("--ttl", type=float, metavar="SECONDS", help="How long the cache holds it.")
+@click.option("--namespace", metavar="NS", help="Whose entry it is.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @_asking_options
-def register(client: BustcallClient, key: str, names: tuple[str, ...], as_json: bool) -> int:
+def register(
+    client: BustcallClient,
+    key: str,
+    names: tuple[str, ...],
+    tags: tuple[str, ...],
+    ttl: float | None,
+    namespace: str | None,
+    as_json: bool,
+) -> int:
     """Tell a daemon that its cache holds KEY, made of what each NAME names; a second time replaces the first."""
     return _run(
         _use(
             client,
-            lambda: client.register(key, names),
+            lambda: client.register(key, names, tags=tags, ttl=ttl, namespace=namespace),
             lambda daemon: [f"registered {key} by {daemon}"],
-            lambda daemon: {"key": key, "depends_on": names, "daemon": daemon},
+            lambda daemon: {
+                "key": key,
+                "depends_on": names,
+                "tags": tags,
+                "ttl": ttl,
+                "namespace": namespace,
+                "daemon": daemon,
+            },
             as_json=as_json,
         )
     )
@@ -573,11 +635,15 @@ async def _use(
     client: BustcallClient,
     call: Callable[[], Awaitable[_T]],
     tell: Callable[[_T], list[str]],
-    to_json: Callable[[_T], dict[str, Any]],
+    to_json: Callable[[_T], dict[str, Any] | list[dict[str, Any]]],
     *,
     as_json: bool,
+    verdict: Callable[[_T], int] = lambda _: 0,
 ) -> int:
-    """Make one call of the client and tell what it came to, or why it failed and which rules are not met."""
+    """Make one call of the client and tell what it came to, or why it failed and which rules are not met.
+
+    `to_json` makes the JSON object, or one a line; `verdict` tells the exit code of what it came to.
+    """
     async with client:
         try:
             done = await call()
@@ -591,10 +657,12 @@ async def _use(
                 click.echo("\n".join(_printable(text) for text in told), err=True)
             return _UNAVAILABLE if isinstance(error, DaemonsUnavailable | DeadlineExceeded) else _REFUSED
     if as_json:
-        click.echo(json.dumps({"ok": True, **to_json(done)}))
+        found = to_json(done)
+        for line in found if isinstance(found, list) else [found]:
+            click.echo(json.dumps({"ok": True, **line}))
     else:
         click.echo("\n".join(_printable(text) for text in tell(done)))
-    return 0
+    return verdict(done)
 
 
 @cli.command()
@@ -647,6 +715,116 @@ def conformance(url: str, strict: bool, token_file: Path | None, timeout: float,
 
 
 @cli.group()
+def jobs() -> None:
+    """See to the busts in a daemon's journal: list, show, await or cancel them.
+
+    Journals are each daemon's own: --daemon says whose it is; otherwise it is the first that answers, the hub first.
+    """
+
+
+_daemon_option: Final = click.option("--daemon", metavar="URL", help="Which of the daemons to ask.")
+
+
+@jobs.command("list")
+@click.option("--limit", type=click.IntRange(1, MAX_JOBS), default=100, show_default=True, help="Jobs to list at most.")
+@click.option("--before", metavar="JOB", help="Go on from this job, the last one listed.")
+@click.option("--state", type=click.Choice(get_args(JobState)), help="Only those in this state.")
+@_daemon_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each job.")
+@_asking_options
+def jobs_list(
+    client: BustcallClient,
+    limit: int,
+    before: str | None,
+    state: JobState | None,
+    daemon: str | None,
+    as_json: bool,
+) -> int:
+    """List the busts in the journal, the newest first."""
+
+    def call() -> Awaitable[tuple[BustJob, ...]]:
+        return client.jobs(limit=limit, before=before, state=state, daemon=daemon)
+
+    def tell(found: tuple[BustJob, ...]) -> list[str]:
+        return [_job_line(job) for job in found] or ["no jobs"]
+
+    return _run(_use(client, call, tell, lambda found: [_job_dict(job) for job in found], as_json=as_json))
+
+
+@jobs.command("show")
+@click.argument("job")
+@_daemon_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@_asking_options
+def jobs_show(client: BustcallClient, job: str, daemon: str | None, as_json: bool) -> int:
+    """Tell all of one JOB."""
+    return _run(_use(client, lambda: client.job(job, daemon=daemon), _job_lines, _job_dict, as_json=as_json))
+
+
+@jobs.command("cancel")
+@click.argument("job")
+@_daemon_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@_asking_options
+def jobs_cancel(client: BustcallClient, job: str, daemon: str | None, as_json: bool) -> int:
+    """Have no more done for JOB; what was removed stays removed. Exits with 1 if it was over before."""
+
+    def verdict(found: BustJob) -> int:
+        return 0 if found.state == "cancelled" else _REFUSED
+
+    call = partial(client.cancel_job, job, daemon=daemon)
+    return _run(_use(client, call, _job_lines, _job_dict, as_json=as_json, verdict=verdict))
+
+
+@jobs.command("wait")
+@click.argument("job")
+@click.option(
+    "--for",
+    "seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait at most.",
+)
+@_daemon_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@_asking_options
+def jobs_wait(client: BustcallClient, job: str, seconds: float, daemon: str | None, as_json: bool) -> int:
+    """Wait until JOB is over. Exits with 0 if it is done, with 1 if cancelled or failed, with 3 if it still goes on."""
+
+    def verdict(found: BustJob) -> int:
+        return 0 if found.state == "done" else _REFUSED
+
+    call = partial(client.wait_job, job, timeout=seconds, daemon=daemon)
+    return _run(_use(client, call, _job_lines, _job_dict, as_json=as_json, verdict=verdict))
+
+
+def _job_line(job: BustJob) -> str:
+    what = f"{'soft ' if job.soft else ''}{job.kind} {job.target!r}"
+    of = "" if job.total is None else f" of {job.total}"
+    return f"{job.job} {job.state} {what} ({job.namespace or 'default'}), {job.done}{of} done, {job.removed} removed"
+
+
+def _job_lines(job: BustJob) -> list[str]:
+    why = f", reason: {job.reason}" if job.reason is not None else ""
+    ended = f", ended {job.ended}" if job.ended is not None else ""
+    told = [_job_line(job), f"{job.strategy}, by {job.who} ({job.binding}){why}, at {job.at}{ended}, by {job.daemon}"]
+    for layer in job.layers:
+        state = "applied" if layer.ok else f"not applied: {layer.error or 'no reason was told'}"
+        told.append(f"layer {layer.name}: {state}, {layer.removed} removed")
+    return told
+
+
+def _job_dict(job: BustJob) -> dict[str, Any]:
+    return {
+        **asdict(job),
+        "at": str(job.at),
+        "ended": None if job.ended is None else str(job.ended),
+    }
+
+
+@cli.group()
 def outbox() -> None:
     """See to the busts that are kept in an outbox: list, replay, retry or purge them.
 
@@ -667,7 +845,10 @@ def outbox_list(client: BustcallClient, limit: int, as_json: bool) -> int:
                 "row": row.id,
                 "state": row.state,
                 "target": row.bust.target,
+                "kind": row.bust.kind,
+                "namespace": row.bust.namespace,
                 "strategy": row.bust.strategy,
+                "soft": row.bust.soft,
                 "destination": row.destination or "any",
                 "attempts": row.attempts,
                 "sent": row.sent,
@@ -776,10 +957,10 @@ def _printable(text: str) -> str:
 
 
 @cli.command()
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; another needs a token.")
-@click.option(
-    "--port", type=click.IntRange(0, 65535), default=8989, show_default=True, help="0 lets the system choose."
-)
+@click.option("--config", type=click.Path(path_type=Path), help="TOML file with all settings, and with layers.")
+@click.option("--check", "only_check", is_flag=True, help="Tell what is wrong with the settings, and do not serve.")
+@click.option("--host", show_default="127.0.0.1", help="Address to listen on; another needs a token.")
+@click.option("--port", type=click.IntRange(0, 65535), show_default="8989", help="0 lets the system choose.")
 @click.option("--socket", type=click.Path(path_type=Path), help="Unix socket to listen on instead.")
 @click.option("--backend", type=click.Choice(["memory", "files"]), help="What to bust; files if --root is given.")
 @click.option("--root", type=click.Path(path_type=Path), help="Directory of the files backend: a key is a path below.")
@@ -796,7 +977,7 @@ def _printable(text: str) -> str:
 @click.option(
     "--access", multiple=True, metavar="NAME=TIER", help="Make a capability public, protected or private; repeat it."
 )
-@click.option("--require-semverx", default="*", metavar="RANGE", help="The SemverX versions that clients must have.")
+@click.option("--require-semverx", metavar="RANGE", show_default="*", help="The SemverX versions of clients.")
 @click.option(
     "--require-capability",
     "required",
@@ -810,64 +991,126 @@ def _printable(text: str) -> str:
     type=click.Path(path_type=Path),
     help="File to keep dependencies and registered entries in, over restarts.",
 )
-@click.option("--drain", type=click.FloatRange(0, 3600), default=10.0, show_default=True, help="Seconds to finish in.")
-@click.option("--json", "as_json", is_flag=True, help="Say where it listens as a JSON object.")
+@click.option(
+    "--journal", type=click.Path(path_type=Path), help="File to write busts down in, so that they survive a crash."
+)
+@click.option("--drain", type=click.FloatRange(0, 3600), show_default="10.0", help="Seconds to finish in.")
+@click.option("--json", "as_json", is_flag=True, help="Say where it listens, or what is wrong, as JSON.")
 def daemon(
-    host: str,
-    port: int,
-    socket: Path | None,
+    *,
+    config: Path | None,
+    only_check: bool,
     backend: str | None,
     root: Path | None,
     register: Path | None,
-    hosts: tuple[str, ...],
-    token_file: Path | None,
-    operator_token_file: Path | None,
-    access: tuple[str, ...],
-    require_semverx: str,
-    required: tuple[str, ...],
-    state: Path | None,
-    registry: Path | None,
-    drain: float,
     as_json: bool,
+    **options: Any,
 ) -> int:
-    """Run the reference daemon until SIGTERM or Ctrl-C; says on standard output where it listens."""
+    """Run the reference daemon until SIGTERM or Ctrl-C; says on standard output where it listens.
+
+    Options win over the file given with --config. With --check it exits with 0 if all is in order, and with 4 if not.
+    """
     try:
         from pybustcall import daemon as package  # noqa: PLC0415 - needs an extra
+        from pybustcall.daemon.configuration import (  # noqa: PLC0415 - likewise
+            Configuration,
+            FilesLayer,
+            MemoryLayer,
+            load,
+        )
     except ImportError as error:
         raise _Failure(str(error), _CANNOT_START) from error
-    kind = backend or ("files" if root is not None else "memory")
-    if (kind == "files") != (root is not None):
+    if (backend == "files" or (backend is None and root is not None)) != (root is not None):
         raise click.UsageError("the files backend and --root DIRECTORY go together")
-    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
-
-    def ready(url: str) -> None:
-        told = {"url": url, "pid": os.getpid(), "backend": kind}
-        line = json.dumps(told) if as_json else f"bustcall daemon listening on {url} ({kind} backend)"
-        click.echo(line)  # and flushes it
-
     try:
-        settings = package.DaemonSettings(
-            host=host,
-            port=port,
-            socket=socket,
-            token=_token("BUSTCALL_TOKEN", token_file),
-            operator_token=_token("BUSTCALL_OPERATOR_TOKEN", operator_token_file),
-            access=_access(access),
-            requires=Requirements(semverx=require_semverx, capabilities=required),
-            allowed_hosts=hosts,
-            drain=drain,
-            state=state,
-            registry=registry,
-        )
-        package.check_settings(settings)
-        index = package.Index()
-        engine = package.Engine(package.MemoryBackend(index) if root is None else package.FilesBackend(root), index)
-        if register is not None:
-            engine.load_registrations(register)
-        _run(package.serve(engine, settings, ready=ready))
+        configuration = Configuration() if config is None else load(config)
+        if root is not None:
+            configuration = configuration.with_layer(FilesLayer(backend="files", root=str(root)))
+        elif backend is not None:
+            configuration = configuration.with_layer(MemoryLayer(backend="memory"))
+        given = _given_to_daemon(configuration, **options)
+        if only_check:
+            return _run(_check_daemon(configuration, register, given, as_json=as_json))
+        _serve(configuration, register, given, as_json=as_json)
     except (ConfigurationError, package.BackendFailure) as error:
         raise _Failure(str(error), _CANNOT_START) from error
     return 0
+
+
+def _given_to_daemon(
+    configuration: Configuration,
+    *,
+    hosts: tuple[str, ...],
+    access: tuple[str, ...],
+    require_semverx: str | None,
+    required: tuple[str, ...],
+    **same: Any,
+) -> dict[str, Any]:
+    """Tell the settings that the options gave; what the others need of the file is in them."""
+    document = configuration.document
+    given = {**same, "allowed_hosts": hosts or None}
+    if access:
+        given["access"] = {**document.access.tiers, **_access(access)}
+    if require_semverx is not None or required:
+        given["requires"] = Requirements(
+            semverx=document.requires.semverx if require_semverx is None else require_semverx,
+            capabilities=required or document.requires.capabilities,
+        )
+    return {name: value for name, value in given.items() if value is not None}
+
+
+async def _check_daemon(
+    configuration: Configuration, register: Path | None, given: dict[str, Any], *, as_json: bool
+) -> int:
+    """Tell all that is wrong, one finding a line."""
+    from pybustcall.daemon.checking import check  # noqa: PLC0415 - needs an extra
+
+    checked = await check(configuration, os.environ, register=register, **given)
+    for finding in checked.findings:
+        line = {"ok": False, "file": finding.file, "key": finding.key, "text": finding.text}
+        click.echo(json.dumps(line) if as_json else str(finding))
+    if checked.findings:
+        return _CANNOT_START
+    count = len(checked.layers)
+    told = f"in order: {count} layer{'s' if count > 1 else ''}: {_named(checked.layers)}"
+    line = {"ok": True, "file": configuration.file, "layers": _layers_as_dicts(checked.layers)}
+    click.echo(json.dumps(line) if as_json else ": ".join(filter(None, [configuration.file, told])))
+    return 0
+
+
+def _serve(configuration: Configuration, register: Path | None, given: dict[str, Any], *, as_json: bool) -> None:
+    """Serve until told to stop. What keeps it from starting is told at its key, if the file says it."""
+    from pybustcall.daemon import Engine, serve  # noqa: PLC0415 - needs an extra
+    from pybustcall.daemon.configuration import InvalidConfiguration  # noqa: PLC0415 - likewise
+    from pybustcall.daemon.index import Indexes  # noqa: PLC0415 - likewise
+
+    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
+    settings = configuration.settings(os.environ, **given)
+    indexes = Indexes(most=settings.max_namespaces)
+    layers = configuration.layers(indexes, os.environ)
+
+    def ready(url: str) -> None:
+        kinds = ", ".join(layer.backend.name for layer in layers)
+        told = {"url": url, "pid": os.getpid(), "backend": kinds, "layers": _layers_as_dicts(layers)}
+        shown = f"{kinds} backend" if [layer.name for layer in layers] == [kinds] else f"layers: {_named(layers)}"
+        click.echo(json.dumps(told) if as_json else f"bustcall daemon listening on {url} ({shown})")  # and flushes it
+
+    try:
+        engine = Engine(layers, indexes)
+        if entries := register or configuration.register:
+            engine.load_registrations(entries)
+        _run(serve(engine, settings, ready=ready))
+    except ConfigurationError as error:
+        by_option = {*given, *(["entries"] if register is not None else [])}
+        raise InvalidConfiguration([configuration.finding(error.setting, str(error), by_option)]) from error
+
+
+def _named(layers: Sequence[Layer]) -> str:
+    return ", ".join(f"{layer.name} ({layer.number})" for layer in layers)
+
+
+def _layers_as_dicts(layers: Sequence[Layer]) -> list[dict[str, Any]]:
+    return [{"name": layer.name, "number": layer.number, "backend": layer.backend.name} for layer in layers]
 
 
 def _token(variable: str, path: Path | None) -> str | None:

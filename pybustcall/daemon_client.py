@@ -65,6 +65,8 @@ _BINDINGS: Final = "/api/v1/bindings/capabilities"
 _DIGEST_HEADER: Final = "Bustcall-Capabilities"
 _BINDINGS_MAP: Final = TypeAdapter(dict[str, BindingCapabilities], config=ConfigDict(hide_input_in_errors=True))
 _NO_SUCH_ROUTE: Final = frozenset({404, 405, 410, 501})
+_ACCEPTED: Final = 202
+_NO_SUCH_JOB: Final = "urn:bustcall:problem:no-such-job"
 _JSON: Final = "application/json"
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -146,20 +148,19 @@ class DaemonClient:
         key: str | None = None,
         started: Callable[[], None] | None = None,
     ) -> BustReply:
-        """Ask the daemon to bust; return its reply, which is checked to belong to this target.
+        """Ask the daemon to bust; return its reply, which is checked to be to just this request.
 
-        `key` is sent as Idempotency-Key; `started` is called when the request has its slot and begins.
+        It may say that the bust is accepted, and not applied everywhere yet. `key` is sent as Idempotency-Key;
+        `started` is called when the request has its slot and begins.
         """
         with self._redacting(request.target):
-            body = request.model_dump_json().encode()
-            answer = await self._exchange("POST", _BUST, until, deadline, body=body, key=key, started=started)
-            self._expect_success(answer)
+            answer = await self._exchange("POST", _BUST, until, deadline, body=request.wire(), key=key, started=started)
+            if answer.status != _ACCEPTED:
+                self._expect_success(answer)
             reply = self._read(BustReply, answer)
-            if not reply.answers(request.target):
-                raise self._failed(
-                    FaultKind.MALFORMED, "its answer is for another target (the cache_key differs)", "maybe", answer
-                )
-            return reply
+            if doubt := _doubt(request, reply, answer.status):
+                raise self._failed(FaultKind.MALFORMED, doubt, "maybe", answer)
+            return self._clean_reply(reply, request.target) if reply.layers or reply.job is not None else reply
 
     async def status(self, *, until: float, deadline: float, started: Callable[[], None] | None = None) -> DaemonStatus:
         """Ask how the daemon is."""
@@ -227,14 +228,18 @@ class DaemonClient:
         deadline: float,
         key: str | None = None,
         started: Callable[[], None] | None = None,
+        method: str | None = None,
     ) -> _Model:
         """Send a request of an extension, or only ask if there is none; return the reply.
 
-        `key` is sent as Idempotency-Key.
+        `key` is sent as Idempotency-Key; `method` is by default POST with a request, and GET without one. A DELETE may
+        be sent twice, where a connection breaks.
         """
         with self._redacting():
-            body = None if request is None else request.model_dump_json(by_alias=True, exclude_none=True).encode()
-            method = "GET" if body is None else "POST"
+            body = None
+            if request is not None:
+                body = request.model_dump_json(by_alias=True, exclude_none=True, exclude_unset=True).encode()
+            method = method or ("GET" if body is None else "POST")
             answer = await self._exchange(method, path, until, deadline, body=body, key=key, started=started)
             self._expect_success(answer)
             return self._read(reply, answer)
@@ -256,6 +261,15 @@ class DaemonClient:
             failed.fault = replace(fault, message=self._clean(fault.message, target), unmet=unmet)
             failed.args = (str(failed.fault),)
             raise
+
+    def _clean_reply(self, reply: BustReply, target: str) -> BustReply:
+        """Let nothing pass that is shown to people and tells the target or the token."""
+        layers = []
+        for layer in reply.layers:
+            error = None if layer.error is None else self._clean(layer.error, target)
+            layers.append(layer.model_copy(update={"name": self._clean(layer.name, None), "error": error}))
+        job = None if reply.job is None else self._clean(reply.job, None)
+        return reply.model_copy(update={"layers": tuple(layers), "job": job})
 
     def _clean(self, text: str, target: str | None) -> str:
         if self._token is not None:
@@ -297,7 +311,7 @@ class DaemonClient:
                         started()
                     async with asyncio.timeout_at(until):
                         answer = await self._send(lease, method, path, deadline - begun, body, key, headers)
-                        return replace(answer, resent=True) if sent_before and body is not None else answer
+                        return replace(answer, resent=True) if sent_before and method != "GET" else answer
             except SlotTimeout as error:
                 raise self._failed(FaultKind.NO_SLOT, "no connection slot came free in time", unsent) from error
             except _TooLarge as error:
@@ -353,12 +367,13 @@ class DaemonClient:
             ) as response:
                 lease.exchange.answered = True
                 told = response.content_type == "application/problem+json"
-                limit = self._limit if response.status == 200 else _MAX_PROBLEM_BYTES if told else _MAX_ERROR_BYTES
+                well = response.status in {200, _ACCEPTED}
+                limit = self._limit if well else _MAX_PROBLEM_BYTES if told else _MAX_ERROR_BYTES
                 answer = _Answer(
                     status=response.status,
                     content_type=response.headers.get("Content-Type", ""),
                     retry_after=_seconds(response.headers.get("Retry-After")),
-                    body=await _read_bounded(response, limit, truncate=response.status != 200),
+                    body=await _read_bounded(response, limit, truncate=not well),
                     etag=response.headers.get("ETag"),
                     digest=response.headers.get(_DIGEST_HEADER),
                 )
@@ -374,6 +389,8 @@ class DaemonClient:
         if kind is None:
             return
         said = _quote(answer)
+        if (problem := _problem(answer)) is not None and problem.type == _NO_SUCH_JOB:
+            kind = FaultKind.REJECTED  # it is our daemon's route: what is not there is the job
         if 300 <= answer.status < 400:
             message = f"it answered with a redirect (HTTP {answer.status}), which is never followed{said}"
         elif kind is FaultKind.MALFORMED:
@@ -421,6 +438,26 @@ class DaemonClient:
                 unmet=(problem.unmet or ()) if problem is not None else (),
             )
         )
+
+
+def _doubt(request: BustRequest, reply: BustReply, status: int) -> str:  # noqa: PLR0911 - one line a doubt
+    """Say why an answer is not to just this request, or contradicts itself; an empty text if all is well."""
+    if not reply.answers(request.target):
+        return "its answer is for another target (the cache_key differs)"
+    if reply.accepted != (status == _ACCEPTED):
+        return f"its answer says that the bust is {'accepted' if reply.accepted else 'done'}, with HTTP {status}"
+    if field := reply.unechoed(request):
+        return (
+            f"its answer does not repeat {field}, which was asked: it does not know it (an older daemon may have taken"
+            " the place of the one that advertised it), and may have busted something else"
+        )
+    if reply.accepted:
+        return "it accepted a dry run, of which nothing is to be done later" if request.dry_run else ""
+    if (failed := next((layer.name for layer in reply.layers if not layer.ok), None)) is not None:
+        return f"its answer says that the bust is done, and that it failed in the layer {failed}"
+    if request.verify and not request.dry_run and not reply.verified:
+        return "its answer does not say that it verified the bust, which was asked"
+    return ""
 
 
 _APPLIED: Final[Mapping[FaultKind, Applied]] = {

@@ -18,18 +18,28 @@ from typing import TYPE_CHECKING, Final, Generic, Literal, Protocol, TypeVar, fi
 from pybustcall.dispatcher import Daemon, dispatch, dispatch_each
 from pybustcall.errors import ClientClosed, InvalidRequest, OutboxError
 from pybustcall.faults import TABLE, AttemptFailed, Band, Fault, FaultKind, Outcome, band_of
-from pybustcall.models import bust_request
+from pybustcall.models import KINDS, bust_request
+from pybustcall.needs import phrase_of
 from pybustcall.outbox import ANY, OutboxRow, StoredBust
-from pybustcall.results import Attempt, BustResult, BustStatus, Delivery, Ending, applied_of, stage_of
+from pybustcall.results import (
+    Attempt,
+    BustResult,
+    BustStatus,
+    Delivery,
+    Ending,
+    LayerResult,
+    applied_of,
+    stage_of,
+)
 from pybustcall.telemetry import BustDeferred
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
 
     from pybustcall.dispatcher import Adopt, Ask, Receipt
     from pybustcall.errors import Applied
     from pybustcall.fleet import Fleet
-    from pybustcall.models import BustReply, BustRequest
+    from pybustcall.models import BustReply, BustRequest, Kind
     from pybustcall.outbox import OutboxStore
     from pybustcall.policies import Retry
     from pybustcall.telemetry import Event
@@ -72,8 +82,9 @@ class Send(Protocol[_Daemon_contra]):
         until: float,
         deadline: float,
         started: Callable[[], None],
+        wider: bool,
     ) -> BustReply:
-        """Send, and return the reply."""
+        """Send, and return the reply; `wider`: where the daemon cannot do it, the next wider bust that it can do."""
         ...
 
 
@@ -86,6 +97,9 @@ class Job:
     - `begun`, `deadline`: absolute, by the running loop's clock
     - `mode`: how many must acknowledge; `retry`: how to try again
     - `write_ahead`: whether it is stored before the first attempt
+    - `wider`: whether a daemon that cannot do it may be asked for the next wider bust that it can do
+
+    A dry run is never stored, whatever is said here.
     """
 
     request: BustRequest
@@ -96,6 +110,7 @@ class Job:
     retry: Retry | None
     write_ahead: bool = False
     reveal: bool = False
+    wider: bool = False
 
     @property
     def stored(self) -> StoredBust:
@@ -105,7 +120,19 @@ class Job:
             strategy=self.request.strategy,
             fault_tolerance=self.request.fault_tolerance,
             key=self.key,
+            kind=self.request.kind,
+            namespace=self.request.namespace,
+            soft=self.request.soft,
+            verify=self.request.verify,
+            settle=self.request.settle,
+            reason=self.request.reason,
+            allow_wider=self.wider,
         )
+
+    @property
+    def tolerates_storing(self) -> bool:
+        """Whether an outcome of "deferred" is good enough for it."""
+        return self.request.fault_tolerance >= _STORED_FROM and not self.request.dry_run
 
 
 @final
@@ -153,7 +180,12 @@ _PAUSES: Final = frozenset(
 
 
 def keeps(causes: Sequence[Fault], tolerance: int) -> bool:
-    """Decide whether a bust that failed so is stored: its tolerance accepts that, and no daemon refused it for good."""
+    """Decide whether a bust that failed so is stored: its tolerance accepts that, and no daemon refused it for good.
+
+    Nor is it if nothing but that was met which no waiting mends: daemons that cannot do such a bust.
+    """
+    if _is_unsupported(causes):
+        return False
     refused = any(cause.kind in {FaultKind.REJECTED, FaultKind.NOT_ALLOWED} for cause in causes)
     panicked = any(band_of(TABLE[cause.kind].stage) is Band.PANIC for cause in causes)
     return tolerance >= _STORED_FROM and not refused and not panicked
@@ -199,9 +231,9 @@ class Deliverer(Generic[_Daemon]):
         Raises `OutboxError` if it cannot be stored, and `ClientClosed` if the client was closed under it without an
         outbox. A cancellation stores the bust first, for at most 0.25 s, and then arrives.
         """
-        tolerated = self._store is not None and job.request.fault_tolerance >= _STORED_FROM
+        tolerated = self._store is not None and job.tolerates_storing
         ahead: tuple[int, ...] = ()
-        if job.write_ahead and self._store is not None:
+        if job.write_ahead and self._store is not None and not job.request.dry_run:
             ahead = await self._write_ahead(self._store, job)
         try:
             legs = await self._attempt(job, tolerated=tolerated)
@@ -233,12 +265,16 @@ class Deliverer(Generic[_Daemon]):
             fault = Fault(FaultKind.REJECTED, _HERE, str(error), "no")
             return Replay(verdict="refused", causes=(fault,))
         causes: list[Fault] = []
+        passed = False
         for index in self._fleet.order(loop.time()):
             daemon = self._daemons[index]
-            if daemon.url in paused or row.destination not in {ANY, daemon.url}:
+            if row.destination not in {ANY, daemon.url}:
+                continue
+            if daemon.url in paused:
+                passed = True
                 continue
             receipt = await dispatch(
-                self._ask(request, row.bust.key),
+                self._ask(request, row.bust.key, row.bust.allow_wider),
                 self._daemons,
                 self._fleet,
                 deadline=loop.time() + _REPLAY_TIME,
@@ -251,11 +287,14 @@ class Deliverer(Generic[_Daemon]):
             causes += receipt.causes
             if any(cause.kind is FaultKind.REJECTED for cause in receipt.causes):
                 return Replay(verdict="refused", causes=tuple(causes))
-        return Replay(verdict="later", causes=tuple(causes))
+        refused = not passed and _is_unsupported(causes)
+        return Replay(verdict="refused" if refused else "later", causes=tuple(causes))
 
-    def _ask(self, request: BustRequest, key: str) -> Ask[_Daemon, BustReply]:
+    def _ask(self, request: BustRequest, key: str, wider: bool) -> Ask[_Daemon, BustReply]:
         async def ask(daemon: _Daemon, /, *, until: float, deadline: float, started: Callable[[], None]) -> BustReply:
-            return await self._send(daemon, request, key=key, until=until, deadline=deadline, started=started)
+            return await self._send(
+                daemon, request, key=key, until=until, deadline=deadline, started=started, wider=wider
+            )
 
         return ask
 
@@ -263,7 +302,7 @@ class Deliverer(Generic[_Daemon]):
         """Dispatch to one daemon or to all of them; return a leg for each receipt."""
         seconds = job.deadline - job.begun
         deadline = job.deadline - (min(RESERVE, seconds / 4) if tolerated else 0.0)
-        ask = self._ask(job.request, job.key)
+        ask = self._ask(job.request, job.key, job.wider)
         if job.mode == "first":
             receipt = await dispatch(
                 ask,
@@ -296,12 +335,16 @@ class Deliverer(Generic[_Daemon]):
     def _owed(self, job: Job, legs: list[_Leg]) -> list[_Leg]:
         """Decide whose bust is to be stored."""
         lack = [leg for leg in legs if leg.reply is None]
-        enough = len(legs) - len(lack) >= self._needed(job.mode)
-        if self._store is None or (enough and job.mode == "first"):
+        have = len(legs) - len(lack)
+        enough = have >= self._needed(job.mode)
+        if self._store is None or job.request.dry_run or (enough and job.mode == "first"):
             return []
         if enough:  # the call is well; each that has missed it is owed, but for one that would refuse it again
             return [leg for leg in lack if keeps(_causes([leg]), _STORED_FROM)]
-        return lack if keeps(_causes(legs), job.request.fault_tolerance) else []
+        able = [leg for leg in lack if not _is_unsupported(_causes([leg]))]
+        if have + len(able) < self._needed(job.mode):  # so many will never have it: to promise it would be a lie
+            return []
+        return able if keeps(_causes(legs), job.request.fault_tolerance) else []
 
     async def _store_owed(self, job: Job, legs: list[_Leg], owed: list[_Leg], ahead: tuple[int, ...]) -> dict[str, int]:
         """Store what is owed, a row for each destination; return their numbers. What was written ahead is resolved.
@@ -348,26 +391,38 @@ class Deliverer(Generic[_Daemon]):
         have = [leg for leg in legs if leg.reply is not None]
         lack = [leg for leg in legs if leg.reply is None]
         enough = len(have) >= self._needed(job.mode)
-        outcome = Outcome.ACKNOWLEDGED if enough else Outcome.KEPT if rows else Outcome.FAILED
-        status: BustStatus = "busted" if enough else "failed" if not rows else "partial" if have else "deferred"
-        reply = have[0].reply if have else None
-        removed = [leg.reply.removed for leg in have if leg.reply is not None and leg.reply.removed is not None]
+        replies = [leg.reply for leg in have if leg.reply is not None]
+        layers = tuple(layer for leg in have for layer in _layers(leg))
+        status = _status(job.request, replies, enough=enough, owed=bool(rows), clean=all(layer.ok for layer in layers))
+        # Of several that acknowledged, the one that is told is one whose answer was not the end of it.
+        first = next((leg for leg in have if leg.reply is not None and leg.reply.accepted), have[0] if have else None)
+        reply = first.reply if first is not None else None
+        if enough and status in {"accepted", "partial"}:
+            self._fleet.counts["accepted"] += 1
         result = BustResult(
             target=job.request.target,
             status=status,
-            stage=stage_of(outcome, _causes(legs)),
-            daemon=have[0].daemon if have else None,
+            stage=stage_of(_OUTCOMES[status], _causes(legs)),
+            daemon=first.daemon if first is not None else None,
             cache_key=reply.cache_key if reply is not None else None,
             delegate=reply.delegate if reply is not None else None,
             reported_stage=reply.fault_stage if reply is not None else None,
-            removed=sum(removed) if removed else None,
+            removed=_sum(reply.removed for reply in replies),
             attempts=tuple(attempt for leg in legs for attempt in leg.attempts),
             elapsed=asyncio.get_running_loop().time() - job.begun,
             deliveries=() if job.mode == "first" else tuple(_delivery(leg, rows) for leg in legs),
             rows=tuple(rows.values()),
             key=job.key,
-            note=_BUDGET_SPENT if any(leg.budget_spent for leg in lack) else "",
+            note=_note(job.request, legs, have),
             reveal=job.reveal,
+            kind=_kind(reply, job.request),
+            namespace=job.request.namespace,
+            soft=job.request.soft if reply is None else bool(reply.soft),
+            dry_run=job.request.dry_run,
+            matched=_sum(reply.matched for reply in replies),
+            verified=_verified(job.request, replies),
+            layers=layers,
+            job=reply.job if reply is not None else None,
         )
         ending: Ending = "answered" if enough else _ending(lack)
         error = next((leg.error for leg in reversed(lack) if leg.error is not None), None)
@@ -405,11 +460,10 @@ class Deliverer(Generic[_Daemon]):
 
     async def _let_go(self, store: OutboxStore, job: Job, writing: asyncio.Future[tuple[int, ...]]) -> None:
         """Release what a cancelled call has written ahead, to be delivered; or take it back, if so is its tolerance."""
-        tolerated = job.request.fault_tolerance >= _STORED_FROM
         if writing.cancelled():  # the loop is ending: written or not, nobody can tell any more
-            if tolerated:
+            if job.tolerates_storing:
                 await store.put(job.stored, self._destinations(job.mode), sent=False, reason=_CANCELLED)
-        elif tolerated:
+        elif job.tolerates_storing:
             rows = dict(zip(self._destinations(job.mode), await asyncio.shield(writing), strict=True))
             self._tell_deferred(job, await self._give_back(store, job, rows, sent=False, reason=_CANCELLED))
         else:
@@ -506,6 +560,82 @@ def _causes(legs: Sequence[_Leg]) -> tuple[Fault, ...]:
     return tuple(attempt.error for leg in ordered for attempt in leg.attempts if attempt.error is not None)
 
 
+def _is_unsupported(causes: Sequence[Fault]) -> bool:
+    """Tell whether daemons that cannot do such a bust are all that was met."""
+    return bool(causes) and all(cause.kind is FaultKind.UNSUPPORTED for cause in causes)
+
+
+_OUTCOMES: Final[dict[BustStatus, Outcome]] = {
+    "busted": Outcome.ACKNOWLEDGED,
+    "dry_run": Outcome.ACKNOWLEDGED,
+    "accepted": Outcome.KEPT,
+    "partial": Outcome.KEPT,
+    "deferred": Outcome.KEPT,
+    "failed": Outcome.FAILED,
+}
+
+
+def _status(request: BustRequest, replies: Sequence[BustReply], *, enough: bool, owed: bool, clean: bool) -> BustStatus:
+    """Tell what a bust came to.
+
+    - `enough`: whether as many daemons have acknowledged as were asked for
+    - `owed`: whether it is stored for those that have not
+    - `clean`: whether no layer of those that have acknowledged failed
+    """
+    if not enough:
+        return "failed" if not owed else "partial" if replies else "deferred"
+    if request.dry_run:
+        return "dry_run"
+    if any(reply.accepted for reply in replies):
+        return "accepted" if clean else "partial"
+    return "busted"
+
+
+def _kind(reply: BustReply | None, request: BustRequest) -> Kind:
+    """Tell what was busted: what was sent is what is repeated in the answer, which was checked."""
+    if reply is None:
+        return request.kind
+    return next((kind for kind in KINDS if kind == reply.kind), "key")
+
+
+def _layers(leg: _Leg) -> tuple[LayerResult, ...]:
+    said = leg.reply.layers if leg.reply is not None else ()
+    return tuple(LayerResult(daemon=leg.daemon or "", **dict(layer)) for layer in said)
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    """Add up what was told; None if nothing was."""
+    told = [count for count in counts if count is not None]
+    return sum(told) if told else None
+
+
+def _verified(request: BustRequest, replies: Sequence[BustReply]) -> bool | None:
+    """Tell whether each that acknowledged has read back that nothing is left; None if none was asked to."""
+    if not request.verify or not replies:
+        return None
+    return all(bool(reply.verified) for reply in replies)
+
+
+def _note(request: BustRequest, legs: Sequence[_Leg], have: Sequence[_Leg]) -> str:
+    """Say what the status does not: what was sent instead, what is not done yet, and why no more was tried."""
+    told = []
+    for leg in have:
+        assert leg.reply is not None  # noqa: S101 - for the type checker: these are they that have answered
+        kind, soft = _kind(leg.reply, request), bool(leg.reply.soft)
+        if (kind, soft) != (request.kind, request.soft):
+            sent = request.model_copy(update={"kind": kind, "soft": soft})
+            told.append(
+                f"wider than asked: {leg.daemon} cannot do {phrase_of(request)}, and was sent {phrase_of(sent)}"
+            )
+        if leg.reply.accepted:
+            told.append(f"{leg.daemon} goes on with it as the job {leg.reply.job}")
+        failed = [layer for layer in leg.reply.layers if not layer.ok]
+        told += [f"its layer {layer.name} failed: {layer.error or 'no reason was told'}" for layer in failed]
+    if any(leg.budget_spent for leg in legs if leg.reply is None):
+        told.append(_BUDGET_SPENT)
+    return "; ".join(told)
+
+
 def _ending(lack: Sequence[_Leg]) -> Ending:
     endings = {leg.ending for leg in lack}
     if "halted" in endings:
@@ -516,13 +646,19 @@ def _ending(lack: Sequence[_Leg]) -> Ending:
 def _delivery(leg: _Leg, rows: dict[str, int]) -> Delivery:
     daemon = leg.daemon or ""
     causes = _causes([leg])
-    acknowledged = leg.reply is not None
+    if (reply := leg.reply) is not None:
+        return Delivery(
+            daemon=daemon,
+            status="accepted" if reply.accepted else "acknowledged",
+            stage=stage_of(Outcome.KEPT if reply.accepted else Outcome.ACKNOWLEDGED, causes),
+            removed=reply.removed,
+            job=reply.job,
+        )
     return Delivery(
         daemon=daemon,
-        status="acknowledged" if acknowledged else "owed" if daemon in rows else "missed",
-        stage=stage_of(Outcome.ACKNOWLEDGED if acknowledged else Outcome.FAILED, causes),
-        removed=leg.reply.removed if leg.reply is not None else None,
-        error=causes[-1] if causes and not acknowledged else None,
+        status="owed" if daemon in rows else "missed",
+        stage=stage_of(Outcome.FAILED, causes),
+        error=causes[-1] if causes else None,
         row=rows.get(daemon),
     )
 
@@ -552,6 +688,15 @@ def _told(error: OutboxError, job: Job, legs: Sequence[_Leg]) -> OutboxError:
 
 def _request_of(bust: StoredBust) -> BustRequest:
     """Make the request of a stored bust; raise `InvalidRequest` if it cannot be sent."""
-    if bust.kind != "key" or bust.namespace is not None or bust.soft:
-        raise InvalidRequest("it asks for what only a later version of the client can send")
-    return bust_request(bust.target, bust.strategy, bust.fault_tolerance)
+    return bust_request(
+        bust.target,
+        bust.strategy,
+        bust.fault_tolerance,
+        kind=bust.kind,
+        soft=bust.soft,
+        namespace=bust.namespace,
+        confirm=bust.kind == "all",  # it was confirmed when it was stored
+        verify=bust.verify,
+        settle=bust.settle,
+        reason=bust.reason,
+    )

@@ -176,6 +176,7 @@ class FaultKind(StrEnum):
     TOKEN_REFUSED = "token_refused"  # noqa: S105 - a kind of fault, not a secret
     NOT_ALLOWED = "not_allowed"
     INCOMPATIBLE = "incompatible"
+    UNSUPPORTED = "unsupported"
     CERTIFICATE = "certificate"
 
 
@@ -211,6 +212,7 @@ TABLE: Final[Mapping[FaultKind, Row]] = MappingProxyType(
         FaultKind.TOKEN_REFUSED: Row(3, Same.NEVER, next=True),
         FaultKind.NOT_ALLOWED: Row(3, Same.NEVER, next=False, incident=False),
         FaultKind.INCOMPATIBLE: Row(3, Same.NEVER, next=True, incident=False),
+        FaultKind.UNSUPPORTED: Row(3, Same.NEVER, next=True, incident=False),
         FaultKind.CERTIFICATE: Row(1, Same.NEVER, next=False),
     }
 )
@@ -240,6 +242,7 @@ _KIND_OF_STATUS: Final[Mapping[int, FaultKind]] = MappingProxyType(
 def kind_of_status(status: int) -> FaultKind | None:
     """Classify an HTTP status: None for the one success of the base protocol (200), else the kind of fault.
 
+    A bust may be answered with 202, too, which says that it is kept as a job; everywhere else that is malformed.
     An unknown status of a known class is treated as the class's first (RFC 9110, section 15), so an unknown 4xx is a
     refused request. A redirect, an unexpected 2xx and anything outside 100 to 599 are malformed answers.
     """

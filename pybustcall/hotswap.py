@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeVar, final
+from typing import TYPE_CHECKING, Any, Final, TypeVar, final
 
 from pybustcall.dispatcher import Daemon, dispatch
 from pybustcall.errors import InvalidRequest, InvalidVersion
@@ -24,6 +24,7 @@ from pybustcall.models import (
     RegisterRequest,
     SwapItem,
     cache_key_of,
+    check_namespace,
     check_target,
 )
 from pybustcall.results import applied_of, stage_of
@@ -197,15 +198,32 @@ def announce_request(name: object, versions: object, current: object) -> Announc
     )
 
 
-def register_request(key: object, depends_on: object) -> RegisterRequest:
-    """Make the request of a checked registration; raise `InvalidRequest` before anything is sent if it is none."""
-    if isinstance(depends_on, str):
-        raise InvalidRequest("depends_on must be a list of names, not one; nothing was sent", field="depends_on")
-    listed = _listed(depends_on, "depends_on")
-    return RegisterRequest(
-        key=check_target(key, "key"),
-        depends_on=tuple(check_target(name, f"depends_on[{number}]") for number, name in enumerate(listed)),
-    )
+def register_request(
+    key: object, depends_on: object, *, tags: object = (), ttl: object = None, namespace: object = None
+) -> RegisterRequest:
+    """Make the request of a checked registration; raise `InvalidRequest` before anything is sent if it is none.
+
+    It says only what is given, so that a daemon that knows no more is asked just what it knows.
+    """
+    said: dict[str, Any] = {"key": check_target(key, "key"), "depends_on": _names(depends_on, "depends_on")}
+    if named := _names(tags, "tags"):
+        said["tags"] = named
+    if namespace is not None:
+        said["namespace"] = check_namespace(namespace)
+    if ttl is not None:
+        if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0 < ttl <= _LONGEST_TTL:
+            raise InvalidRequest(f"ttl must be seconds above 0, or None, not {ttl!r}; nothing was sent", field="ttl")
+        said["ttl"] = float(ttl)
+    return RegisterRequest(**said)
+
+
+_LONGEST_TTL: Final = 1e10
+
+
+def _names(given: object, field: str) -> tuple[str, ...]:
+    if isinstance(given, str):
+        raise InvalidRequest(f"{field} must be a list of names, not one; nothing was sent", field=field)
+    return tuple(check_target(name, f"{field}[{number}]") for number, name in enumerate(_listed(given, field)))
 
 
 def _listed(given: object, field: str, *, least: int = 0, most: int = MAX_LISTED) -> tuple[object, ...]:

@@ -13,7 +13,7 @@ import re
 import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Final, Literal, final
+from typing import Annotated, Any, Final, Literal, final, get_args
 
 from pydantic import (
     BaseModel,
@@ -33,7 +33,11 @@ __all__ = [
     "BINDING",
     "DEFAULT_STRATEGY",
     "DEFAULT_TOLERANCE",
+    "EVERYTHING",
+    "KINDS",
     "MAX_LISTED",
+    "MAX_REASON",
+    "MAX_SETTLE",
     "MAX_SWAPS",
     "MAX_TARGET_BYTES",
     "STRATEGIES",
@@ -54,7 +58,13 @@ __all__ = [
     "ForgetRequest",
     "HotSwapReply",
     "HotSwapRequest",
+    "JobReply",
+    "JobState",
+    "JobsReply",
+    "Kind",
+    "LayerReply",
     "Problem",
+    "Progress",
     "RegisterReply",
     "RegisterRequest",
     "Requirements",
@@ -66,6 +76,7 @@ __all__ = [
     "Timestamp",
     "bust_request",
     "cache_key_of",
+    "check_namespace",
     "check_strategy",
     "check_target",
     "explain",
@@ -83,10 +94,21 @@ MAX_LISTED: Final = 256
 MAX_SWAPS: Final = 64
 """How many dependencies one hot swap may replace."""
 
+Kind = Literal["key", "prefix", "tag", "all"]
+"""What a target names: one key, every key in that branch, every entry with that tag, or everything there is."""
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+EVERYTHING: Final = "*"
+"""The target of a bust of the kind "all"."""
+MAX_SETTLE: Final = 3600.0
+"""Seconds that a second bust may be put off at most."""
+MAX_REASON: Final = 256
+"""Characters of the reason for a bust."""
+
 Access = Literal["public", "protected", "private"]
 """Who may use a capability: anybody, whoever has the token, or nobody but the operator."""
 
 _MAX_STRATEGY_BYTES: Final = 128
+_NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -102,6 +124,21 @@ def check_target(target: object, field: str = "target") -> str:
 def check_strategy(strategy: object) -> str:
     """Return the strategy if it can be sent: 1 to 128 bytes of text. Whether it is known is the daemon's to say."""
     return _check_text(strategy, "strategy", _MAX_STRATEGY_BYTES)
+
+
+def check_namespace(namespace: object) -> str:
+    """Return the namespace if it can be sent: 1 to 64 ASCII letters, digits, `.`, `_` and `-`, beginning with no mark.
+
+    It is never empty: a namespace that was forgotten must not reach everybody's entries. Raises `InvalidRequest`.
+    """
+    if isinstance(namespace, str) and _NAMESPACE.fullmatch(namespace):
+        return namespace
+    found = "empty" if namespace == "" else "not so" if isinstance(namespace, str) else type(namespace).__name__
+    raise InvalidRequest(
+        "namespace must be 1 to 64 ASCII letters, digits, dots, dashes and underscores, beginning with a letter or a"
+        f" digit; it is {found}; nothing was sent",
+        field="namespace",
+    )
 
 
 def _check_text(text: object, field: str, most: int) -> str:
@@ -224,29 +261,171 @@ Target = Annotated[
 ]
 
 
+Namespace = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=64,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="whose entries are meant: tenants of one cache never reach each other's",
+    ),
+]
+
+
+def _without_controls(schema: dict[str, Any]) -> None:
+    """Say in the schema of an optional text which characters it has."""
+    for one in schema.get("anyOf", [schema]):
+        if one.get("type") == "string":
+            one["pattern"] = r"^[^\u0000-\u001f\u007f-\u009f]+$"
+
+
 class BustRequest(_Request):
-    """POST /api/v1/bust: drop the old value of `target`."""
+    """POST /api/v1/bust: drop the old value of `target`.
+
+    The first four fields are the base. Each of the others takes a capability of the daemon, and is left out on the wire
+    where it has its default, so that a daemon of the base is asked exactly what it knows.
+    """
 
     target: Target
     strategy: Annotated[str, Field(min_length=1, max_length=_MAX_STRATEGY_BYTES)] = DEFAULT_STRATEGY
     binding: Annotated[str, Field(min_length=1, max_length=128)] = BINDING
     fault_tolerance: Annotated[int, Field(ge=0, le=12)] = DEFAULT_TOLERANCE
+    kind: Annotated[
+        Kind,
+        Field(
+            description="what the target names: one key, every key in that branch, every entry with that tag, or, with"
+            ' `confirm` and the target "*", everything'
+        ),
+    ] = "key"
+    soft: Annotated[
+        bool, Field(description="mark as stale instead of removing: servable while one reader makes it anew")
+    ] = False
+    namespace: Namespace | None = None
+    confirm: Annotated[bool, Field(description='must be true for the kind "all"')] = False
+    dry_run: Annotated[bool, Field(description="tell what would be removed, and remove nothing")] = False
+    verify: Annotated[bool, Field(description="read back that nothing of it is left")] = False
+    settle: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            le=MAX_SETTLE,
+            allow_inf_nan=False,
+            description="seconds after which it is busted again, against fills in flight; 0 is never; by default each"
+            " layer's own",
+        ),
+    ] = None
+    reason: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            max_length=MAX_REASON,
+            description="why, for the audit; without control characters or lone surrogates",
+            json_schema_extra=_without_controls,
+        ),
+    ] = None
 
     _target = field_validator("target")(_valid_target)
+
+    @field_validator("reason")
+    @classmethod
+    def _valid_reason(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                _check_text(value, "reason", 4 * MAX_REASON)
+            except InvalidRequest as error:
+                raise ValueError(str(error).removesuffix("; nothing was sent")) from None
+        return value
+
+    @model_validator(mode="after")
+    def _everything_is_meant(self) -> BustRequest:
+        if self.kind == "all" and not (self.confirm and self.target == EVERYTHING):
+            raise ValueError('a bust of the kind "all" has the target "*" and confirm true')
+        return self
+
+    def wire(self) -> bytes:
+        """Write it as it is sent: the base fields, and those of the others that say more than their defaults."""
+        said = {"target", "strategy", "binding", "fault_tolerance"}
+        said |= {name for name, default in _EXTENSIONS.items() if getattr(self, name) != default}
+        return self.model_dump_json(include=said).encode()
 
     def __repr_args__(self) -> Any:
         for name, value in super().__repr_args__():
             yield name, redact(value) if name == "target" else value
 
 
-def bust_request(target: object, strategy: object, fault_tolerance: int) -> BustRequest:
+_EXTENSIONS: Final = {
+    name: field.default
+    for name, field in BustRequest.model_fields.items()
+    if name not in {"target", "strategy", "binding", "fault_tolerance"}
+}
+
+
+def bust_request(
+    target: object,
+    strategy: object,
+    fault_tolerance: int,
+    *,
+    kind: object = "key",
+    soft: object = False,
+    namespace: object = None,
+    confirm: object = False,
+    dry_run: object = False,
+    verify: object = False,
+    settle: object = None,
+    reason: object = None,
+) -> BustRequest:
     """Make a request of checked values; raise `InvalidRequest` before anything is sent if one cannot be sent."""
+    checked = check_target(target)
+    flags: dict[str, Any] = {"soft": soft, "confirm": confirm, "dry_run": dry_run, "verify": verify}
+    for name, value in flags.items():
+        if type(value) is not bool:
+            raise InvalidRequest(f"{name} must be true or false, not {value!r}; nothing was sent", field=name)
+    if kind not in KINDS:
+        raise InvalidRequest(f"kind must be one of {', '.join(KINDS)}, not {kind!r}; nothing was sent", field="kind")
+    if kind == "all" and (checked != EVERYTHING or not confirm):
+        lack = "confirm=True" if checked == EVERYTHING else f'the target "{EVERYTHING}", and confirm=True'
+        raise InvalidRequest(
+            f'a bust of the kind "all" drops everything, and wants {lack}; nothing was sent', field="confirm"
+        )
+    if settle is not None and (
+        isinstance(settle, bool) or not isinstance(settle, int | float) or not 0 <= settle <= MAX_SETTLE
+    ):
+        raise InvalidRequest(
+            f"settle must be 0 to {MAX_SETTLE:g} seconds, or None, not {settle!r}; nothing was sent", field="settle"
+        )
     return BustRequest.model_construct(
-        target=check_target(target),
+        target=checked,
         strategy=check_strategy(strategy),
         binding=BINDING,
         fault_tolerance=fault_tolerance,
+        kind=kind,
+        namespace=None if namespace is None else check_namespace(namespace),
+        settle=None if settle is None else float(settle),
+        reason=None if reason is None else _check_reason(reason),
+        **flags,
     )
+
+
+def _check_reason(reason: object) -> str:
+    text = _check_text(reason, "reason", 4 * MAX_REASON)
+    if len(text) > MAX_REASON:
+        raise InvalidRequest(f"reason has more than {MAX_REASON} characters; nothing was sent", field="reason")
+    return text
+
+
+class LayerReply(_Reply):
+    """What one layer of a daemon did with a bust.
+
+    - `ok`: whether it is applied there; one that is not is tried again if the whole answer says "accepted"
+    - `removed`: how many entries went, or were marked stale; of a dry run, how many would
+    - `settle`: seconds from the answer to its second bust there, if there is one
+    """
+
+    name: str
+    ok: bool
+    removed: Annotated[int, Field(ge=0)] = 0
+    error: str | None = None
+    settle: float | None = None
 
 
 class BustReply(_Reply):
@@ -254,7 +433,10 @@ class BustReply(_Reply):
 
     `fault_stage` is what the daemon reports; `server.rs` merely echoes the request's `fault_tolerance` there. A byte
     beyond the scale, which that daemon does not check, says nothing, and is read as none. `removed` is how many entries
-    went, where a daemon says so.
+    went, where a daemon says so; `matched` how many a dry run covers.
+
+    With 202 the `status` is "accepted": it is in the daemon's journal as `job`, and not applied everywhere yet.
+    `kind`, `namespace`, `soft` and `dry_run` repeat what was asked where that is not the default.
     """
 
     cache_key: Annotated[str, Field(min_length=1)]
@@ -264,6 +446,14 @@ class BustReply(_Reply):
     removed: Annotated[int, Field(ge=0)] | None = None
     status: str | None = None
     success: bool | None = None
+    kind: str | None = None
+    namespace: str | None = None
+    soft: bool | None = None
+    dry_run: bool | None = None
+    matched: Annotated[int, Field(ge=0)] | None = None
+    verified: bool | None = None
+    layers: tuple[LayerReply, ...] = Field(default=(), strict=False)
+    job: str | None = None
 
     @field_validator("fault_stage", mode="before")
     @classmethod
@@ -272,15 +462,75 @@ class BustReply(_Reply):
 
     @model_validator(mode="after")
     def _is_success(self) -> BustReply:
-        said = [word == "success" for word in (self.status,) if word is not None]
+        said = [word == "success" for word in (self.status,) if word is not None and not self.accepted]
         said += [word for word in (self.success,) if word is not None]
-        if not said or not all(said):
+        if not self.accepted and (not said or not all(said)):
             raise ValueError('a 200 answer must say status "success" or success true')
+        if self.accepted and (self.job is None or not all(said)):
+            raise ValueError('an answer with the status "accepted" must name its job')
         return self
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it is in the daemon's journal, and not applied everywhere yet."""
+        return self.status == "accepted"
 
     def answers(self, target: str) -> bool:
         """Tell whether this reply belongs to `target`; one that does not name a SHA-256 cannot be told apart."""
         return not self.cache_key.startswith("sha256:") or self.cache_key == cache_key_of(target)
+
+    def unechoed(self, request: BustRequest) -> str:
+        """Tell which field of the request this reply does not repeat, though it must; an empty text if none.
+
+        A daemon that does not know a field ignores it, and busts something else than was asked.
+        """
+        asked = {name: getattr(request, name) for name in ("kind", "namespace", "soft", "dry_run")}
+        return next((name for name, value in asked.items() if (getattr(self, name) or _EXTENSIONS[name]) != value), "")
+
+
+JobState = Literal["waiting", "running", "settling", "done", "cancelled", "failed"]
+
+
+class Progress(_Reply):
+    """How far a job came: `done` entries of about `total`, in all layers together; `total` is None while unknown."""
+
+    done: Annotated[int, Field(ge=0)] = 0
+    total: Annotated[int, Field(ge=0)] | None = None
+
+
+class JobReply(_Reply):
+    """GET /api/v1/jobs/{job}: a bust in the daemon's journal, under way or over; this is the audit, too.
+
+    - `state`: waiting (for a layer that failed), running, settling (applied; the second bust is to come), done,
+      cancelled, or failed (refused for good)
+    - `who`: anonymous, token or operator; `binding` and `reason` are what the client said
+    - `daemon`: through which it came; `at`, `ended`: when
+    - `removed`: the effect, in all layers together; `layers` tells each
+    """
+
+    job: str
+    state: JobState
+    target: str
+    kind: Kind
+    strategy: str
+    soft: bool = False
+    namespace: str | None = None
+    who: str = "anonymous"
+    binding: str = "unknown"
+    reason: str | None = None
+    daemon: str = ""
+    at: _WireTimestamp
+    ended: _WireTimestamp | None = None
+    removed: Annotated[int, Field(ge=0)] = 0
+    attempts: Annotated[int, Field(ge=0)] = 0
+    progress: Progress = Progress()
+    layers: tuple[LayerReply, ...] = Field(default=(), strict=False)
+
+
+class JobsReply(_Reply):
+    """GET /api/v1/jobs: the newest first."""
+
+    jobs: tuple[JobReply, ...] = Field(default=(), strict=False)
 
 
 class BindingStatus(_Reply):
@@ -395,16 +645,22 @@ class BindingCapabilities(_Reply):
 
 
 class RegisterRequest(_Request):
-    """POST /api/v1/entries: a cache holds `key`, which was made of what `depends_on` names."""
+    """POST /api/v1/entries: a cache holds `key`, which was made of what `depends_on` names, and has these `tags`.
+
+    With `ttl`, in seconds, the entry ends by itself, as it does in the cache.
+    """
 
     key: Target
     depends_on: Annotated[tuple[Target, ...], Field(max_length=MAX_LISTED, strict=False)] = ()
+    tags: Annotated[tuple[Target, ...], Field(max_length=MAX_LISTED, strict=False)] = ()
+    namespace: Namespace | None = None
+    ttl: Annotated[float | None, Field(gt=0, le=10_000_000_000, allow_inf_nan=False)] = None
 
     _key = field_validator("key")(_valid_target)
 
-    @field_validator("depends_on")
+    @field_validator("depends_on", "tags")
     @classmethod
-    def _valid_dependencies(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _valid_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(_valid_target(target) for target in value)
 
 

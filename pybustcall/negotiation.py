@@ -79,6 +79,7 @@ class Daemon(Protocol):
         deadline: float,
         key: str | None,
         started: Callable[[], None] | None,
+        method: str | None,
     ) -> _Model:
         """Send a request of an extension, or only ask if there is none, and return the reply."""
         ...
@@ -150,11 +151,18 @@ class Negotiator(Generic[_Daemon]):
         *,
         until: float,
         started: Callable[[], None] | None = None,
+        what: str = "",
+        strict: bool = True,
     ) -> DaemonCapabilities | None:
         """Tell what a request can rely on: what the daemon advertises, or None while that is not known.
 
-        Waits for the document only if the client or the request requires something of it; `started` is called if it
-        does. Raises `AttemptFailed`: incompatible, naming what is unmet, or whatever the asking met.
+        - `needs`: the capabilities that the request takes, which is called `what`
+        - `started`: called if it has to wait for the document, which it does only if the client or the request requires
+          something of the daemon
+        - `strict`: whether the daemon must advertise what the request needs
+
+        Raises `AttemptFailed`: incompatible, naming what is unmet; unsupported, naming what is lacking for this
+        request; or whatever the asking met.
         """
         index = self._index[daemon.url]
         agreement = self._agreements[index]
@@ -165,9 +173,15 @@ class Negotiator(Generic[_Daemon]):
         if agreement.misfit:
             self._judge(index, agreement.misfit, agreement.unmet)
             raise _incompatible(daemon.url, agreement.misfit, agreement.unmet)
-        if lacks := agreement.lacking(needs):
-            raise _incompatible(daemon.url, "; ".join(lacks), lacks)
+        if strict and agreement.lacking(needs):
+            raise self.unsupported(daemon, needs, what)
         return agreement.known
+
+    def unsupported(self, daemon: _Daemon, needs: Collection[str], what: str = "") -> AttemptFailed:
+        """Make the failure of a request that needs what the daemon does not advertise: nothing was sent."""
+        lacks = self._agreements[self._index[daemon.url]].lacking(needs)
+        message = "; ".join(lacks) + (f": {what} needs that" if what else "")
+        return AttemptFailed(Fault(FaultKind.UNSUPPORTED, daemon.url, message, "no", unmet=lacks))
 
     async def look(
         self, daemon: _Daemon, *, until: float, deadline: float, started: Callable[[], None] | None = None
@@ -223,15 +237,31 @@ class Negotiator(Generic[_Daemon]):
         *,
         key: str | None = None,
         doubt: Callable[[_Model], str] = lambda _: "",
+        also: Collection[str] = (),
+        method: str | None = None,
     ) -> Ask[_Daemon, _Model]:
         """Make the attempt to use an extension: only where it is advertised.
 
-        `key` is sent as Idempotency-Key; `doubt` says why a reply is not the answer to what was asked, if it is not.
+        - `key`: sent as Idempotency-Key
+        - `doubt`: says why a reply is not the answer to what was asked, if it is not
+        - `also`: further capabilities that this request takes
+        - `method`: by default POST with a request, and GET without one
         """
+        needs = (capability, *also)
 
         async def ask(daemon: _Daemon, /, *, until: float, deadline: float, started: Callable[[], None]) -> _Model:
-            await self.terms(daemon, (capability,), until=until)
-            send = partial(daemon.use, path, request, reply, key=key, until=until, deadline=deadline, started=started)
+            await self.terms(daemon, needs, until=until)
+            send = partial(
+                daemon.use,
+                path,
+                request,
+                reply,
+                key=key,
+                until=until,
+                deadline=deadline,
+                started=started,
+                method=method,
+            )
             answer = await self.send(daemon, send, until=until, deadline=deadline)
             if why := doubt(answer):
                 told = f"its answer is not to what was asked: {why}"

@@ -30,6 +30,7 @@ import asyncio
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import secrets
 import sqlite3
@@ -83,7 +84,7 @@ _PATIENCE: Final = 5.0
 """Seconds to wait for another process that holds the file or its lock."""
 
 _APPLICATION: Final = 0x70624F42
-_VERSION: Final = 1
+_VERSION: Final = 2
 _BATCH: Final = 256
 """How many requests one transaction may hold, so that the first of them need not wait for a long queue."""
 
@@ -130,7 +131,10 @@ class Outbox:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class StoredBust:
-    """What is to be sent again. `key` is its idempotency key, the same on every sending."""
+    """What is to be sent again. `key` is its idempotency key, the same on every sending.
+
+    The others are what was asked of `bust`; whether they can be sent is decided when it is.
+    """
 
     target: str
     strategy: str
@@ -139,10 +143,28 @@ class StoredBust:
     kind: str = "key"
     namespace: str | None = None
     soft: bool = False
+    verify: bool = False
+    settle: float | None = None
+    reason: str | None = None
+    allow_wider: bool = False
+
+    @property
+    def options(self) -> str | None:
+        """What is said beyond what a row has columns for, as JSON; None if nothing is."""
+        said = {name: getattr(self, name) for name, default in _OPTIONS.items() if getattr(self, name) != default}
+        return json.dumps(said, sort_keys=True) if said else None
 
     def __repr__(self) -> str:
         shown = {field.name: getattr(self, field.name) for field in fields(self)} | {"target": redact(self.target)}
         return f"StoredBust({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
+_OPTIONS: Final[dict[str, object]] = {
+    field.name: field.default
+    for field in fields(StoredBust)
+    if field.name in {"verify", "settle", "reason", "allow_wider"}
+}
+"""What of a bust a row has no columns for, with its defaults."""
 
 
 @final
@@ -199,7 +221,7 @@ _STATES: Final = (RowState.PENDING, RowState.PENDING, RowState.LEASED, RowState.
 
 _COLUMNS: Final = (
     "id, destination, target, namespace, kind, strategy, soft, fault_tolerance, key, "
-    "state, sent, attempts, created, joined, not_before, reason"
+    "state, sent, attempts, created, joined, not_before, reason, options"
 )
 
 _SELECT: Final = f"SELECT {_COLUMNS} FROM busts"  # noqa: S608 - the columns are named above
@@ -226,7 +248,8 @@ CREATE TABLE busts (
     owner TEXT,
     leased_at REAL,
     lease_until REAL,
-    reason TEXT NOT NULL DEFAULT ''
+    reason TEXT NOT NULL DEFAULT '',
+    options TEXT
 );
 CREATE INDEX lines ON busts (line, id) WHERE state < 3;
 CREATE INDEX ready ON busts (destination, id) WHERE state = 0 AND head = 1;
@@ -263,6 +286,10 @@ CREATE TRIGGER row_came_back AFTER UPDATE OF state ON busts WHEN new.state < 3 A
     UPDATE busts SET head = 1 WHERE id = (SELECT min(id) FROM busts WHERE line = new.line AND state < 3);
 END;
 """
+
+
+_UPGRADES: Final = {1: "ALTER TABLE busts ADD COLUMN options TEXT"}
+"""What makes a file of that format one of the next."""
 
 
 def _line_of(destination: str, bust: StoredBust) -> bytes:
@@ -315,7 +342,7 @@ def _check_text(bust: StoredBust, destinations: Iterable[str]) -> None:
 
 def _row(values: Sequence[Any]) -> OutboxRow:
     ident, destination, target, namespace, kind, strategy, soft, tolerance, key, state, sent, *rest = values
-    attempts, created, joined, not_before, reason = rest
+    attempts, created, joined, not_before, reason, options = rest
     return OutboxRow(
         id=ident,
         destination=destination,
@@ -327,6 +354,7 @@ def _row(values: Sequence[Any]) -> OutboxRow:
             kind=kind,
             namespace=namespace,
             soft=bool(soft),
+            **_read_options(options),
         ),
         state=_STATES[state],
         sent=bool(sent),
@@ -336,6 +364,15 @@ def _row(values: Sequence[Any]) -> OutboxRow:
         not_before=not_before,
         reason=reason,
     )
+
+
+def _read_options(text: str | None) -> dict[str, Any]:
+    """Read what a row says beyond its columns; of what cannot be read nothing, since the rest is worth sending."""
+    try:
+        said = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return {name: said[name] for name in _OPTIONS if name in said} if isinstance(said, dict) else {}
 
 
 def _tally(db: sqlite3.Connection) -> list[int]:
@@ -388,13 +425,13 @@ def _insert(
     leased = owner is not None
     db.execute(
         "INSERT INTO busts (destination, line, target, namespace, kind, strategy, soft, fault_tolerance, key,"
-        " head, state, sent, created, joined, not_before, owner, leased_at, lease_until, reason)"
+        " head, state, sent, created, joined, not_before, owner, leased_at, lease_until, reason, options)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NOT EXISTS (SELECT 1 FROM busts WHERE line = ? AND state < 3),"
-        " ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        " ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             *(destination, line, bust.target, bust.namespace, bust.kind, bust.strategy, bust.soft),
             *(bust.fault_tolerance, bust.key, line, _LEASED if leased else _READY, sent, now, now, now),
-            *(owner, now if leased else None, now + lease if leased else None, reason),
+            *(owner, now if leased else None, now + lease if leased else None, reason, bust.options),
         ),
     )
     return int(db.execute("SELECT last_insert_rowid()").fetchone()[0])
@@ -408,8 +445,8 @@ def _join(db: sqlite3.Connection, now: float, line: bytes, bust: StoredBust, sen
     """
     (found,) = db.execute(
         "SELECT max(id) FROM busts"
-        " WHERE state < 2 AND sent = 0 AND owner IS NULL AND line = ? AND strategy = ? AND soft = ?",
-        (line, bust.strategy, bust.soft),
+        " WHERE state < 2 AND sent = 0 AND owner IS NULL AND line = ? AND strategy = ? AND soft = ? AND options IS ?",
+        (line, bust.strategy, bust.soft, bust.options),
     ).fetchone()
     if found is None:
         return None
@@ -671,6 +708,8 @@ class _OutboxFile:
         tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type <> 'index'")}
         if not tables >= _OBJECTS or len(_tally(db)) != len(_STATES):
             raise _Damage("tables or triggers are missing")
+        if version < _VERSION:
+            _upgrade(db)
 
     def _create(self) -> None:
         """Put a new, empty outbox at the path, complete from its first moment, unless one is there."""
@@ -723,6 +762,23 @@ class _OutboxFile:
 
 
 _OBJECTS: Final = {"busts", "tally", "row_came", "row_changed", "row_went", "row_left_its_line", "row_came_back"}
+
+
+def _upgrade(db: sqlite3.Connection) -> None:
+    """Make a file of an earlier format one of ours, in one transaction; no row is changed.
+
+    Processes with an earlier version that have it open go on: they do not see what was added.
+    """
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        (version,) = db.execute("PRAGMA user_version").fetchone()  # another process may have been quicker
+        for since in range(max(1, version), _VERSION):
+            db.execute(_UPGRADES[since])
+        db.execute(f"PRAGMA user_version = {max(version, _VERSION)}")
+        db.execute("COMMIT")
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
 
 
 def _identity(found: os.stat_result) -> Identity:
@@ -859,9 +915,9 @@ class OutboxStore:
         - `lease`: seconds for which they are, if not the policy's
         - `reason`: why it is stored, without targets; one for all, or one for each destination
 
-        Returns the rows' ids, in the order of `destinations`. An unsent row of the same (destination, namespace, kind,
-        target, strategy, soft) that nobody speaks for is joined instead of adding one; it takes this bust's key and
-        tolerance, unless this one was sent. A row that is born leased joins none.
+        Returns the rows' ids, in the order of `destinations`. An unsent row of the same bust for the same destination
+        that nobody speaks for is joined instead of adding one (the same but for key and tolerance, which it then takes
+        from this one, unless this one was sent). A row that is born leased joins none.
 
         Raises `OutboxError` if the outbox is full, and `InvalidRequest` for text that cannot be stored.
         """

@@ -39,6 +39,8 @@ from pybustcall.models import redact
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from pybustcall.models import Kind
+
 __all__ = [
     "Attempt",
     "BustReport",
@@ -47,6 +49,7 @@ __all__ = [
     "Delivery",
     "DeliveryStatus",
     "Ending",
+    "LayerResult",
     "applied_of",
     "error_class",
     "failure",
@@ -54,8 +57,8 @@ __all__ = [
     "summary",
 ]
 
-BustStatus = Literal["busted", "partial", "deferred", "failed", "disabled"]
-DeliveryStatus = Literal["acknowledged", "owed", "missed"]
+BustStatus = Literal["busted", "dry_run", "accepted", "partial", "deferred", "failed", "disabled"]
+DeliveryStatus = Literal["acknowledged", "accepted", "owed", "missed"]
 Ending = Literal["answered", "halted", "exhausted", "silent", "deadline", "overtaken"]
 """Why a call stopped: a daemon answered, a fault forbade going on, nobody was left to ask, everybody was silent and the
 bust can be stored, time was over, or enough others had answered."""
@@ -74,10 +77,30 @@ class Attempt:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerResult:
+    """What one layer of a daemon's caches did with a bust, if the daemon says so.
+
+    - `daemon`: its URL; `name`: the layer's name there
+    - `ok`: whether it is applied there; where it is not, `error` says why
+    - `removed`: how many entries went, or were marked stale; of a dry run, how many would
+    - `settle`: seconds from the answer to its second bust there, or None
+    """
+
+    daemon: str
+    name: str
+    ok: bool
+    removed: int = 0
+    error: str | None = None
+    settle: float | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
     """What one daemon did with a bust that was meant for many.
 
-    - `status`: "acknowledged", "owed" (it is in the outbox, for this daemon: `row`) or "missed"
+    - `status`: "acknowledged", "accepted" (it is in that daemon's journal, as `job`), "owed" (it is in the outbox, for
+      this daemon: `row`) or "missed"
     - `stage`: the meet of its faults; `error`: the last of them
     - `removed`: how many entries went, if it says so
     """
@@ -88,6 +111,7 @@ class Delivery:
     removed: int | None = None
     error: Fault | None = None
     row: int | None = None
+    job: str | None = None
 
 
 @final
@@ -95,11 +119,17 @@ class Delivery:
 class BustResult:
     """What one bust came to.
 
-    - `status`: "busted" (acknowledged by as many daemons as were asked for), "partial" (by fewer; the others are owed
-      it), "deferred" (it is in the outbox, and will be delivered), "failed", or "disabled" (the client is switched off)
+    - `status`: "busted" (applied at as many daemons as were asked for), "accepted" (in a daemon's journal as `job`, and
+      not applied everywhere yet), "partial" (a layer of an accepted one failed, and is tried again; or fewer daemons
+      have acknowledged, and the others are owed it), "deferred" (it is in the outbox, and will be delivered), "failed",
+      "dry_run" (it was told what would go), or "disabled" (the client is switched off)
     - `stage`: 0 (worst) to 12 (clean), as this client saw it; `reported_stage` is the daemon's own word
     - `daemon`: URL of the daemon that acknowledged, or None
     - `cache_key`, `delegate`: what that daemon answered; `removed`: how many entries went, if it says so
+    - `kind`, `soft`: what was busted, and how: as was asked, or what was sent instead (`allow_wider`), as `note` says
+    - `namespace`, `dry_run`: as was asked; `matched`: how many entries a dry run covers
+    - `verified`: whether a daemon has read back that nothing of it is left; None if it was not asked to
+    - `layers`: what each layer of the daemons' caches did; `job`: the job's name at `daemon`
     - `attempts`: every attempt, in order; `elapsed`: seconds from the call to its end
     - `deliveries`: what each daemon did, if the bust was meant for many (delivery "quorum" or "all")
     - `rows`: the numbers of its rows in the outbox; `key`: the idempotency key that it carried
@@ -122,11 +152,19 @@ class BustResult:
     key: str | None = None
     note: str = ""
     reveal: bool = field(default=False, compare=False)
+    kind: Kind = "key"
+    namespace: str | None = None
+    soft: bool = False
+    dry_run: bool = False
+    matched: int | None = None
+    verified: bool | None = None
+    layers: tuple[LayerResult, ...] = ()
+    job: str | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether the bust was acknowledged by all that it asked for (or the client is disabled)."""
-        return self.status in {"busted", "disabled"}
+        """Whether the bust was applied at all that it asked for, or told by a dry run (or the client is disabled)."""
+        return self.status in {"busted", "dry_run", "disabled"}
 
     @property
     def band(self) -> Band:
@@ -145,9 +183,16 @@ class BustResult:
 
     @property
     def applied(self) -> Applied:
-        """Whether the bust reached a cache: "yes", "no" or "maybe"; of many daemons, whether it reached one."""
+        """Whether the bust reached a cache: "yes", "no" or "maybe"; of many daemons, whether it reached one.
+
+        One that was only accepted is "yes" if the daemon says of every layer that it is applied there.
+        """
+        if self.dry_run:
+            return "no" if self.status == "dry_run" else applied_of(self.causes)
         if self.status == "busted" or any(delivery.status == "acknowledged" for delivery in self.deliveries):
             return "yes"
+        if self.job is not None:
+            return "yes" if self.layers and all(layer.ok for layer in self.layers) else "maybe"
         return applied_of(self.causes)
 
     @property
@@ -183,6 +228,7 @@ _CLASS_OF_KIND: Final[Mapping[FaultKind, type[BustFailed]]] = MappingProxyType(
         FaultKind.TOKEN_REFUSED: NotAllowed,
         FaultKind.NOT_ALLOWED: NotAllowed,
         FaultKind.INCOMPATIBLE: IncompatibleDaemon,
+        FaultKind.UNSUPPORTED: IncompatibleDaemon,
         FaultKind.CERTIFICATE: Panic,
     }
 )
@@ -209,6 +255,16 @@ _ADVICE_WITHOUT_RESULT: Final[Mapping[type[BustFailed], str]] = MappingProxyType
     }
 )
 """The same of calls that are no busts."""
+
+
+_ADVICE_UNSUPPORTED: Final = (
+    "Name another daemon, or bring this one up to date; with allow_wider=True the next wider bust is done, if there is"
+    " one."
+)
+_ADVICE_NOT_YET: Final = (
+    "The daemon goes on with it by itself (client.job tells how far it is); raise fault_tolerance to 6 or more if that"
+    " is good enough."
+)
 
 
 def error_class(ending: Ending, causes: tuple[Fault, ...]) -> type[BustFailed]:
@@ -240,8 +296,8 @@ def failure(
     `what` names the call without telling its target. Of a call without a result, `changes` says whether it changes
     anything at a daemon, and `repeat` what to do if it may have.
     """
-    acknowledged = result is not None and result.status == "busted"
-    chosen = BustFailed if acknowledged else error_class(ending, causes)
+    answered = result is not None and ending == "answered"
+    chosen = BustFailed if answered else error_class(ending, causes)
     stage = result.stage if result is not None else stage_of(Outcome.FAILED, causes)
     applied: Applied = result.applied if result is not None else applied_of(causes) if changes else "no"
     verdict = {
@@ -249,8 +305,9 @@ def failure(
         "no": "it was not applied",
         "maybe": "it may have been applied",
     }[applied]
+    clean = result is None or result.status in {"busted", "dry_run"}
     head = {
-        BustFailed: f"{what} was acknowledged, but only after faults",
+        BustFailed: f"{what} was acknowledged, but {'only after faults' if clean else 'is not applied everywhere yet'}",
         DeadlineExceeded: f"{what} was not acknowledged within its deadline",
     }.get(chosen, f"{what} failed")
     told = f"{head} (stage {stage}, {band_of(stage)}, after {elapsed:.3f} s)"
@@ -258,10 +315,15 @@ def failure(
         told += f"; {_who_has_it(result) or verdict}"
     elif changes:
         told += f"; {verdict}"
-    reasons = "; ".join(summary(causes)) or "no attempt could be made"
-    if result is not None and result.note:
-        reasons += f" ({result.note})"
+    note = result.note if result is not None else ""
+    reasons = "; ".join(summary(causes)) or ("" if note else "no attempt could be made")
+    if note:
+        reasons += f" ({note})" if reasons else note
     advice = _ADVICE[chosen] if result is not None else _ADVICE_WITHOUT_RESULT[chosen]
+    if not clean and answered:
+        advice = _ADVICE_NOT_YET
+    elif result is not None and causes and all(cause.kind is FaultKind.UNSUPPORTED for cause in causes):
+        advice = _ADVICE_UNSUPPORTED
     if applied == "maybe" and repeat:
         advice = repeat
     return chosen(
@@ -286,8 +348,10 @@ def _who_has_it(result: BustResult) -> str:
     if not result.deliveries:
         return ""
     have = [delivery.daemon for delivery in result.deliveries if delivery.status == "acknowledged"]
-    lack = [delivery.daemon for delivery in result.deliveries if delivery.status != "acknowledged"]
-    told = f"applied at {', '.join(have)}" if have else "acknowledged by none"
+    begun = [delivery.daemon for delivery in result.deliveries if delivery.status == "accepted"]
+    lack = [delivery.daemon for delivery in result.deliveries if delivery.status not in {"acknowledged", "accepted"}]
+    told = f"applied at {', '.join(have)}" if have else "" if begun else "acknowledged by none"
+    told += f"{'; ' if have else ''}accepted by {', '.join(begun)}" if begun else ""
     return f"{told}; not acknowledged by {', '.join(lack)}" if lack else told
 
 
@@ -305,8 +369,10 @@ _KEPT: Final = 1000
 class BustReport:
     """What many busts came to: counts, and those that are not ok (at most 1,000 kept, `unkept` more were seen).
 
-    `deferred` counts those that are in the outbox, `partial` those that some daemons have and others are owed.
-    `elapsed` is in seconds for all of them together; `worst_stage` is the meet of every result's stage.
+    `busted` counts those that are applied, `accepted` those that are in a daemon's journal and not applied everywhere
+    yet, `partial` those that some daemons or layers have and others are owed, `deferred` those that are in the outbox,
+    and `dry_run` those of which it was only told what would go. `elapsed` is in seconds for all of them together;
+    `worst_stage` is the meet of every result's stage.
     """
 
     total: int = 0
@@ -318,16 +384,22 @@ class BustReport:
     worst_stage: int = CLEAN
     failures: tuple[BustResult, ...] = ()
     unkept: int = 0
+    accepted: int = 0
+    dry_run: int = 0
 
     @property
     def ok(self) -> bool:
-        """Whether every one of them was acknowledged."""
-        return self.busted == self.total
+        """Whether every one of them was applied, or told by a dry run."""
+        return self.busted + self.dry_run == self.total
 
     def __repr__(self) -> str:
-        others = "".join(
-            f", {count} {what}" for count, what in ((self.partial, "partial"), (self.deferred, "deferred")) if count
-        )
+        kinds = {
+            "told by a dry run": self.dry_run,
+            "accepted": self.accepted,
+            "partial": self.partial,
+            "deferred": self.deferred,
+        }
+        others = "".join(f", {count} {what}" for what, count in kinds.items() if count)
         told = f"{self.busted} of {self.total} busted{others}, {self.failed} failed"
         return f"BustReport({told}, elapsed={self.elapsed:.3f})"
 
@@ -348,7 +420,9 @@ class ReportBuilder:
         self._report = replace(
             report,
             total=report.total + 1,
-            busted=report.busted + result.ok,
+            busted=report.busted + (result.status in {"busted", "disabled"}),
+            dry_run=report.dry_run + (result.status == "dry_run"),
+            accepted=report.accepted + (result.status == "accepted"),
             partial=report.partial + (result.status == "partial"),
             deferred=report.deferred + (result.status == "deferred"),
             failed=report.failed + (result.status == "failed"),
@@ -361,7 +435,7 @@ class ReportBuilder:
             self._report,
             elapsed=elapsed,
             failures=tuple(self._failures),
-            unkept=self._report.total - self._report.busted - len(self._failures),
+            unkept=self._report.total - self._report.busted - self._report.dry_run - len(self._failures),
         )
 
 

@@ -31,6 +31,9 @@ versions = (
 )
 """SemVer and SemverX versions (docs/reference/semverx.md)."""
 
+EXAMPLE = "0f5e1c9a6b7d4e3f8a9b0c1d2e3f4a5b"
+"""The job that the contract's examples name; there is none of that name."""
+
 words = st.text(
     st.characters(
         min_codepoint=0x21, max_codepoint=0x24F, exclude_characters="@\x7f/\xad", exclude_categories=["C", "Z"]
@@ -56,7 +59,16 @@ schemathesis.openapi.format("bustcall-version", versions)
 
 @schemathesis.hook
 def before_call(context: schemathesis.HookContext, case: schemathesis.Case[Any], kwargs: dict[str, Any]) -> None:
-    """Say what JSON Schema cannot: an integer has no fraction, not even .0, and a key goes with one body."""
+    """Say what JSON Schema cannot.
+
+    An integer has no fraction, not even .0; a key goes with one body; to bust everything is confirmed; and a page is
+    told by a job that there is.
+    """
+    if isinstance(case.body, dict) and case.body.get("kind") == "all":
+        case.body = {**case.body, "target": "*", "confirm": True}
+    before = case.query.get("before") if case.query else None
+    if before is not None and (before == EXAMPLE or not re.fullmatch("[0-9a-f]{32}", str(before))):
+        del case.query["before"]
     case.body = whole(case.body)
     key = case.headers.get("Idempotency-Key")
     if isinstance(key, str) and re.fullmatch("[!-~]{1,255}", key):

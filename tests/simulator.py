@@ -259,7 +259,9 @@ class Wire:
         until: float,
         deadline: float,
         started: Callable[[], None],
+        wider: bool,
     ) -> BustReply:
+        assert not wider
         slot = self.slots.setdefault(daemon.url, asyncio.Semaphore(_SLOTS))
         self.under_way[key] += 1
         try:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from aiohttp import web
 
-from pybustcall.daemon import DaemonSettings, Engine, FilesBackend, Index, Registry, Swaps, create_app
+from pybustcall.daemon import DaemonSettings, FilesBackend, Registry, Swaps, create_app
+from tests.plain_cache import engine_over
 
 
 async def main(root: Path, registry: Path, break_at: str, kill_at: str) -> None:
@@ -29,7 +30,7 @@ async def main(root: Path, registry: Path, break_at: str, kill_at: str) -> None:
         if name == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    engine = Engine(FilesBackend(root), Index())
+    engine = engine_over(FilesBackend(root))
     app = create_app(engine, DaemonSettings(), swaps=Swaps(engine, Registry(registry), step=step))
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()

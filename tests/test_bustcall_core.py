@@ -14,6 +14,7 @@ import ssl
 import traceback
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import aiohttp
@@ -43,7 +44,7 @@ from pybustcall import (
     ProtocolViolation,
     Retry,
 )
-from pybustcall.models import cache_key_of
+from pybustcall.models import LayerReply, cache_key_of
 from pybustcall.results import ReportBuilder
 from pybustcall.testing import Answer, FakeDaemon
 from tests.conftest import PATIENCE, eventually, read_request
@@ -806,3 +807,311 @@ async def test_a_tolerance_of_twelve_never_raises_for_an_outbox_either(tmp_path:
     with pytest.raises(OutboxError):
         await client.bust("a", fault_tolerance=6)
     await client.aclose()
+
+
+# Kinds, soft, namespaces, dry runs: what is beyond the base
+
+
+EXTENSIONS = tuple(f"cache.bust.{name}" for name in (
+    "all", "dry_run", "idempotent", "jobs", "namespace", "prefix", "settle", "soft", "tag", "verify"
+))  # fmt: skip
+
+
+async def test_a_bust_says_all_that_it_was_asked() -> None:
+    """As it is given, to a daemon that advertises it; the result tells it again."""
+    async with FakeDaemon(capabilities=EXTENSIONS) as fake, BustcallClient(fake.url) as client:
+        result = await client.bust(
+            "shop/7", kind="prefix", soft=True, namespace="shop", verify=True, settle=2, reason="price"
+        )
+        (asked,) = fake.requests
+        assert (asked.kind, asked.soft, asked.namespace, asked.verify) == ("prefix", True, "shop", True)
+        assert (asked.settle, asked.reason, asked.dry_run) == (2.0, "price", False)
+        assert (result.status, result.kind, result.soft, result.namespace) == ("busted", "prefix", True, "shop")
+        assert (result.verified, result.note) == (True, "")
+        await client.bust("*", kind="all", confirm=True)
+        assert [(bust.kind, bust.target) for bust in fake.applied] == [("prefix", "shop/7"), ("all", "*")]
+
+
+async def test_a_dry_run_tells_how_many_and_removes_none() -> None:
+    """It is ok, and counted beside what was busted."""
+    async with (
+        FakeDaemon(capabilities=(*EXTENSIONS, "cache.register")) as fake,
+        BustcallClient(fake.url) as client,
+    ):
+        for key in ("a/1", "a/2", "b"):
+            await client.register(key, tags=["sale"])
+        result = await client.bust("a", kind="prefix", dry_run=True)
+        assert (result.status, result.ok, result.matched, result.applied) == ("dry_run", True, 2, "no")
+        report = await client.bust_many(["a", "sale"], kind="tag", dry_run=True)
+        assert (report.busted, report.dry_run, report.ok, report.failures) == (0, 2, True, ())
+        assert "0 of 2 busted, 2 told by a dry run, 0 failed" in repr(report)
+        assert fake.applied == []
+        assert (await client.bust("sale", kind="tag")).removed == 3
+
+
+@pytest.mark.parametrize(
+    ("field", "how"),
+    [
+        ("kind", {"kind": "planet"}),
+        ("confirm", {"kind": "all"}),
+        ("soft", {"soft": 1}),
+        ("dry_run", {"dry_run": "no"}),
+        ("verify", {"verify": None}),
+        ("confirm", {"confirm": "yes"}),
+        ("allow_wider", {"allow_wider": 1}),
+        ("settle", {"settle": -1}),
+        ("settle", {"settle": True}),
+        ("settle", {"settle": float("nan")}),
+        ("settle", {"settle": 3601}),
+        ("namespace", {"namespace": ""}),
+        ("namespace", {"namespace": "a/b"}),
+        ("reason", {"reason": ""}),
+        ("reason", {"reason": "x" * 257}),
+        ("strategy", {"strategy": ""}),
+    ],
+)
+async def test_arguments_that_cannot_be_sent_are_refused_before_anything_is(field: str, how: dict[str, Any]) -> None:
+    """By `bust` and by `bust_many`, which takes no target then."""
+    taken: list[str] = []
+
+    def targets() -> Iterator[str]:
+        taken.append("*")
+        yield "*"
+
+    async with FakeDaemon(capabilities=EXTENSIONS) as fake, BustcallClient(fake.url) as client:
+        for call in (client.bust("*", **how), client.bust_many(targets(), **how)):
+            with pytest.raises(InvalidRequest, match="nothing was sent") as caught:
+                await call
+            assert caught.value.field == field
+        assert (fake.requests, taken) == ([], [])
+
+
+async def test_everything_is_a_target_of_its_own() -> None:
+    """Beside which no other makes sense; of many, one that is not it fails alone."""
+    async with FakeDaemon(capabilities=EXTENSIONS) as fake, BustcallClient(fake.url) as client:
+        with pytest.raises(InvalidRequest, match='wants the target "\\*"'):
+            await client.bust("a", kind="all", confirm=True)
+        report = await client.bust_many(["*", "a"], kind="all", confirm=True)
+        assert (report.busted, report.failed) == (1, 1)
+        assert [bust.kind for bust in fake.requests] == ["all"]
+
+
+@pytest.mark.requirement("IMP-07")
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ({"kind": "tag"}, "it does not advertise cache.bust.tag: a bust by tag needs that"),
+        ({"kind": "prefix", "soft": True}, "cache.bust.soft: a soft bust by prefix needs that"),
+        ({"namespace": "n"}, "it does not advertise cache.bust.namespace: a bust of a key in a namespace needs that"),
+        ({"namespace": "n", "allow_wider": True}, "it does not advertise cache.bust.namespace"),
+        ({"dry_run": True}, "it does not advertise cache.bust.dry_run: a dry run of a key needs that"),
+        ({"kind": "tag", "dry_run": True, "allow_wider": True}, "it does not advertise cache.bust.dry_run"),
+        ({"verify": True, "allow_wider": True}, "it does not advertise cache.bust.verify"),
+        ({"settle": 1.0, "allow_wider": True}, "it does not advertise cache.bust.settle"),
+        ({"kind": "tag", "allow_wider": True}, "it does not advertise cache.bust.tag"),
+    ],
+)
+async def test_what_a_daemon_does_not_advertise_is_never_sent_to_it(
+    how: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    """An error that names it, and what for; nothing is stored, and the daemon is asked for the next bust."""
+    async with (
+        FakeDaemon() as fake,
+        BustcallClient(fake.url, retry=QUICK, probes=None, outbox=tmp_path / "outbox.db") as client,
+    ):
+        with pytest.raises(IncompatibleDaemon) as caught:
+            await client.bust("a", fault_tolerance=6, **how)
+        assert told in str(caught.value)
+        assert "it was not applied" in str(caught.value)
+        (cause,) = caught.value.causes
+        assert (cause.kind, cause.applied) == (FaultKind.UNSUPPORTED, "no")
+        assert fake.requests == []
+        assert (await client.outbox.counts()).pending == 0
+        assert (await client.bust("a")).stage == 12
+        assert client.topology().daemons[0].misfit == ""
+
+
+@pytest.mark.parametrize(
+    ("has", "how", "sent"),
+    [
+        (["cache.bust.all"], {"kind": "tag"}, ("all", "*", False)),
+        (["cache.bust.all"], {"kind": "prefix", "soft": True}, ("all", "*", False)),
+        (["cache.bust.tag"], {"kind": "tag", "soft": True}, ("tag", "sale", False)),
+        (["cache.bust.tag", "cache.bust.soft"], {"kind": "tag", "soft": True}, ("tag", "sale", True)),
+    ],
+)
+async def test_the_next_wider_is_done_where_that_is_allowed(
+    has: list[str], how: dict[str, Any], sent: tuple[str, str, bool]
+) -> None:
+    """And said; where what was asked can be done, that is."""
+    async with FakeDaemon(capabilities=has) as fake, BustcallClient(fake.url) as client:
+        result = await client.bust("sale", allow_wider=True, **how)
+        (asked,) = fake.requests
+        assert (asked.kind, asked.target, asked.soft) == sent
+        assert (result.status, result.kind, result.soft, result.target) == ("busted", sent[0], sent[2], "sale")
+        assert result.note.startswith("wider than asked: ") is (sent != ("tag", "sale", True))
+        assert (result.cache_key == cache_key_of("*")) is (sent[0] == "all")
+
+
+async def test_each_daemon_is_sent_the_least_wide_that_it_can_do() -> None:
+    """The hub has tags, the peer only everything."""
+    async with (
+        FakeDaemon(capabilities=["cache.bust.tag"]) as hub,
+        FakeDaemon(capabilities=["cache.bust.all"]) as peer,
+        BustcallClient(hub.url, peers=[peer.url], delivery="all") as client,
+    ):
+        result = await client.bust("sale", kind="tag", allow_wider=True)
+        assert ([bust.kind for bust in hub.requests], [bust.kind for bust in peer.requests]) == (["tag"], ["all"])
+        assert result.note == f"wider than asked: {peer.url} cannot do a bust by tag, and was sent a bust of everything"
+
+
+async def test_a_daemon_that_cannot_do_it_leaves_it_to_its_peer() -> None:
+    """Busted, after a fault; the next plain bust goes to the hub again."""
+    async with (
+        FakeDaemon() as hub,
+        FakeDaemon(capabilities=EXTENSIONS) as peer,
+        BustcallClient(hub.url, peers=[peer.url]) as client,
+    ):
+        result = await client.bust("sale", kind="tag")
+        assert (result.status, result.stage, result.daemon) == ("busted", 9, peer.url)
+        assert (await client.bust("a")).daemon == hub.url
+        assert hub.connections
+
+
+async def test_a_daemon_that_was_replaced_by_an_older_one_is_found_out() -> None:
+    """Its document is still believed, but its answer does not repeat what was asked."""
+    async with (
+        FakeDaemon(advertises={"capabilities": ["cache.bust", "cache.bust.tag"]}) as fake,
+        BustcallClient(fake.url) as client,
+    ):
+        with pytest.raises(ProtocolViolation, match="does not repeat kind, which was asked") as caught:
+            await client.bust("sale", kind="tag")
+        assert caught.value.applied == "maybe"
+
+
+async def test_accepted_busts_are_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """They are within the tolerance, and not applied everywhere yet: a warning."""
+    plan = [Answer.accepted("j1"), Answer.accepted("j2", layers=[LayerReply(name="cdn", ok=False, error="down")])]
+    async with FakeDaemon(plan, capabilities=EXTENSIONS) as fake, BustcallClient(fake.url) as client:
+        with caplog.at_level(logging.INFO, "pybustcall"):
+            report = await client.bust_many(["a", "b", "c"], concurrency=1)
+        assert (report.busted, report.accepted, report.partial, report.ok) == (1, 1, 1, False)
+        assert [result.job for result in report.failures] == ["j1", "j2"]
+        assert client.statistics().accepted == 2
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert any("accepted, stage 8 (warning)" in line and "as the job j1" in line for line in told)
+    assert any("partial" in line and "its layer cdn failed: down" in line for line in told)
+
+
+async def test_an_accepted_bust_below_its_tolerance_raises() -> None:
+    """It asked for more than a promise."""
+    async with (
+        FakeDaemon([Answer.accepted("j1")], capabilities=EXTENSIONS) as fake,
+        BustcallClient(fake.url) as client,
+    ):
+        with pytest.raises(BustFailed, match="not applied everywhere yet") as caught:
+            await client.bust("a", fault_tolerance=3)
+        assert type(caught.value) is BustFailed
+        assert caught.value.result is not None
+        assert (caught.value.result.job, caught.value.applied) == ("j1", "maybe")
+
+
+async def test_a_bust_by_tag_survives_an_outage(tmp_path: Path) -> None:
+    """Stored whole, and delivered as it was meant."""
+    async with (
+        FakeDaemon(capabilities=EXTENSIONS) as fake,
+        BustcallClient(fake.url, outbox=tmp_path / "outbox.db", probes=None, retry=QUICK) as client,
+    ):
+        await client.bust("warm")
+        await fake.stop()
+        how: dict[str, Any] = {"kind": "tag", "namespace": "shop", "soft": True, "settle": 1.0, "reason": "price"}
+        assert (await client.bust("sale", **how)).status == "deferred"
+        assert (await client.bust("*", kind="all", confirm=True)).status == "deferred"
+        await fake.start()
+        client.reset()
+        await eventually(lambda: len(fake.applied) == 3)
+        by_tag = next(bust for bust in fake.applied if bust.kind == "tag")
+        assert {name: getattr(by_tag, name) for name in how} == how
+
+
+async def test_a_dry_run_in_an_outage_fails_and_is_not_stored(tmp_path: Path) -> None:
+    """Whatever the tolerance."""
+    async with BustcallClient(DOWN, outbox=tmp_path / "outbox.db", probes=None, retry=QUICK) as client:
+        result = await client.bust("a", dry_run=True, fault_tolerance=12)
+        assert (result.status, result.rows) == ("failed", ())
+        with pytest.raises(DaemonsUnavailable):
+            await client.bust("a", dry_run=True, write_ahead=True)
+        assert (await client.outbox.counts()).pending == 0
+
+
+async def test_an_entry_is_registered_with_tags_in_a_namespace() -> None:
+    """Where the daemon knows such; what is not given is not said."""
+    async with (
+        FakeDaemon(capabilities=(*EXTENSIONS, "cache.register")) as fake,
+        BustcallClient(fake.url) as client,
+    ):
+        await client.register("page", ["model"], tags=["sale", "new"], ttl=60, namespace="shop")
+        space = fake.space("shop")
+        assert (space.entries, space.tags) == ({"page": ("model",)}, {"page": ("sale", "new")})
+        await client.bust("sale", kind="tag")
+        assert space.entries
+        await client.bust("sale", kind="tag", namespace="shop")
+        assert not space.entries
+
+
+@pytest.mark.parametrize(
+    ("how", "lack"), [({"tags": ["sale"]}, "cache.bust.tag"), ({"namespace": "shop"}, "cache.bust.namespace")]
+)
+async def test_tags_are_not_told_to_a_daemon_that_would_ignore_them(how: dict[str, Any], lack: str) -> None:
+    """A bust of the tag would never reach the entry."""
+    async with FakeDaemon(capabilities=["cache.register"]) as fake, BustcallClient(fake.url) as client:
+        with pytest.raises(IncompatibleDaemon, match=lack):
+            await client.register("page", **how)
+        await client.register("page", ttl=5)
+        assert list(fake.entries) == ["page"]
+
+
+@pytest.mark.parametrize(
+    ("field", "how"),
+    [
+        ("tags", {"tags": "sale"}),
+        ("tags[0]", {"tags": [""]}),
+        ("tags", {"tags": 7}),
+        ("ttl", {"ttl": 0}),
+        ("ttl", {"ttl": True}),
+        ("ttl", {"ttl": float("inf")}),
+        ("namespace", {"namespace": "a b"}),
+    ],
+)
+async def test_a_registration_that_cannot_be_sent_is_refused(field: str, how: dict[str, Any]) -> None:
+    """The argument is named."""
+    async with BustcallClient(DOWN) as client:
+        with pytest.raises(InvalidRequest, match="nothing was sent") as caught:
+            await client.register("page", **how)
+        assert caught.value.field == field
+
+
+async def test_a_disabled_client_tells_what_it_did_not_do() -> None:
+    """In the words of what was asked."""
+    result = await BustcallClient.disabled().bust("a", kind="tag", namespace="n", soft=True, dry_run=True)
+    assert (result.status, result.kind, result.namespace, result.soft) == ("disabled", "tag", "n", True)
+
+
+async def test_a_row_that_the_daemons_left_cannot_do_is_set_aside_and_the_others_go_on(tmp_path: Path) -> None:
+    """It is listed and counted; nothing waits behind it, and no daemon is paused for it."""
+    path = tmp_path / "outbox.db"
+    async with (
+        FakeDaemon(capabilities=EXTENSIONS) as able,
+        BustcallClient(able.url, outbox=path, probes=None, retry=QUICK) as client,
+    ):
+        await client.bust("warm")
+        await able.stop()
+        assert (await client.bust("sale", kind="tag")).status == "deferred"
+        assert (await client.bust("a")).status == "deferred"
+    async with FakeDaemon() as plain, BustcallClient(plain.url, outbox=path, probes=None) as client:
+        await client.outbox.replay()
+        await eventually(lambda: [bust.target for bust in plain.applied] == ["a"])
+        await eventually(lambda: client.statistics().refused == 1)
+        (row,) = await client.outbox.rows()
+        assert (row.state, row.bust.kind, row.bust.target) == ("aside", "tag", "sale")
+        assert "it does not advertise cache.bust.tag" in row.reason

@@ -21,6 +21,7 @@ from click.testing import CliRunner
 
 from pybustcall import __main__ as entry
 from pybustcall.cli import cli, run
+from pybustcall.models import LayerReply
 from pybustcall.testing import Answer, FakeDaemon
 from tests.conftest import PATIENCE, StartDaemon, wait_until
 
@@ -361,7 +362,8 @@ def test_an_entry_is_registered(extended: FakeDaemon) -> None:
     assert (code, out) == (0, f"registered page by {extended.url}\n")
     assert extended.entries["page"] == ("model", "templates")
     assert json.loads(call("register", "page", "--json", *at)[1]) == {
-        "ok": True, "key": "page", "depends_on": [], "daemon": extended.url
+        "ok": True, "key": "page", "depends_on": [], "tags": [], "ttl": None, "namespace": None,
+        "daemon": extended.url,
     }  # fmt: skip
 
 
@@ -770,3 +772,167 @@ def test_a_partial_delivery_is_told(fake: FakeDaemon, tmp_path: Path) -> None:
     assert code == 0
     assert (line["status"], line["ok"], line["tolerated"]) == ("partial", False, True)
     assert [delivery["status"] for delivery in line["deliveries"]] == ["acknowledged", "owed"]
+
+
+# Kinds, dry runs, jobs
+
+
+BUSTS = ("cache.register", *(
+    f"cache.bust.{name}"
+    for name in ("all", "dry_run", "jobs", "namespace", "prefix", "settle", "soft", "tag", "verify")
+))  # fmt: skip
+
+
+@pytest.fixture
+def whole_fake() -> Iterator[FakeDaemon]:
+    """A fake daemon with everything about busts, and some entries."""
+    with running(FakeDaemon(capabilities=BUSTS)) as daemon:
+        daemon.entries.update({"a/1": (), "a/2": (), "b": ()})
+        yield daemon
+
+
+def test_every_option_of_a_bust_reaches_the_daemon(whole_fake: FakeDaemon) -> None:
+    """As the API has it."""
+    options = ["--kind", "prefix", "--soft", "--namespace", "n", "--verify", "--settle", "2", "--reason", "price"]
+    code, out, _ = call("bust", "a", *options, "--strategy", "direct", "--json", "--url", whole_fake.url)
+    (asked,) = whole_fake.requests
+    assert (asked.kind, asked.soft, asked.namespace, asked.verify) == ("prefix", True, "n", True)
+    assert (asked.settle, asked.reason, asked.strategy) == (2.0, "price", "direct")
+    told = json.loads(out)
+    assert (code, told["kind"], told["soft"], told["namespace"], told["verified"]) == (0, "prefix", True, "n", True)
+    assert (told["dry_run"], told["matched"], told["layers"], told["job"]) == (False, None, [], None)
+
+
+def test_a_dry_run_says_what_would_go(whole_fake: FakeDaemon) -> None:
+    """And nothing goes."""
+    at = ["--url", whole_fake.url]
+    code, out, _ = call("bust", "a", "--kind", "prefix", "--dry-run", *at)
+    assert (code, len(whole_fake.entries)) == (0, 3)
+    assert re.fullmatch(r"dry run a by http://\S+ in \d+\.\d{3} s, would remove 2\n", out)
+    assert "would mark 2" in call("bust", "a", "--kind", "prefix", "--dry-run", "--soft", *at)[1]
+    assert call("bust", "a", "b", "--dry-run", *at)[2].startswith("2 of 2 told in ")
+
+
+def test_everything_is_busted_without_a_target_but_not_by_accident(whole_fake: FakeDaemon) -> None:
+    """It takes --confirm."""
+    at = ["--url", whole_fake.url]
+    for arguments, told in (
+        (["--kind", "all"], "confirm=True"),
+        (["a", "--kind", "all", "--confirm"], 'takes no TARGET but "*"'),
+        (["--confirm"], "Missing argument 'TARGET...'"),
+    ):
+        code, _, err = call("bust", *arguments, *at)
+        assert code == 2
+        assert told in err
+    assert len(whole_fake.entries) == 3
+    code, out, _ = call("bust", "--kind", "all", "--confirm", *at)
+    assert code == 0
+    assert out.startswith("busted * by ")
+    assert "3 removed" in out
+    assert whole_fake.entries == {}
+    assert call("bust", "*", "--kind", "all", "--confirm", *at)[0] == 0
+
+
+def test_what_was_marked_stale_is_said_so(whole_fake: FakeDaemon) -> None:
+    """It is not removed."""
+    assert "2 marked stale" in call("bust", "a", "--kind", "prefix", "--soft", "--url", whole_fake.url)[1]
+
+
+def test_what_the_daemon_cannot_do_is_refused_or_done_wider(fake: FakeDaemon) -> None:
+    """With 1, and what is lacking; or as the next wider, which is said."""
+    code, _, err = call("bust", "a", "--soft", "--url", fake.url)
+    assert code == 1
+    assert "it does not advertise cache.bust.soft: a soft bust of a key needs that" in err
+    code, out, _ = call("bust", "a", "--soft", "--allow-wider", "--url", fake.url)
+    assert code == 0
+    assert "cannot do a soft bust of a key, and was sent a bust of a key" in out
+
+
+def test_an_accepted_bust_is_told_with_its_job(whole_fake: FakeDaemon) -> None:
+    """Within the tolerance it exits with 0; below, with 1, since trying again does not help."""
+    at = ["--url", whole_fake.url]
+    ill = LayerReply(name="cdn", ok=False, error="it is down")
+    whole_fake.plan.extend([Answer.accepted("j1"), Answer.accepted("j2", layers=[ill]), Answer.accepted("j3")])
+    code, _, err = call("bust", "a", *at)
+    assert code == 0
+    assert err == f"accepted 'a' (stage 8, applied: maybe): {whole_fake.url} goes on with it as the job j1\n"
+    code, out, _ = call("bust", "a", "--json", *at)
+    told = json.loads(out)
+    assert (code, told["status"], told["job"], told["tolerated"], told["ok"]) == (0, "partial", "j2", True, False)
+    assert told["layers"] == [
+        {
+            "daemon": whole_fake.url,
+            "name": "cdn",
+            "ok": False,
+            "removed": 0,
+            "error": "it is down",
+            "settle": None,
+        }
+    ]
+    assert call("bust", "a", "--fault-tolerance", "3", *at)[0] == 1
+    whole_fake.plan.append(Answer.accepted())
+    assert "1 of 2 busted, 1 kept for later" in call("bust", "a", "b", *at)[2]
+
+
+def test_jobs_are_listed_shown_and_cancelled(whole_fake: FakeDaemon) -> None:
+    """In lines and as JSON."""
+    at = ["--url", whole_fake.url]
+    assert call("jobs", "list", *at)[:2] == (0, "no jobs\n")
+    ill = LayerReply(name="cdn", ok=False, error="it is down")
+    well = LayerReply(name="redis", ok=True, removed=2)
+    whole_fake.plan.extend([Answer.accepted("j1", layers=[well, ill]), Answer.accepted("j2")])
+    call("bust", "sale", "--kind", "tag", "--soft", "--reason", "price", *at)
+    call("bust", "b", *at)
+    code, out, _ = call("jobs", "list", *at)
+    assert code == 0
+    assert [line.split(",")[0] for line in out.splitlines()] == [
+        "j2 running key 'b' (default)",
+        "j1 waiting soft tag 'sale' (default)",
+    ]
+    listed = [json.loads(line) for line in call("jobs", "list", "--state", "waiting", "--json", *at)[1].splitlines()]
+    assert [(job["job"], job["kind"], job["daemon"]) for job in listed] == [("j1", "tag", whole_fake.url)]
+    assert call("jobs", "list", "--limit", "1", "--before", "j2", *at)[1].startswith("j1 ")
+    code, out, _ = call("jobs", "show", "j1", *at, "--daemon", whole_fake.url)
+    assert (code, out.splitlines()[2:]) == (
+        0,
+        ["layer redis: applied, 2 removed", "layer cdn: not applied: it is down, 0 removed"],
+    )
+    assert "reason: price, at 20" in out
+    code, out, _ = call("jobs", "cancel", "j1", "--json", *at)
+    told = json.loads(out)
+    assert (code, told["ok"], told["state"], told["ended"][:2]) == (0, True, "cancelled", "20")
+    whole_fake.finish("j2")
+    assert call("jobs", "cancel", "j2", *at)[0] == 1
+    assert ", ended 20" in call("jobs", "show", "j2", *at)[1]
+
+
+def test_a_job_is_waited_for(whole_fake: FakeDaemon) -> None:
+    """0 if it is done, 1 if it came to nothing, 3 if it still goes on."""
+    at = ["--url", whole_fake.url]
+    whole_fake.plan.extend(Answer.accepted(f"j{number}") for number in range(3))
+    for key in ("a", "b", "c"):
+        call("bust", key, *at)
+    whole_fake.finish("j0")
+    whole_fake.finish("j1", "failed")
+    assert call("jobs", "wait", "j0", *at)[0] == 0
+    assert call("jobs", "wait", "j1", *at)[0] == 1
+    code, _, err = call("jobs", "wait", "j2", "--for", "0.1", *at)
+    assert code == 3
+    assert "was not over within 0.1 s: it is running" in err
+
+
+def test_a_job_that_is_not_there_or_cannot_be(whole_fake: FakeDaemon) -> None:
+    """1 from the daemon, 2 before anything is sent."""
+    code, _, err = call("jobs", "show", "j1", "--url", whole_fake.url)
+    assert code == 1
+    assert "there is no such job" in err
+    assert call("jobs", "show", "a/b", "--url", whole_fake.url)[0] == 2
+    assert call("jobs", "list", "--daemon", "http://127.0.0.1:2", "--url", whole_fake.url)[0] == 2
+
+
+def test_an_entry_is_registered_with_tags(whole_fake: FakeDaemon) -> None:
+    """In its namespace."""
+    options = ["--tag", "sale", "--tag", "new", "--ttl", "60", "--namespace", "n", "--json"]
+    told = json.loads(call("register", "page", *options, "--url", whole_fake.url)[1])
+    assert (told["tags"], told["ttl"], told["namespace"]) == (["sale", "new"], 60.0, "n")
+    assert whole_fake.space("n").tags == {"page": ("sale", "new")}

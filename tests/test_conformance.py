@@ -17,7 +17,7 @@ from aiohttp.test_utils import TestServer
 
 from pybustcall import ConfigurationError
 from pybustcall.capabilities import advertisement
-from pybustcall.daemon import DaemonSettings, Engine, Index, MemoryBackend, create_app
+from pybustcall.daemon import DaemonSettings, Indexes, MemoryBackend, create_app
 from pybustcall.models import DependencyReply, cache_key_of
 from pybustcall.testing import (
     CHECKS,
@@ -32,6 +32,7 @@ from pybustcall.testing import (
 )
 from pybustcall.topology import DaemonAddress
 from tests.conftest import PATIENCE, StartDaemon
+from tests.plain_cache import engine_over
 
 pytestmark = [pytest.mark.requirement("RES-12"), pytest.mark.requirement("RES-02"), pytest.mark.requirement("INT-04")]
 
@@ -102,8 +103,8 @@ async def test_the_reference_daemon_passes(start_daemon: StartDaemon) -> None:
 
 async def test_the_reference_daemon_passes_with_a_cache_in_memory() -> None:
     """Whole, with nothing skipped, and again."""
-    index = Index()
-    async with TestServer(create_app(Engine(MemoryBackend(index), index), DaemonSettings())) as server:
+    indexes = Indexes()
+    async with TestServer(create_app(engine_over(MemoryBackend(indexes), indexes), DaemonSettings())) as server:
         for _ in range(2):
             verdicts = await check_daemon(str(server.make_url("")), strict=True)
             assert {verdict.outcome for verdict in verdicts} == {"passed"}

@@ -29,7 +29,7 @@ from pybustcall.daemon import (
     Engine,
     FaultHistory,
     FilesBackend,
-    Index,
+    Indexes,
     MemoryBackend,
     check_settings,
     create_app,
@@ -49,6 +49,7 @@ from pybustcall.models import (
     cache_key_of,
 )
 from pybustcall.topology import DaemonAddress
+from tests.plain_cache import engine_over
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -99,8 +100,8 @@ class Gate:
 
 
 def memory() -> Engine:
-    index = Index()
-    return Engine(MemoryBackend(index), index)
+    indexes = Indexes()
+    return engine_over(MemoryBackend(indexes), indexes)
 
 
 @asynccontextmanager
@@ -162,6 +163,8 @@ async def test_a_bust_is_acknowledged_with_the_key_of_its_target() -> None:
         found = await bust(client, binding="go", fault_tolerance=0, strategy="dimensional")
         assert BustReply.model_validate(found).answers("main.css")
         assert found.pop("execution_time_ms") >= 0
+        assert len(found.pop("job")) == 32
+        assert found.pop("layers") == [{"name": "memory", "ok": True, "removed": 2}]
         assert found == {
             "status": "success",
             "cache_key": cache_key_of("main.css"),
@@ -209,15 +212,18 @@ async def test_the_capabilities_say_what_is_served() -> None:
         assert document.version == "1.2.3"
         assert document.semverx == "0.experimental.1.experimental.0.experimental"
         assert document.capabilities == (
-            "cache.bust", "cache.bust.idempotent", "cache.dependencies", "cache.hotswap", "cache.register",
-            "daemon.capabilities", "daemon.negotiate", "daemon.status", "semver.resolve",
+            "cache.bust", "cache.bust.all", "cache.bust.dry_run", "cache.bust.idempotent", "cache.bust.jobs",
+            "cache.bust.namespace", "cache.bust.prefix", "cache.bust.settle", "cache.bust.soft", "cache.bust.tag",
+            "cache.bust.verify", "cache.dependencies", "cache.hotswap", "cache.register", "daemon.capabilities",
+            "daemon.negotiate", "daemon.status", "semver.resolve",
         )  # fmt: skip
         assert document.supported_strategies == ("direct", "dimensional", "hybrid")
         assert (document.limits.max_target_bytes, document.limits.max_body_bytes) == (8192, 9000)
         assert document.requires.semverx == "*"
         assert set(document.access.values()) == {"public"}
         assert document.access.keys() == set(document.capabilities)
-        assert document.endpoints.keys() == set(document.capabilities) - {"cache.bust.idempotent"}
+        fields = {name for name in document.capabilities if name.startswith("cache.bust.")} - {"cache.bust.jobs"}
+        assert document.endpoints.keys() == set(document.capabilities) - fields
         for path in document.endpoints.values():
             async with client.options(path) as response:
                 assert response.status == 405
@@ -311,7 +317,7 @@ async def test_an_unknown_strategy_is_answered_with_those_that_there_are() -> No
 async def test_a_bad_registration_is_a_422_that_names_the_field(tmp_path: Path, document: object, field: str) -> None:
     """What cannot be an entry is not registered."""
     async with (
-        running(Engine(FilesBackend(tmp_path), Index())) as client,
+        running(engine_over(FilesBackend(tmp_path))) as client,
         client.post(ENTRIES, json=document) as response,
     ):
         assert (await refused(response, 422)).field == field
@@ -319,7 +325,7 @@ async def test_a_bad_registration_is_a_422_that_names_the_field(tmp_path: Path, 
 
 async def test_a_path_out_of_the_root_is_a_422_and_a_fault(tmp_path: Path) -> None:
     """The refusal names the field and the reason, never the path."""
-    async with running(Engine(FilesBackend(tmp_path), Index())) as client:
+    async with running(engine_over(FilesBackend(tmp_path))) as client:
         async with client.post(BUST, json={"target": "../secret", "binding": "go"}) as response:
             problem = await refused(response, 422)
         assert problem.field == "target"
@@ -427,7 +433,7 @@ async def test_other_exceptions_of_the_web_framework_become_problems() -> None:
 
 async def test_a_failing_backend_is_a_500_that_tells_what_was_applied() -> None:
     """The problem and the history tell of it, and the status still answers."""
-    async with running(Engine(Gate(BackendFailure("the disk is gone")), Index())) as client:
+    async with running(engine_over(Gate(BackendFailure("the disk is gone")))) as client:
         async with client.post(BUST, json={"target": "private", "binding": "go"}) as response:
             problem = await refused(response, 500)
         assert problem.detail == "the bust was not applied in full: 0 removed, 1 not removed: the disk is gone"
@@ -439,7 +445,7 @@ async def test_a_failing_backend_is_a_500_that_tells_what_was_applied() -> None:
 
 async def test_an_unexpected_error_is_logged_and_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """The traceback stays in the log."""
-    async with running(Engine(Gate(ZeroDivisionError("inner secret")), Index())) as client:
+    async with running(engine_over(Gate(ZeroDivisionError("inner secret")))) as client:
         with caplog.at_level(logging.ERROR):
             async with client.post(BUST, json={"target": "a"}) as response:
                 problem = await refused(response, 500)
@@ -740,7 +746,7 @@ async def test_a_signal_ends_it_and_the_handlers_are_restored(number: signal.Sig
 async def test_requests_under_way_finish_while_new_ones_are_turned_away() -> None:
     """The drain: the old request gets its answer, a kept connection a 503, a new one nobody."""
     gate = Gate()
-    async with serving(Engine(gate, Index()), port=0) as (url, task):
+    async with serving(engine_over(gate), port=0) as (url, task):
         async with aiohttp.ClientSession() as kept, aiohttp.ClientSession() as session:
             async with kept.get(url + CAPABILITIES) as response:
                 await response.read()
@@ -769,7 +775,7 @@ async def test_the_drain_is_bounded_and_a_second_signal_ends_it(signals: int) ->
     """A request that does not finish in time is broken off."""
     gate = Gate()
     async with (
-        serving(Engine(gate, Index()), port=0, drain=0.05 if signals == 1 else 600.0) as (url, task),
+        serving(engine_over(gate), port=0, drain=0.05 if signals == 1 else 600.0) as (url, task),
         aiohttp.ClientSession() as session,
     ):
         waiting = asyncio.create_task(session.post(url + BUST, json={"target": "a"}))
@@ -788,7 +794,7 @@ async def test_cancelling_it_twice_still_cleans_up(tmp_path: Path) -> None:
     path = tmp_path / "bust.sock"
     gate = Gate()
     async with (
-        serving(Engine(gate, Index()), socket=path) as (url, task),
+        serving(engine_over(gate), socket=path) as (url, task),
         aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session,
     ):
         waiting = asyncio.create_task(session.post("http://localhost" + BUST, json={"target": "a"}))
@@ -851,8 +857,9 @@ async def test_a_process_drains_at_sigterm_and_exits_cleanly() -> None:
     code = (
         "import asyncio\n"
         "from pybustcall.daemon import *\n"
-        "index = Index()\n"
-        "asyncio.run(serve(Engine(MemoryBackend(index), index), DaemonSettings(port=0),\n"
+        "indexes = Indexes()\n"
+        "layer = Layer(name='memory', number=0, backend=MemoryBackend(indexes))\n"
+        "asyncio.run(serve(Engine([layer], indexes), DaemonSettings(port=0),\n"
         "                  ready=lambda url: print(url, flush=True)))\n"
     )
     process = await asyncio.create_subprocess_exec(
@@ -895,7 +902,7 @@ async def test_a_cache_that_is_not_ready_is_told_at_the_start(tmp_path: Path) ->
     """Without its root it does not begin to listen."""
     root = tmp_path / "root"
     root.mkdir()
-    engine = Engine(FilesBackend(root), Index())
+    engine = engine_over(FilesBackend(root))
     root.rmdir()
     with pytest.raises(BackendFailure, match="root directory"):
         await serve(engine, DaemonSettings(port=0))

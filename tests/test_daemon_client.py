@@ -23,7 +23,7 @@ from aioresponses import aioresponses
 from pybustcall.daemon_client import DaemonClient, _seconds
 from pybustcall.errors import Applied
 from pybustcall.faults import AttemptFailed, Fault, FaultKind
-from pybustcall.models import BustReply, bust_request
+from pybustcall.models import BustReply, BustRequest, JobReply, bust_request, cache_key_of
 from pybustcall.policies import Pool
 from pybustcall.session import TLS, SessionManager
 from pybustcall.testing import Answer, FakeDaemon
@@ -557,3 +557,161 @@ async def test_a_daemon_without_the_routes_is_base_only(status: int) -> None:
         found = await client.capabilities(until=until, deadline=until)
         assert found.base_only
         assert found.supports("cache.bust")
+
+
+# What is beyond the base: the echo of what was asked, 202, layers
+
+
+def body_of(target: str = "cdn/main.css", **more: Any) -> bytes:
+    """Make the body of an answer."""
+    return json.dumps({"status": "success", "cache_key": cache_key_of(target), **more}).encode()
+
+
+async def answer_to(request: BustRequest, status: int, body: bytes) -> BustReply:
+    """Bust at a daemon that answers so."""
+    async with FakeDaemon([Answer(status=status, body=body)]) as fake, speaking_to(fake.url) as client:
+        until = asyncio.get_running_loop().time() + PATIENCE
+        return await client.bust(request, until=until, deadline=until)
+
+
+@pytest.mark.parametrize(
+    ("asked", "echo"),
+    [
+        ({"kind": "tag"}, {}),
+        ({"kind": "tag"}, {"kind": "prefix"}),
+        ({"soft": True}, {}),
+        ({"soft": True}, {"soft": False}),
+        ({"namespace": "n"}, {}),
+        ({"namespace": "n"}, {"namespace": "other"}),
+        ({"dry_run": True}, {"matched": 3}),
+        ({}, {"kind": "all"}),
+        ({}, {"dry_run": True}),
+    ],
+)
+async def test_an_answer_without_the_echo_of_what_was_asked_is_malformed(
+    asked: dict[str, Any], echo: dict[str, Any]
+) -> None:
+    """A daemon that does not know a field ignores it: it may have busted something else."""
+    request = bust_request("cdn/main.css", "direct", 6, **asked)
+    fault = await fault_of(answer_to(request, 200, body_of(**echo)))
+    field = next(iter(asked or echo))
+    assert (fault.kind, fault.applied) == (FaultKind.MALFORMED, "maybe")
+    assert f"its answer does not repeat {field}, which was asked" in fault.message
+
+
+async def test_what_is_asked_by_default_needs_no_echo() -> None:
+    """A daemon of the base gives none; one that gives the defaults is well understood."""
+    assert (await answer_to(REQUEST, 200, body_of())).removed is None
+    assert (await answer_to(REQUEST, 200, body_of(kind="key", soft=False, dry_run=False))).kind == "key"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [
+        (202, body_of(), "says that the bust is done, with HTTP 202"),
+        (202, json.dumps({"cache_key": "x", "success": True}).encode(), "says that the bust is done, with HTTP 202"),
+        (200, body_of(status="accepted", job="j1"), "says that the bust is accepted, with HTTP 200"),
+        (202, body_of(status="accepted"), "must name its job"),
+        (202, body_of("other", status="accepted", job="j1"), "is for another target"),
+        (202, b"<html>", "not what the protocol says"),
+        (201, body_of(status="accepted", job="j1"), "it answered HTTP 201"),
+        (204, b"", "it answered HTTP 204"),
+    ],
+)
+async def test_202_is_believed_only_with_a_job(status: int, body: bytes, told: str) -> None:
+    """And any other success than 200 never."""
+    fault = await fault_of(answer_to(REQUEST, status, body))
+    assert (fault.kind, fault.applied) == (FaultKind.MALFORMED, "maybe")
+    assert told in fault.message
+
+
+async def test_an_accepted_bust_is_read_with_its_job_and_layers() -> None:
+    """As the daemon tells it."""
+    layers = [{"name": "redis", "ok": True, "removed": 2}, {"name": "cdn", "ok": False, "error": "it is down"}]
+    reply = await answer_to(REQUEST, 202, body_of(status="accepted", job="j1", layers=layers))
+    assert (reply.accepted, reply.job) == (True, "j1")
+    assert [(layer.name, layer.ok, layer.removed, layer.error) for layer in reply.layers] == [
+        ("redis", True, 2, None),
+        ("cdn", False, 0, "it is down"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "said", "told"),
+    [
+        ({"dry_run": True}, 202, {"status": "accepted", "job": "j", "dry_run": True}, "it accepted a dry run"),
+        ({}, 200, {"layers": [{"name": "cdn", "ok": False}]}, "is done, and that it failed in the layer cdn"),
+        ({"verify": True}, 200, {}, "does not say that it verified the bust"),
+        ({"verify": True}, 200, {"verified": False}, "does not say that it verified the bust"),
+    ],
+)
+async def test_an_answer_that_contradicts_itself_is_malformed(
+    asked: dict[str, Any], status: int, said: dict[str, Any], told: str
+) -> None:
+    """It is not what was asked, or cannot be."""
+    fault = await fault_of(answer_to(bust_request("cdn/main.css", "direct", 6, **asked), status, body_of(**said)))
+    assert fault.kind is FaultKind.MALFORMED
+    assert told in fault.message
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "said"),
+    [
+        ({"verify": True}, 200, {"verified": True}),
+        ({"verify": True}, 202, {"status": "accepted", "job": "j"}),
+        ({"verify": True, "dry_run": True}, 200, {"dry_run": True, "matched": 1}),
+    ],
+)
+async def test_what_was_verified_or_cannot_be_yet_is_well(
+    asked: dict[str, Any], status: int, said: dict[str, Any]
+) -> None:
+    """An accepted bust is verified when it is done; of a dry run there is nothing to verify."""
+    reply = await answer_to(bust_request("cdn/main.css", "direct", 6, **asked), status, body_of(**said))
+    assert reply.verified == said.get("verified")
+
+
+async def test_what_a_layer_says_tells_neither_the_target_nor_the_token() -> None:
+    """Daemons repeat what they were asked; logs and errors do not."""
+    layers = [{"name": "re\x1bdis", "ok": False, "error": "no route to cdn/main.css for secret-token"}]
+    answer = Answer(status=202, body=body_of(status="accepted", job="j\n1", layers=layers))
+    async with FakeDaemon([answer]) as fake:
+        sessions = SessionManager(pool=Pool(), tls=None)
+        client = DaemonClient(DaemonAddress.parse(fake.url), sessions, token="secret-token")
+        reply = await bust(client)
+        await sessions.aclose()
+    (layer,) = reply.layers
+    assert (layer.name, reply.job) == ("re?dis", "j?1")
+    assert layer.error is not None
+    assert "main.css" not in layer.error
+    assert "secret" not in layer.error
+
+
+async def test_a_base_request_is_sent_as_a_base_daemon_knows_it() -> None:
+    """Four fields and no more; the others only where they say something."""
+    async with FakeDaemon() as fake, speaking_to(fake.url) as client:
+        await bust(client)
+        assert fake.requests[0].model_fields_set == {"target", "strategy", "binding", "fault_tolerance"}
+
+
+@pytest.mark.parametrize(
+    ("problem", "kind"),
+    [("urn:bustcall:problem:no-such-job", FaultKind.REJECTED), ("about:blank", FaultKind.NOT_THIS_SERVICE)],
+)
+async def test_a_job_that_is_not_there_is_not_a_service_that_is_not_there(problem: str, kind: FaultKind) -> None:
+    """By the type of the problem."""
+    body = json.dumps({"type": problem, "title": "gone", "status": 404, "detail": "no such job"}).encode()
+    headers = {"Content-Type": "application/problem+json"}
+    answer = Answer(status=404, body=body, headers=headers)
+    async with FakeDaemon([answer]) as fake, speaking_to(fake.url) as client:
+        fault = await fault_of(bust(client))
+    assert (fault.kind, fault.applied) == (kind, "no")
+
+
+async def test_an_extension_may_be_used_with_delete() -> None:
+    """Which carries no body."""
+    capabilities = ["cache.bust.jobs"]
+    async with FakeDaemon([Answer.accepted("j1")], capabilities=capabilities) as fake, speaking_to(fake.url) as client:
+        await bust(client)
+        until = asyncio.get_running_loop().time() + PATIENCE
+        found = await client.use("/api/v1/jobs/j1", None, JobReply, until=until, deadline=until, method="DELETE")
+        assert found.state == fake.jobs["j1"].state == "cancelled"

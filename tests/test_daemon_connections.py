@@ -13,11 +13,12 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from pybustcall.daemon import BackendFailure, Engine, Index
+from pybustcall.daemon import BackendFailure
 from pybustcall.daemon import app as app_module
 from pybustcall.daemon.connections import _QUIET, Door
 from pybustcall.models import Problem, StatusReply
 from tests.conftest import PATIENCE, eventually
+from tests.plain_cache import engine_over
 from tests.test_daemon_app import BUST, CAPABILITIES, STATUS, Gate, get, raw, serving
 
 HOST = "Host: localhost"
@@ -138,9 +139,16 @@ async def test_an_error_after_the_answer_has_begun_ends_the_connection(monkeypat
     assert answer.count(b"HTTP/1.") == 1
 
 
-async def test_a_client_that_left_is_neither_answered_nor_logged(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_client_that_left_is_neither_answered_nor_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A broken connection is no error of the daemon's."""
-    async with serving(Engine(Gate(ConnectionResetError("gone")), Index()), port=0) as (url, _):
+
+    async def leave(*_: object, **__: object) -> bytes:
+        raise ConnectionResetError("gone")
+
+    monkeypatch.setattr(app_module, "read_body", leave)
+    async with serving(port=0) as (url, _):
         body = json.dumps({"target": "a"}).encode()
         answer = await raw(
             port_of(url), f"POST {BUST} HTTP/1.1", HOST, "Content-Type: application/json",
@@ -206,7 +214,7 @@ async def test_an_answer_may_take_longer_than_a_head() -> None:
     """The time is that of the head alone."""
     gate = Gate()
     async with (
-        serving(Engine(gate, Index()), port=0, read_timeout=0.05) as (url, _),
+        serving(engine_over(gate), port=0, read_timeout=0.05) as (url, _),
         aiohttp.ClientSession() as session,
     ):
         waiting = asyncio.create_task(session.post(url + BUST, json={"target": "a"}))

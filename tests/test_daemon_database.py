@@ -6,6 +6,8 @@ import errno
 import os
 import sqlite3
 import stat
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,3 +151,116 @@ def test_each_connection_is_prepared(tmp_path: Path) -> None:
     database.close()
     assert len(prepared) == 2
     assert sorted(os.listdir(tmp_path)) == ["s", "s.corrupt-1"]
+
+
+# Versions
+
+
+OLD = replace(KIND, schema=("CREATE TABLE t (x)", "CREATE TABLE other (y)"))
+NEW = replace(
+    KIND,
+    version=3,
+    schema=("CREATE TABLE u (x, z)",),
+    upgrades={
+        1: ("DROP TABLE other", "ALTER TABLE t RENAME TO u"),
+        2: ("ALTER TABLE u ADD COLUMN z DEFAULT 7", "UPDATE u SET x = x + 1"),
+    },
+)
+
+
+def old(path: Path, kind: Kind = OLD) -> Database:
+    """Make a file of the first version with a row in it."""
+    made = Database(kind, path, lambda _: None)
+    made.use(lambda db: db.execute("INSERT INTO t VALUES (1)"))
+    made.close()
+    return Database(NEW, path, lambda _: None)
+
+
+def rows(database: Database) -> list[tuple[int, ...]]:
+    """Tell what an upgraded file holds, and its version."""
+
+    def read(db: sqlite3.Connection) -> list[tuple[int, ...]]:
+        return [*db.execute("SELECT x, z FROM u"), *db.execute("PRAGMA user_version")]
+
+    try:
+        return database.use(read)
+    finally:
+        database.close()
+
+
+def test_an_older_version_is_upgraded_step_by_step(tmp_path: Path) -> None:
+    """Before anybody reads it, and once: what it held is there, and no file is set aside."""
+    database = old(tmp_path / "f")
+    assert rows(database) == [(2, 7), (3,)]
+    assert rows(database) == [(2, 7), (3,)]
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_an_upgrade_that_fails_leaves_the_version_before_it(tmp_path: Path) -> None:
+    """What was done of it is undone, and the next start begins it anew."""
+    path = tmp_path / "f"
+    old(path)
+    broken = replace(NEW, upgrades={**NEW.upgrades, 2: (*NEW.upgrades[2], "INSERT INTO nowhere VALUES (1)")})
+    database = Database(broken, path, lambda _: None)
+    with pytest.raises(sqlite3.OperationalError, match="no such table: nowhere"):
+        database.open()
+    with sqlite3.connect(path) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (2,)
+        assert db.execute("SELECT * FROM u").fetchall() == [(1,)]
+    db.close()
+    assert rows(Database(NEW, path, lambda _: None)) == [(2, 7), (3,)]
+    assert os.listdir(tmp_path) == ["f"]
+
+
+KILLED_IN_AN_UPGRADE = """
+import os, sqlite3, sys
+
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("PRAGMA locking_mode = EXCLUSIVE")
+db.execute("PRAGMA cache_spill = 1")
+db.execute("PRAGMA cache_size = 1")  # so that what is not committed is on the disk already
+db.execute("BEGIN IMMEDIATE")
+db.execute("DROP TABLE other")
+db.execute("ALTER TABLE t RENAME TO u")
+db.executemany("INSERT INTO u VALUES (?)", (("x" * 1000,) for _ in range(1000)))
+db.execute("PRAGMA user_version = 2")
+os._exit(9)
+"""
+
+
+def test_a_process_that_is_killed_in_an_upgrade_leaves_the_version_before_it(tmp_path: Path) -> None:
+    """Though some of it was written by then."""
+    path = tmp_path / "f"
+    database = old(path)
+    killed = subprocess.run([sys.executable, "-c", KILLED_IN_AN_UPGRADE, str(path)], check=False)
+    assert killed.returncode == 9
+    assert (tmp_path / "f-wal").stat().st_size > 500_000
+    assert rows(database) == [(2, 7), (3,)]
+    assert os.listdir(tmp_path) == ["f"]
+
+
+@pytest.mark.parametrize(("version", "upgrades"), [(4, NEW.upgrades), (1, {}), (1, {2: NEW.upgrades[2]})])
+def test_a_version_that_cannot_be_read_is_set_aside(
+    tmp_path: Path, version: int, upgrades: dict[int, tuple[str, ...]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A newer daemon's, and one so old that a step is missing: whole, and a new one is begun."""
+    path = tmp_path / "f"
+    old(path, replace(OLD, version=version))
+    assert rows(Database(replace(NEW, upgrades=upgrades), path, lambda _: None)) == [(3,)]
+    assert sorted(os.listdir(tmp_path)) == ["f", "f.corrupt-1"]
+    assert f"it is of version {version}, not 3" in caplog.text
+    with sqlite3.connect(tmp_path / "f.corrupt-1") as db:
+        assert db.execute("SELECT x FROM t").fetchall() == [(1,)]
+    db.close()
+
+
+def test_a_damaged_file_is_not_upgraded(tmp_path: Path) -> None:
+    """It is set aside as it was found."""
+    path = tmp_path / "f"
+    database = old(path)
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * 4096)
+    before = path.read_bytes()
+    assert rows(database) == [(3,)]
+    assert (tmp_path / "f.corrupt-1").read_bytes() == before

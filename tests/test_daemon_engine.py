@@ -1,30 +1,39 @@
-"""The engine: what each strategy covers, over both backends, and what failures among the keys mean."""
+"""The engine: what each kind and strategy covers, layer by layer, and what failures among the keys mean."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import AsyncGenerator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pybustcall.daemon import (
-    Backend,
     BackendFailure,
     Engine,
-    FaultHistory,
     FilesBackend,
-    Index,
+    Indexes,
+    IndexFull,
+    Layer,
     MemoryBackend,
     RefusedKey,
-    UnknownStrategy,
+    TooManyNamespaces,
+    Unsupported,
 )
-from pybustcall.daemon.engine import format_size
+from pybustcall.daemon.backends import DEFAULT_NAMESPACE, Scope, Traits
+from pybustcall.daemon.engine import SLICE, format_size
+from pybustcall.daemon.journal import Wish
 from pybustcall.errors import ConfigurationError
+from pybustcall.keys import covers, is_variant
+from tests.plain_cache import Plain, busted, engine_over, index_of, opened
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,104 +78,496 @@ class Shelf:
 
 
 @pytest.fixture
-def index() -> Index:
+def indexes() -> Indexes:
     """Register a page and its variants, made of a fragment, made of product 7; and a key that only looks alike."""
-    index = Index()
+    indexes = Indexes()
+    index = indexes.of(DEFAULT_NAMESPACE)
     index.add("fragment", ["product:7"])
     for key in ("page", "page.gz", "page?v=2"):
-        index.add(key, ["fragment"] if key == "page" else [])
+        index.add(key, ["fragment"] if key == "page" else [], tags=["pages"] if key == "page" else [])
     index.add("page.map")
-    return index
+    return indexes
 
 
 @pytest.fixture
-def engine(index: Index) -> Engine:
-    return Engine(MemoryBackend(index), index)
+def engine(indexes: Indexes) -> Engine:
+    return engine_over(MemoryBackend(indexes), indexes)
 
 
-async def test_direct_removes_exactly_the_key(engine: Engine, index: Index) -> None:
+def keys_of(engine: Engine, namespace: str = DEFAULT_NAMESPACE) -> list[str]:
+    index = engine.indexes.peek(namespace)
+    return [] if index is None else list(index)
+
+
+def wish(target: str, strategy: str = "dimensional", **more: Any) -> Wish:
+    return Wish(**{"namespace": DEFAULT_NAMESPACE, "kind": "key", "target": target, "strategy": strategy, **more})
+
+
+async def test_direct_removes_exactly_the_key(engine: Engine) -> None:
     """Variants and dependents stay."""
-    removal = await engine.bust("page", "direct")
-    assert removal.keys == ("page",)
-    assert removal.count == 1
-    assert "page.gz" in index
+    assert await busted(engine, "page", "direct") == 1
+    assert keys_of(engine) == ["fragment", "page.gz", "page.map", "page?v=2"]
 
 
-async def test_direct_on_an_abstract_subject_removes_nothing(engine: Engine, index: Index) -> None:
+async def test_direct_on_an_abstract_subject_removes_nothing(engine: Engine) -> None:
     """Its dependents are not it."""
-    assert (await engine.bust("product:7", "direct")).count == 0
-    assert "page" in index
+    assert await busted(engine, "product:7", "direct") == 0
+    assert "page" in keys_of(engine)
 
 
 @pytest.mark.parametrize("strategy", ["dimensional", "hybrid"])
-async def test_everything_along_the_dimensions_goes(engine: Engine, index: Index, strategy: str) -> None:
+async def test_everything_along_the_dimensions_goes(engine: Engine, strategy: str) -> None:
     """Dependents by way of others go too, and their variants, and nothing else."""
-    removal = await engine.bust("product:7", strategy)
-    assert removal.keys == ("fragment", "page", "page.gz", "page?v=2")
-    assert "page.map" in index
-    assert len(index) == 1
+    assert await busted(engine, "product:7", strategy) == 4
+    assert keys_of(engine) == ["page.map"]
 
 
-async def test_hybrid_removes_the_key_itself_first(engine: Engine) -> None:
-    """What was named goes before what hangs on it."""
-    assert (await engine.bust("fragment", "hybrid")).keys[0] == "fragment"
+async def test_the_first_part_of_hybrid_is_direct(engine: Engine) -> None:
+    """What was named is gone before the answer, what hangs on it after."""
+    bust = engine.bust(wish("fragment", "hybrid"))
+    await bust.visit(engine.layers[0], "first")
+    assert keys_of(engine) == ["page", "page.gz", "page.map", "page?v=2"]
+    await bust.visit(engine.layers[0], "whole")
+    assert keys_of(engine) == ["page.map"]
+    assert bust.removed == {"memory": 4}
 
 
 async def test_busting_what_is_not_held_is_a_success(engine: Engine) -> None:
     """No cache holds the old value, which is all that was asked."""
-    assert (await engine.bust("unheard", "dimensional")).count == 0
+    assert await busted(engine, "unheard") == 0
 
 
 async def test_an_unknown_strategy_is_refused_with_those_that_there_are(engine: Engine) -> None:
     """The error names the supported ones, and not what was asked."""
-    with pytest.raises(UnknownStrategy, match="supported are direct, dimensional, hybrid") as caught:
-        await engine.bust("page", "sideways")
-    assert caught.value.supported == ("direct", "dimensional", "hybrid")
+    with pytest.raises(Unsupported, match="supported are direct, dimensional, hybrid") as caught:
+        await busted(engine, "page", "sideways")
+    assert (caught.value.field, caught.value.supported) == ("strategy", ("direct", "dimensional", "hybrid"))
     assert "sideways" not in str(caught.value)
+
+
+# Kinds
+
+
+async def test_a_prefix_covers_whole_segments(engine: Engine) -> None:
+    """And nothing that only begins so."""
+    for key in ("users", "users/1", "users:1", "users?a", "usersAbc:1", "users.gz"):
+        engine.register(key)
+    assert await busted(engine, "users", "direct", kind="prefix") == 4
+    assert {"usersAbc:1", "users.gz"} <= set(keys_of(engine))
+
+
+async def test_a_prefix_takes_variants_and_dependents_of_all_that_it_covers(engine: Engine) -> None:
+    """Also of subjects that are no entries, and variants of what it names."""
+    for key, depends in {"users.gz": [], "list": ["users:7"], "list.br": [], "top": ["list"], "users/1": []}.items():
+        engine.register(key, depends)
+    assert await busted(engine, "users", kind="prefix") == 5
+    assert keys_of(engine) == ["fragment", "page", "page.gz", "page.map", "page?v=2"]
+
+
+async def test_a_tag_reaches_what_bears_it_and_what_belongs_to_that(engine: Engine) -> None:
+    """Direct only the tagged."""
+    engine.register("summary", ["page"])
+    assert await busted(engine, "pages", "direct", kind="tag") == 1
+    engine.register("page", tags=["pages"])
+    assert await busted(engine, "pages", kind="tag") == 4
+    assert keys_of(engine) == ["fragment", "page.map"]
+
+
+async def test_all_reaches_everything_in_one_namespace(engine: Engine) -> None:
+    """And nothing of other tenants."""
+    engine.register("theirs", namespace="other")
+    assert await busted(engine, "*", kind="all") == 5
+    assert keys_of(engine) == []
+    assert keys_of(engine, "other") == ["theirs"]
+
+
+@pytest.mark.parametrize("kind", ["key", "prefix", "tag"])
+async def test_a_tenant_never_reaches_the_entries_of_another(engine: Engine, kind: str) -> None:
+    """Whatever is named."""
+    for namespace in ("a", "b"):
+        engine.register("x", ["s"], namespace=namespace, tags=["x"])
+    assert await busted(engine, "x", kind=kind, namespace="a") == 1
+    assert (keys_of(engine, "a"), keys_of(engine, "b")) == ([], ["x"])
+
+
+async def test_soft_marks_and_does_not_remove(engine: Engine) -> None:
+    """What is marked already is not counted again; an entry registered anew is fresh."""
+    assert await busted(engine, "page", soft=True) == 3
+    assert await busted(engine, "page", soft=True) == 0
+    assert index_of(engine).is_stale("page")
+    engine.register("page")
+    assert not index_of(engine).is_stale("page")
+
+
+@pytest.mark.parametrize("soft", [True, False])
+async def test_an_entry_born_after_the_bust_began_survives_it(engine: Engine, soft: bool) -> None:
+    """However late it is visited."""
+    bust = engine.bust(wish("page", "hybrid", soft=soft))
+    await bust.visit(engine.layers[0], "first")
+    engine.register("page")
+    await bust.visit(engine.layers[0], "whole")
+    assert "page" in keys_of(engine)
+    assert not index_of(engine).is_stale("page")
+
+
+# Laws
+
+_KEYS = st.lists(st.sampled_from([*"abc/?:", ".gz", "a/b"]), min_size=1, max_size=4).map("".join)
+_ENTRIES = st.dictionaries(_KEYS, st.tuples(st.lists(_KEYS, max_size=2), st.lists(st.sampled_from("tu"), max_size=2)))
+_KINDS = st.sampled_from(["key", "prefix", "tag", "all"])
+
+
+def naive(entries: dict[str, tuple[list[str], list[str]]], kind: str, target: str, strategy: str) -> set[str]:
+    """Tell what goes, by looking at every entry as often as it takes."""
+
+    def named(key: str) -> bool:
+        match kind:
+            case "key":
+                return key == target
+            case "prefix":
+                return covers(target, key)
+            case "tag":
+                return key in entries and target in entries[key][1]
+            case _:
+                return True
+
+    gone = {key for key in entries if named(key)}
+    if strategy == "direct":
+        return gone
+    subjects = {name for depends, _ in entries.values() for name in depends if kind != "tag" and named(name)}
+    roots = {target} if kind in {"key", "prefix"} else set()
+    ahead = gone | subjects | roots
+    reached = set(ahead)
+    while more := {key for key, (depends, _) in entries.items() if reached & (set(depends) - {key})} - reached:
+        reached |= more
+    reached |= {
+        key for key in entries for base in reached if is_variant(base, key) and (base in entries or base in roots)
+    }
+    return gone | (reached & entries.keys())
+
+
+@given(entries=_ENTRIES, kind=_KINDS, target=_KEYS, tag=st.sampled_from("tu"))
+def test_the_engine_agrees_with_a_naive_model_and_strategies_are_nested(
+    entries: dict[str, tuple[list[str], list[str]]], kind: str, target: str, tag: str
+) -> None:
+    """What direct removes, dimensional does; hybrid ends where dimensional does; a dry run tells the number before."""
+    target = {"tag": tag, "all": "*"}.get(kind, target)
+    gone: dict[str, set[str]] = {}
+
+    async def law(strategy: str) -> None:
+        indexes = Indexes()
+        engine = engine_over(MemoryBackend(indexes), indexes)
+        for key, (depends, tags) in entries.items():
+            engine.register(key, depends, tags=tags)
+        counted = (await engine.count(wish(target, strategy, kind=kind)))["memory"]
+        assert set(keys_of(engine)) == set(entries)
+        removed = await busted(engine, target, strategy, kind=kind)
+        gone[strategy] = set(entries) - set(keys_of(engine))
+        assert counted == removed == len(gone[strategy])
+        assert await busted(engine, target, strategy, kind=kind) == 0
+
+    for strategy in ("direct", "dimensional", "hybrid"):
+        asyncio.run(law(strategy))
+    assert gone["direct"] <= gone["dimensional"] == gone["hybrid"]
+    assert gone["direct"] == naive(entries, kind, target, "direct")
+    assert gone["dimensional"] == naive(entries, kind, target, "dimensional")
+
+
+# Slices
+
+
+async def test_a_sweep_gives_the_event_loop_its_turn_after_every_slice(engine: Engine) -> None:
+    """And counts what it looked at."""
+    for number in range(4 * SLICE):
+        engine.register(f"many/{number}")
+    steps: list[str] = []
+    turns = 0
+
+    async def spin() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    counted = Engine(engine.layers, engine.indexes, step=steps.append)
+    spinning = asyncio.create_task(spin())
+    bust = counted.bust(wish("many", "direct", kind="prefix"))
+    await bust.visit(counted.layers[0])
+    spinning.cancel()
+    assert (bust.done, bust.total, bust.removed) == (4 * SLICE, 4 * SLICE, {"memory": 4 * SLICE})
+    assert steps == ["begun memory", *["swept memory"] * steps.count("swept memory"), "ended memory"]
+    assert turns >= steps.count("swept memory") >= 4
+
+
+# Layers
+
+
+class Fenced:
+    """A backend that holds nothing, has a fence, and remembers what it was told."""
+
+    name = "fenced"
+
+    def __init__(self, told: list[str], label: str = "", **traits: Any) -> None:
+        self.told = told
+        self.label = label
+        self.traits = Traits(**{"fences": True, "soft": True, **traits})
+        self.left: list[str] = []
+        self.failing = False
+
+    def _tell(self, what: str) -> None:
+        self.told.append(f"{self.label}{what}")
+
+    def check(self, namespace: str, key: str) -> None: ...
+
+    async def open(self) -> None:
+        self._tell("open")
+        if self.failing:
+            raise BackendFailure("no")
+
+    async def close(self) -> None:
+        self._tell("close")
+        if self.failing:
+            raise BackendFailure("no")
+
+    async def check_ready(self) -> None: ...
+
+    async def begin(self, scope: Scope, *, soft: bool, wide: bool = False) -> int:
+        self._tell(f"begin {scope.kind} {scope.target}{' wide' if wide else ''}{' soft' if soft else ''}")
+        return 7
+
+    async def fence(self, namespace: str, keys: Sequence[str], *, generation: int) -> None:
+        self._tell(f"fence {','.join(keys)}")
+
+    async def end(self, scope: Scope, generation: int) -> None:
+        self._tell(f"end {generation}")
+        if self.failing:
+            raise BackendFailure("no")
+
+    async def select(self, scope: Scope) -> AsyncGenerator[Sequence[str], None]:
+        yield ["one"]
+
+    async def estimate(self, scope: Scope) -> int | None:
+        return None
+
+    async def variants(self, namespace: str, keys: Sequence[str]) -> list[str]:
+        return []
+
+    async def remove(self, namespace: str, keys: Sequence[str], *, generation: int, soft: bool) -> int:
+        self._tell(f"remove {','.join(keys)}")
+        return len(keys)
+
+    async def held(
+        self, namespace: str, keys: Sequence[str], *, generation: int | None = None, stale: bool = False
+    ) -> list[str]:
+        return [key for key in keys if key in self.left]
+
+    async def size_bytes(self) -> int:
+        return 500
+
+
+async def test_a_fence_comes_before_the_first_removal_and_covers_dependents() -> None:
+    """So that no late fill slips in behind the sweep."""
+    told: list[str] = []
+    engine = engine_over(Fenced(told))
+    engine.register("list", ["product:7"])
+    assert await busted(engine, "product:7") == 2
+    assert told == ["begin key product:7 wide", "remove product:7", "fence list", "remove list", "end 7"]
+
+
+async def test_where_a_fence_stands_the_first_part_of_a_hybrid_sweep_is_to_begin() -> None:
+    """Readers already take what it names for a miss; of a soft one, and of one key, they do not wait for a sweep."""
+    told: list[str] = []
+    engine = engine_over(Fenced(told))
+    await engine.bust(wish("p", "hybrid", kind="prefix")).visit(engine.layers[0], "first")
+    assert told == ["begin prefix p wide"]
+    await engine.bust(wish("p", "hybrid", kind="prefix", soft=True)).visit(engine.layers[0], "first")
+    assert told[1:] == ["begin prefix p wide soft", "remove one"]
+
+
+async def test_what_is_abandoned_is_ended() -> None:
+    """Once, and whatever the cache says."""
+    told: list[str] = []
+    backend = Fenced(told)
+    engine = engine_over(backend)
+    bust = engine.bust(wish("p", "hybrid", kind="prefix"))
+    await bust.visit(engine.layers[0], "first")
+    backend.failing = True
+    await bust.abandon()
+    await bust.abandon()
+    assert told == ["begin prefix p wide", "end 7"]
+
+
+async def test_verifying_finds_what_is_still_held() -> None:
+    """Then the layer has failed."""
+    backend = Fenced([])
+    engine = engine_over(backend)
+    assert await busted(engine, "one", verify=True) == 1
+    backend.left = ["one"]
+    with pytest.raises(BackendFailure, match="1 of what was to be removed is still held"):
+        await busted(engine, "one", verify=True)
+
+
+def layered(*backends: tuple[int, str, Any]) -> Engine:
+    return Engine([Layer(name=name, number=number, backend=backend) for number, name, backend in backends], Indexes())
+
+
+def test_layers_are_sorted_inside_out_and_grouped_by_number() -> None:
+    """In the order of their numbers, however they are listed."""
+    engine = layered((2, "cdn", Fenced([])), (0, "redis", Fenced([])), (2, "nginx", Fenced([])))
+    assert [[layer.name for layer in group] for group in engine.groups] == [["redis"], ["cdn", "nginx"]]
+    assert repr(engine) == "Engine(0 redis, 2 cdn, 2 nginx)"
+
+
+@pytest.mark.parametrize(
+    ("traits", "asked", "field", "match"),
+    [
+        ({"kinds": frozenset({"key", "all"})}, {"kind": "tag"}, "kind", r"outer .* by tag; .*; supported are key, all"),
+        ({"soft": False}, {"soft": True}, "soft", "outer .* cannot mark entries as stale"),
+        ({"namespaces": False}, {"namespace": "a"}, "namespace", "outer .* has no namespaces"),
+    ],
+)
+def test_what_one_layer_cannot_do_is_refused_before_anything_is_removed(
+    traits: dict[str, Any], asked: dict[str, Any], field: str, match: str
+) -> None:
+    """The text names the layer, and what could be asked instead."""
+    told: list[str] = []
+    engine = layered((0, "inner", Fenced(told)), (1, "outer", Fenced(told, **traits)))
+    with pytest.raises(Unsupported, match=match) as caught:
+        engine.check(wish("x", **asked))
+    assert caught.value.field == field
+    assert told == []
+
+
+def test_what_all_layers_can_is_told() -> None:
+    """It is what the daemon advertises."""
+    engine = layered((0, "a", Fenced([])), (1, "b", Fenced([], soft=False, kinds=frozenset({"key", "tag"}))))
+    assert (engine.kinds, engine.soft, engine.namespaces) == (("key", "tag"), False, True)
+
+
+async def test_a_key_that_one_layer_could_never_hold_is_not_held_there(tmp_path: Path) -> None:
+    """It is busted where it can be."""
+    told: list[str] = []
+    engine = layered((0, "files", FilesBackend(tmp_path)), (1, "fenced", Fenced(told)))
+    assert await busted(engine, "../x") == 1
+    engine.register("../x")
+    with pytest.raises(RefusedKey):
+        engine_over(FilesBackend(tmp_path)).register("../x")
+
+
+async def test_all_layers_are_opened_and_closed_whatever_fails() -> None:
+    """The first error is told at the end."""
+    told: list[str] = []
+    first, second = Fenced(told, "1 "), Fenced(told, "2 ")
+    engine = layered((0, "a", first), (1, "b", second))
+    await engine.open()
+    first.failing = True
+    with pytest.raises(BackendFailure):
+        await engine.close()
+    assert told == ["1 open", "2 open", "1 close", "2 close"]
+    told.clear()
+    first.failing, second.failing = False, True
+    with pytest.raises(BackendFailure):
+        await engine.open()
+    assert told == ["1 open", "2 open", "1 close", "2 close"]
+
+
+def test_settle_is_what_was_asked_or_the_layers_or_the_backends() -> None:
+    """In this order; 0 is never."""
+    backend = Fenced([], settle=3.0)
+    assert Layer(name="a", number=0, backend=backend).settles_after(None) == 3.0
+    assert Layer(name="a", number=0, backend=backend, settle=0).settles_after(None) == 0
+    assert Layer(name="a", number=0, backend=backend, settle=0).settles_after(2.0) == 2.0
+
+
+async def test_what_depends_on_swapped_names_goes_in_every_layer() -> None:
+    """A layer that fails does not keep the others, and the error counts for all of them."""
+    told: list[str] = []
+    shelf = Shelf("page", broken=("page",))
+    engine = layered((0, "shelf", Plain(shelf)), (1, "fenced", Fenced(told)))
+    engine.register("page", ["model"])
+    assert engine.dependents(["model", "other"]) == ["page"]
+    with pytest.raises(BackendFailure, match="the shelf is stuck") as caught:
+        await engine.bust_dependents(["model"])
+    assert (caught.value.removed, caught.value.failed) == (1, 1)
+    assert told == ["begin key page wide", "remove page", "end 7"]
+    shelf.broken, shelf.linked = (), ("page",)
+    with pytest.raises(BackendFailure, match="a key leads through a link"):
+        await engine.bust_dependents(["model"])
+    shelf.linked = ()
+    assert (await engine.bust_dependents(["model"])).count == 2
+
+
+# Files, and failures
 
 
 async def test_files_go_and_their_registrations_stay(tmp_path: Path) -> None:
     """A page is rendered again at the same path, so a second bust finds it too."""
-    index = Index()
-    engine = Engine(FilesBackend(tmp_path), index)
+    engine = engine_over(FilesBackend(tmp_path))
     engine.register("page.html", ["product:7"])
     for _ in range(2):
         for name in ("page.html", "page.html.gz", "other.html"):
             (tmp_path / name).touch()
-        assert (await engine.bust("product:7", "dimensional")).keys == ("page.html", "page.html.gz")
+        async with opened(engine):
+            assert await busted(engine, "product:7") == 2
+    assert os.listdir(tmp_path) == ["other.html"]
+
+
+async def test_registered_tags_reach_files(tmp_path: Path) -> None:
+    """Which know nothing of tags themselves."""
+    engine = engine_over(FilesBackend(tmp_path))
+    engine.register("page.html", tags=["product:7"])
+    for name in ("page.html", "page.html.gz", "other.html"):
+        (tmp_path / name).touch()
+    async with opened(engine):
+        assert (await engine.count(wish("product:7", kind="tag")))["files"] == 2
+        assert await busted(engine, "product:7", kind="tag") == 2
     assert os.listdir(tmp_path) == ["other.html"]
 
 
 async def test_a_target_that_the_backend_could_never_hold_is_refused(tmp_path: Path) -> None:
     """Unless something depends on it, it is a mistake, and nothing is touched."""
-    engine = Engine(FilesBackend(tmp_path), Index())
+    engine = engine_over(FilesBackend(tmp_path))
     with pytest.raises(RefusedKey, match=r'has a segment "\.\."'):
-        await engine.bust("../secret", "dimensional")
+        await busted(engine, "../secret")
 
 
-@pytest.mark.parametrize(("strategy", "removed"), [("dimensional", ("page.html",)), ("direct", ())])
-async def test_an_abstract_subject_need_not_be_a_key(tmp_path: Path, strategy: str, removed: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("strategy", "removed"), [("dimensional", 1), ("direct", 0)])
+async def test_an_abstract_subject_need_not_be_a_key(tmp_path: Path, strategy: str, removed: int) -> None:
     """A subject with dependents is sound, whatever its name."""
-    engine = Engine(FilesBackend(tmp_path), Index())
+    engine = engine_over(FilesBackend(tmp_path))
     engine.register("page.html", ["https://shop.example/product//7/"])
     (tmp_path / "page.html").touch()
-    assert (await engine.bust("https://shop.example/product//7/", strategy)).keys == removed
+    async with opened(engine):
+        assert await busted(engine, "https://shop.example/product//7/", strategy) == removed
 
 
 def test_only_possible_keys_are_registered(tmp_path: Path) -> None:
-    """An entry must pass the backend's check; what it depends on may be anything."""
-    index = Index()
-    engine = Engine(FilesBackend(tmp_path), index)
+    """An entry must pass a backend's check; what it depends on may be anything."""
+    engine = engine_over(FilesBackend(tmp_path))
     with pytest.raises(RefusedKey, match="absolute path"):
         engine.register("/etc/passwd", ["product:7"])
-    assert len(index) == 0
+    assert len(engine.indexes) == 0
+
+
+def test_the_registry_has_its_limits() -> None:
+    """In entries over all namespaces, and in namespaces; what is known can be replaced."""
+    indexes = Indexes(most=2)
+    engine = engine_over(MemoryBackend(indexes), indexes)
+    engine.register("a", most=2)
+    engine.register("b", namespace="other", most=2)
+    engine.register("a", ["x"], most=2)
+    with pytest.raises(IndexFull):
+        engine.register("c", most=2)
+    with pytest.raises(TooManyNamespaces):
+        engine.register("c", namespace="third")
 
 
 async def test_a_way_through_a_link_is_refused_at_removal(tmp_path: Path) -> None:
     """What only the file system can tell is a refusal all the same."""
     (tmp_path / "link").symlink_to("/")
-    with pytest.raises(RefusedKey, match="leads through a link"):
-        await Engine(FilesBackend(tmp_path), Index()).bust("link/etc", "dimensional")
+    async with opened(engine_over(FilesBackend(tmp_path))) as engine:
+        with pytest.raises(RefusedKey, match="leads through a link"):
+            await busted(engine, "link/etc")
 
 
 @pytest.mark.parametrize(
@@ -174,58 +575,47 @@ async def test_a_way_through_a_link_is_refused_at_removal(tmp_path: Path) -> Non
     [
         (Shelf("t", "a", "b", "b?1", broken=("a",)), 3, 1, "the shelf is stuck"),
         (Shelf("t", "a", "b", "b?1", broken=("b?1",)), 3, 1, "the shelf is stuck"),
-        (Shelf("t", "a", "b", broken=("variants of a", "t")), 2, 2, "the shelf is stuck"),
-        (Shelf("t", "a", "b", linked=("t",)), 2, 1, "a key leads through a link"),
+        (Shelf("t", "a", "b", linked=("a",)), 2, 1, "a key leads through a link"),
     ],
 )
 async def test_one_failure_does_not_keep_the_others(shelf: Shelf, removed: int, failed: int, reason: str) -> None:
     """All the others are tried, and the error tells how many were and were not removed."""
-    index = Index()
-    engine = Engine(shelf, index)
+    engine = engine_over(shelf)
     engine.register("a", ["t"])
     engine.register("b", ["t"])
     with pytest.raises(BackendFailure, match=f"^{removed} removed, {failed} not removed: {reason}$") as caught:
-        await engine.bust("t", "dimensional")
+        await busted(engine, "t")
     assert (caught.value.removed, caught.value.failed) == (removed, failed)
+
+
+async def test_a_dependent_that_is_refused_only_there_counts_as_a_failure() -> None:
+    """It is not what was asked for."""
+    engine = engine_over(Shelf("t", linked=("a",)))
+    engine.register("a", ["t"])
+    with pytest.raises(BackendFailure, match=r"^1 removed, 1 not removed: a key leads through a link$"):
+        await busted(engine, "t")
 
 
 async def test_a_vanished_root_is_a_failure_and_never_a_success(tmp_path: Path) -> None:
     """A bust that could not look is not applied."""
     root = tmp_path / "root"
     root.mkdir()
-    engine = Engine(FilesBackend(root), Index())
-    await engine.check_ready()
-    shutil.rmtree(root)
-    with pytest.raises(BackendFailure, match="0 removed, 1 not removed: the root directory cannot be opened"):
-        await engine.bust("a", "dimensional")
-    with pytest.raises(BackendFailure):
+    async with opened(engine_over(FilesBackend(root))) as engine:
         await engine.check_ready()
+        shutil.rmtree(root)
+        with pytest.raises(BackendFailure, match="the root directory cannot be opened") as caught:
+            await busted(engine, "a")
+        assert caught.value.unreachable
+        with pytest.raises(BackendFailure):
+            await engine.check_ready()
 
 
-async def test_a_blocking_backend_works_in_one_thread_per_bust() -> None:
-    """The event loop is never held up, and a bust of many keys is one call."""
-    shelf = Shelf("t", "a", "b")
-    engine = Engine(shelf, Index())
-    engine.register("a", ["t"])
-    engine.register("b", ["t"])
-    await engine.bust("t", "dimensional")
-    assert len(shelf.threads) == 3
-    assert len(set(shelf.threads)) == 1
-    assert threading.get_ident() not in shelf.threads
-
-
-async def test_the_size_of_a_blocking_backend_is_not_measured_twice_at_once() -> None:
-    """Asking again soon does not walk the cache again."""
+async def test_a_size_is_not_measured_twice_at_once() -> None:
+    """Asking again soon does not walk the caches again."""
     shelf = Shelf()
-    engine = Engine(shelf, Index())
-    assert await engine.size_text() == "1.2MB"
-    assert await engine.size_text() == "1.2MB"
+    engine = Engine([*engine_over(shelf).layers, *engine_over(Fenced([])).layers], Indexes())
+    assert list(await asyncio.gather(engine.size_text(), engine.size_text())) == ["1.2MB", "1.2MB"]
     assert shelf.measured == 1
-
-
-async def test_the_size_in_memory_is_that_of_the_keys(engine: Engine, index: Index) -> None:
-    """It is kept, not measured."""
-    assert await engine.size_text() == f"{index.size_bytes}B"
 
 
 @pytest.mark.parametrize(
@@ -257,8 +647,9 @@ def write(tmp_path: Path, content: object) -> Path:
 
 def test_registrations_are_read_from_a_file(tmp_path: Path) -> None:
     """Each entry of the file is registered with what it depends on."""
-    index = Index()
-    engine = Engine(MemoryBackend(index), index)
+    indexes = Indexes()
+    engine = engine_over(MemoryBackend(indexes), indexes)
+    index = index_of(engine)
     assert engine.load_registrations(write(tmp_path, {"page": ["product:7"], "plain": []})) == 2
     assert index.dependents("product:7") == ["page"]
     assert "plain" in index
@@ -286,103 +677,19 @@ def test_registrations_are_read_from_a_file(tmp_path: Path) -> None:
 )
 def test_a_bad_file_of_registrations_is_refused_whole(tmp_path: Path, content: object, reason: str) -> None:
     """The error tells the file, the key, what was expected and what was found; nothing is registered."""
-    index = Index()
-    engine = Engine(Shelf(), index)
+    engine = engine_over(Shelf())
     path = write(tmp_path, content)
     with pytest.raises(ConfigurationError, match=reason) as caught:
         engine.load_registrations(path)
     assert str(path) in str(caught.value)
     assert caught.value.setting == "entries"
-    assert len(index) == 0
+    assert len(engine.indexes) == 0
 
 
 def test_a_missing_file_of_registrations_is_told(tmp_path: Path) -> None:
     """A file that is not there is named."""
-    index = Index()
     with pytest.raises(ConfigurationError, match=r"nothing\.json': the file cannot be read: No such file"):
-        Engine(MemoryBackend(index), index).load_registrations(tmp_path / "nothing.json")
-
-
-def test_the_history_keeps_the_newest_faults_with_their_nanoseconds() -> None:
-    """It is bounded, oldest first, and stamped by its clock."""
-    instants = iter((1, 1_000_000_002, 1_700_000_000_123_456_789))
-    history = FaultHistory(2, clock=lambda: next(instants))
-    for stage in (3, 4, 7):
-        history.record(stage, f"fault {stage}", binding="go")
-    assert [(record.fault_stage, str(record.timestamp)) for record in history.records()] == [
-        (4, "1970-01-01T00:00:01.000000002Z"),
-        (7, "2023-11-14T22:13:20.123456789Z"),
-    ]
-    assert len(history) == 2
-    assert repr(history) == "FaultHistory(2 faults, 0 denials, at most 2 of each)"
-
-
-def told(history: FaultHistory) -> list[tuple[str, str]]:
-    return [(record.binding, record.message) for record in history.records()]
-
-
-@pytest.mark.requirement("INT-14")
-def test_denials_are_not_washed_out_by_other_faults() -> None:
-    """They are kept apart, and told together, in the order in which they happened."""
-    history = FaultHistory(2)
-    history.record(3, "denied", binding="go", denial=True)
-    for number in range(100):
-        history.record(4, f"fault {number}")
-    history.record(3, "denied too", denial=True)
-    assert told(history) == [
-        ("go", "denied"), ("unknown", "fault 98"), ("unknown", "fault 99"), ("unknown", "denied too"),
-    ]  # fmt: skip
-
-
-@pytest.mark.requirement("INT-14")
-def test_equal_denials_are_one_with_a_count() -> None:
-    """Since the first, at the time of the last, also if others lie between; another binding is another one."""
-    instants = iter(range(1_000_000_000, 6_000_000_000, 1_000_000_000))
-    history = FaultHistory(clock=lambda: next(instants))
-    for message, binding in (("a", "go"), ("b", "go"), ("a", "go"), ("a", "lua"), ("a", "go")):
-        history.record(3, message, binding=binding, denial=True)
-    assert told(history) == [("go", "b"), ("lua", "a"), ("go", "a (3 times since 1970-01-01T00:00:01.000000000Z)")]
-    assert [str(record.timestamp)[17:19] for record in history.records()] == ["02", "04", "05"]
-    assert len(history) == 3
-
-
-@pytest.mark.requirement("INT-14")
-def test_denials_under_many_bindings_are_counted_all_the_same() -> None:
-    """Who invents a binding for each makes the daemon forget bindings, and no denial."""
-    instants = iter(range(1_000_000_000, 2**62, 1_000_000_000))
-    history = FaultHistory(3, clock=lambda: next(instants))
-    history.record(3, "mine", binding="go", denial=True)
-    for number in range(40):
-        history.record(3, "denied", binding=f"b{number}", denial=True)
-    assert told(history) == [
-        ("unknown", "mine"),
-        ("unknown", "denied (39 times since 1970-01-01T00:00:02.000000000Z)"),
-        ("b39", "denied"),
-    ]
-
-
-def test_denials_of_too_many_kinds_go_oldest_first() -> None:
-    """There is a bound to them, too."""
-    history = FaultHistory(2)
-    for number in range(4):
-        history.record(3, f"denied {number}", denial=True)
-    assert told(history) == [("unknown", "denied 2"), ("unknown", "denied 3")]
-
-
-def test_the_history_refuses_what_is_no_stage_and_no_limit() -> None:
-    """A stage is 0 to 12, and a history of nothing is none."""
-    with pytest.raises(ValueError, match="0 to 12"):
-        FaultHistory().record(13, "x")
-    with pytest.raises(ValueError, match="at least 1"):
-        FaultHistory(0)
-
-
-def test_backends_and_engine_tell_what_they_are(engine: Engine, tmp_path: Path) -> None:
-    """Their repr names the backend, and both backends fit the seam."""
-    backends: list[Backend] = [MemoryBackend(Index()), FilesBackend(tmp_path)]
-    assert [(backend.name, backend.blocking) for backend in backends] == [("memory", False), ("files", True)]
-    backends[0].check_ready()
-    assert repr(engine).startswith("Engine(MemoryBackend(Index(5 entries")
+        engine_over(Shelf()).load_registrations(tmp_path / "nothing.json")
 
 
 def test_a_missing_extra_is_told_with_what_to_install() -> None:

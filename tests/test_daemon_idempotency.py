@@ -33,7 +33,6 @@ from pybustcall.daemon import (
     Engine,
     FaultHistory,
     Idempotency,
-    Index,
     KeyReused,
     create_app,
     serve,
@@ -43,6 +42,7 @@ from pybustcall.daemon.idempotency import fingerprint_of, name_of
 from pybustcall.errors import ConfigurationError
 from pybustcall.models import BustRequest, CapabilityDocument, cache_key_of
 from tests.conftest import PATIENCE, StartDaemon, eventually
+from tests.plain_cache import engine_over
 from tests.test_daemon_app import BINDINGS, BUST, CAPABILITIES, Gate, history_of, refused, running, serving
 
 KEY = "Idempotency-Key"
@@ -656,7 +656,7 @@ def opened(gate: Gate) -> Gate:
 async def test_a_repeated_bust_is_answered_alike_and_applied_once() -> None:
     """The very same JSON, marked as replayed; other tolerance and another binding make it no other request."""
     gate = opened(Gate())
-    async with running(Engine(gate, Index())) as client:
+    async with running(engine_over(gate)) as client:
         status, body, replayed = await ask(client)
         assert (status, replayed) == (200, None)
         assert json.loads(body)["cache_key"] == cache_key_of("a")
@@ -671,7 +671,7 @@ async def test_a_repeated_bust_is_answered_alike_and_applied_once() -> None:
 async def test_a_key_of_another_bust_is_a_422(fields: dict[str, object]) -> None:
     """The problem names the header, and repeats neither key nor target; nothing is applied."""
     gate, history = opened(Gate()), FaultHistory()
-    async with running(Engine(gate, Index()), history) as client:
+    async with running(engine_over(gate), history) as client:
         await ask(client, key="private")
         async with client.post(
             BUST, json={"target": "private", "binding": "go", **fields}, headers={KEY: "private"}
@@ -687,7 +687,7 @@ async def test_a_key_of_another_bust_is_a_422(fields: dict[str, object]) -> None
 async def test_what_cannot_be_a_key_is_a_400(key: str) -> None:
     """The problem names the header; nothing is applied."""
     gate = opened(Gate())
-    async with running(Engine(gate, Index())) as client:
+    async with running(engine_over(gate)) as client:
         async with client.post(BUST, json={"target": "a"}, headers={KEY: key}) as response:
             problem = await refused(response, 400)
     assert problem.field == KEY
@@ -725,7 +725,7 @@ async def test_a_request_that_says_too_little_is_told_that_first() -> None:
 async def test_a_bust_that_failed_is_not_remembered() -> None:
     """The repeat is applied, and succeeds once the cache is mended."""
     gate = opened(Gate(BackendFailure("the disk is gone")))
-    async with running(Engine(gate, Index())) as client:
+    async with running(engine_over(gate)) as client:
         assert [(await ask(client))[0] for _ in range(2)] == [500, 500]
         gate.failure = None
         assert [(await ask(client))[0::2] for _ in range(2)] == [(200, None), (200, "true")]
@@ -734,7 +734,7 @@ async def test_a_bust_that_failed_is_not_remembered() -> None:
 async def test_fifty_repeats_at_once_are_applied_once() -> None:
     """All get the same body, one of them as the first."""
     gate = Gate()
-    async with serving(Engine(gate, Index()), port=0) as (url, _), aiohttp.ClientSession(url) as client:
+    async with serving(engine_over(gate), port=0) as (url, _), aiohttp.ClientSession(url) as client:
         asked = [asyncio.create_task(ask(client)) for _ in range(50)]
         await asyncio.to_thread(gate.entered.wait, PATIENCE)
         gate.open.set()
@@ -767,7 +767,7 @@ async def test_the_answer_of_a_client_that_went_away_is_for_those_who_wait(cance
     gate = Gate()
     body = b'{"target": "a"}'
     async with (
-        served(Engine(gate, Index()), cancels=cancels) as (port, server),
+        served(engine_over(gate), cancels=cancels) as (port, server),
         aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client,
     ):
         _, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -791,7 +791,7 @@ async def test_the_answer_of_a_client_that_went_away_is_for_those_who_wait(cance
 async def test_a_daemon_that_stops_answers_those_who_wait() -> None:
     """The drain lets the first finish, and so its repeats."""
     gate = Gate()
-    async with serving(Engine(gate, Index()), port=0) as (url, task), aiohttp.ClientSession(url) as client:
+    async with serving(engine_over(gate), port=0) as (url, task), aiohttp.ClientSession(url) as client:
         asked = [asyncio.create_task(ask(client)) for _ in range(2)]
         await asyncio.to_thread(gate.entered.wait, PATIENCE)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -804,7 +804,7 @@ async def test_a_daemon_that_stops_answers_those_who_wait() -> None:
 async def test_a_drain_that_is_over_breaks_off_the_first_and_its_repeats() -> None:
     """Nothing of them is left, neither task nor thread of ours."""
     gate = Gate()
-    async with serving(Engine(gate, Index()), port=0, drain=0.05) as (url, task), aiohttp.ClientSession(url) as client:
+    async with serving(engine_over(gate), port=0, drain=0.05) as (url, task), aiohttp.ClientSession(url) as client:
         asked = [asyncio.create_task(ask(client)) for _ in range(3)]
         await asyncio.to_thread(gate.entered.wait, PATIENCE)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -820,7 +820,7 @@ async def test_the_token_is_not_in_the_file_and_its_keys_are_its_own(tmp_path: P
     path, gate = tmp_path / "s", opened(Gate())
     told = []
     for token in (TOKEN, TOKEN, "another", None):
-        app = create_app(Engine(gate, Index()), DaemonSettings(token=token, state=str(path)))
+        app = create_app(engine_over(gate), DaemonSettings(token=token, state=str(path)))
         async with TestClient(TestServer(app), headers={"Authorization": f"Bearer {token}"}) as client:
             told.append((await ask(client, key="key-to-look-for"))[2])
             assert not [word for word in (TOKEN.encode(), b"key-to-look-for") if word in all_in(tmp_path)]
@@ -844,7 +844,7 @@ async def test_a_memory_of_ones_own_is_opened_and_closed_with_the_application() 
     """So that a test can have its clock."""
     clock = Clock()
     gate = opened(Gate())
-    app = create_app(Engine(gate, Index()), DaemonSettings(), idempotency=Idempotency(clock=clock))
+    app = create_app(engine_over(gate), DaemonSettings(), idempotency=Idempotency(clock=clock))
     async with TestClient(TestServer(app)) as client:
         told = [(await ask(client))[2]]
         clock.now += 600
@@ -860,7 +860,7 @@ async def test_a_state_that_cannot_be_used_is_told_at_the_start(tmp_path: Path) 
         raise AssertionError(url)
 
     with pytest.raises(ConfigurationError, match="is not a regular file") as caught:
-        await serve(Engine(Gate(), Index()), DaemonSettings(port=0, state=tmp_path), ready=unexpected)
+        await serve(engine_over(Gate()), DaemonSettings(port=0, state=tmp_path), ready=unexpected)
     assert caught.value.setting == "state"
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(THREAD)]
 

@@ -1,14 +1,23 @@
-"""The index: what depends on what, and which keys are variants, against a dict that does it the slow way."""
+"""The index: relations, tags, lifetimes and namespaces, against dicts that do it the slow way, and in counted steps."""
 
 from __future__ import annotations
+
+import gc
+import math
+import operator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pybustcall.daemon import Index
-from pybustcall.daemon.index import is_variant
+from pybustcall.daemon.index import Entry, Index, Indexes, TooManyNamespaces, is_variant
+from pybustcall.keys import covers
+from tests.counting import OPERATIONS, SIZES, Counted, Fit, Steps, branch, entries, filled, fit_of, scan, steps_per
+from tests.test_bench import check_plot, check_table, run_bench
 
 KEYS = [
     stem + encoding + query
@@ -17,6 +26,16 @@ KEYS = [
     for query in ("", "?", "?v=2", "?v=2.gz")
 ]
 keys = st.sampled_from(KEYS)
+
+
+class Clock:
+    """A clock that stands until it is set."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 @pytest.mark.parametrize(
@@ -105,38 +124,604 @@ def test_what_is_depended_on_is_no_entry_by_that() -> None:
     assert repr(index) == "Index(1 entries, 2 bytes of keys)"
 
 
+# Marks and generations
+
+
+def test_a_stale_mark_stays_until_the_entry_is_registered_again() -> None:
+    """It is told whether it was new; what is no entry cannot be marked."""
+    index = Index()
+    index.add("page", ["model"], tags=["t"])
+    assert not index.is_stale("page")
+    assert index.mark_stale("page")
+    assert not index.mark_stale("page")
+    assert not index.mark_stale("other")
+    assert index.is_stale("page")
+    assert not index.is_stale("other")
+    assert (index.dependencies("page"), index.tags("page")) == (("model",), ("t",))
+    index.add("page")
+    assert not index.is_stale("page")
+
+
+def test_a_generation_parts_what_was_there_before_from_what_came_after() -> None:
+    """Registering again is being born again."""
+    index = Index()
+    index.add("old")
+    index.add("renewed")
+    begun = index.begin()
+    index.add("renewed")
+    index.add("new")
+    assert begun == index.generation
+    assert [key for key in index if (index.born(key) or 0) >= begun] == ["new", "renewed"]
+    assert index.born("old") == begun - 1
+    assert index.born("none") is None
+    assert index.begin() == begun + 1
+
+
+# Lifetimes
+
+
+def test_an_entry_that_has_outlived_its_lifetime_is_none() -> None:
+    """At the end of it, for whatever is asked; what it depended on and its tags are free."""
+    clock = Clock()
+    index = Index(clock=clock)
+    index.add("a/page", ["s/model"], tags=["t"], ttl=10.0)
+    index.add("a/other", ttl=20.0)
+    clock.now = 9.9
+    assert "a/page" in index
+    assert index.entry("a/page") == Entry(depends_on=("s/model",), tags=("t",), ttl=10.0, deadline=10.0)
+    clock.now = 10.0
+    assert "a/page" not in index
+    assert index.entry("a/page") is None
+    assert (index.tagged("t"), index.subjects(), index.dependents("s/model")) == ([], [], [])
+    assert index.under("a") == list(index) == ["a/other"]
+    assert (len(index), index.size_bytes, index.count_under("a")) == (1, 7, 1)
+    clock.now = 100.0
+    assert index.expire() == 1
+    assert index.expire() == 0
+    assert not index.remove("a/other")
+
+
+def test_registering_again_gives_a_new_lifetime_or_none() -> None:
+    """The old deadline does not count any more."""
+    clock = Clock()
+    index = Index(clock=clock)
+    index.add("longer", ttl=10.0)
+    index.add("for good", ttl=10.0)
+    clock.now = 5.0
+    index.add("longer", ttl=10.0)
+    index.add("for good")
+    clock.now = 14.0
+    assert list(index) == ["for good", "longer"]
+    clock.now = 15.0
+    assert list(index) == ["for good"]
+
+
+def test_lifetimes_that_begin_together_can_end_apart() -> None:
+    """So that nobody has to drop all of them at once."""
+    clock = Clock()
+    index = Index(clock=clock)
+    index.update({key: Entry(ttl=1.0) for key in "abc"}, apart=0.25)
+    clock.now = 1.25
+    assert list(index) == ["c"]
+    clock.now = 1.5
+    assert list(index) == []
+
+
+@pytest.mark.parametrize("ttl", [0, -1.0, math.nan])
+def test_a_lifetime_is_more_than_nothing(ttl: float) -> None:
+    """Whatever else is said is a mistake, and nothing has changed."""
+    index = Index()
+    index.add("page", ["a"])
+    with pytest.raises(ValueError, match="ttl must be more than 0 seconds"):
+        index.add("page", ["b"], ttl=ttl)
+    assert index.dependencies("page") == ("a",)
+
+
+def test_a_tag_lasts_as_long_as_its_last_member() -> None:
+    """It has no lifetime of its own."""
+    clock = Clock()
+    index = Index(clock=clock)
+    index.add("short", tags=["t", "t"], ttl=1.0)
+    index.add("long", tags=["t"])
+    assert (index.tagged("t"), index.count_tagged("t")) == (["long", "short"], 2)
+    clock.now = 1e9
+    assert (index.tagged("t"), index.count_tagged("t")) == (["long"], 1)
+
+
+def test_a_watcher_is_told_of_the_end_of_a_lifetime_as_of_a_removal() -> None:
+    """And of everything else, once it is made: with what was known before."""
+    clock = Clock()
+    index = Index(clock=clock)
+    told: list[tuple[str, tuple[str, ...] | None, bool]] = []
+    index.watch(lambda key, before: told.append((key, before and before.depends_on, key in index)))
+    index.add("page", ["a"], ttl=1.0)
+    index.add("page", ["b"], ttl=1.0)
+    index.update({"page": Entry(depends_on=("c",), ttl=2.0), "other": Entry()})
+    clock.now = 2.0
+    assert len(index) == 1
+    index.remove("other")
+    index.watch(None)
+    index.add("page")
+    assert told == [
+        ("page", None, True),
+        ("page", ("a",), True),
+        ("page", ("b",), True),
+        ("other", None, True),
+        ("page", ("c",), False),
+        ("other", (), False),
+    ]
+
+
+def test_what_is_put_back_is_as_it_was() -> None:
+    """With its birth, its deadline and its mark."""
+    clock = Clock()
+    index = Index(clock=clock)
+    index.add("page", ["a"], tags=["t"], ttl=10.0)
+    index.mark_stale("page")
+    before = index.entry("page")
+    assert before is not None
+    index.begin()
+    clock.now = 5.0
+    index.add("page", ["b"])
+    index.put_back("page", before)
+    assert index.entry("page") == before
+    assert (index.tagged("t"), index.subjects(), index.born("page")) == (["page"], ["a"], 0)
+    clock.now = 10.0
+    assert len(index) == 0
+
+
+# What is named
+
+
+def test_a_prefix_covers_whole_segments_in_order() -> None:
+    """First itself, then what lies below it; a prefix that ends with a separator covers what begins so."""
+    index = Index()
+    for key in ("a/b", "a/b/c", "a/b:c", "a/b?c", "a/b#c", "a/bc", "a/b.c", "a", "a/", "b", "a0"):
+        index.add(key)
+    assert index.under("a/b") == ["a/b", "a/b#c", "a/b/c", "a/b:c", "a/b?c"]
+    assert index.under("a/") == ["a/", "a/b", "a/b#c", "a/b.c", "a/b/c", "a/b:c", "a/b?c", "a/bc"]
+    assert index.under("c") == []
+
+
+def test_batches_go_on_though_entries_vanish() -> None:
+    """Behind the last key of the batch before, which is gone: no entry is told twice, and none is left out."""
+    index = Index()
+    expected = []
+    for number in range(25):
+        for key in (f"a/{number:02}", f"ab/{number:02}"):
+            index.add(key, tags=["t"])
+        expected.append(f"a/{number:02}")
+    index.add("a")
+    batch, told = index.under("a", limit=4), []
+    while batch:
+        told += batch
+        for key in batch:
+            index.remove(key)
+        batch = index.under("a", after=batch[-1], limit=4)
+    assert told == ["a", *expected]
+    assert index.under("a") == []
+    batch, rest = index.tagged("t", limit=4), []
+    while batch:
+        rest += batch
+        for key in batch:
+            index.remove(key)
+        batch = index.tagged("t", after=batch[-1], limit=4)
+    assert rest == [f"ab/{number:02}" for number in range(25)]
+    assert len(index) == 0
+
+
+def test_going_through_all_entries_minds_no_change() -> None:
+    """Those that were told may be removed, and others may come before them."""
+    index = Index()
+    index.update({f"{number:04}": Entry() for number in range(1200)})
+    told = []
+    for key in index:
+        told.append(key)
+        index.remove(key)
+        index.add(f"!{key}")
+    assert told == [f"{number:04}" for number in range(1200)]
+    assert len(index) == 1200
+
+
+def test_subjects_are_told_by_prefix() -> None:
+    """Whether or not they are entries; those that nothing depends on are none."""
+    index = Index()
+    index.add("page", ["db:products/7", "db:products/9", "db:productsX", "db:users"])
+    index.add("db:products/8")
+    assert index.subjects_under("db:products") == ["db:products/7", "db:products/9"]
+    assert index.subjects() == ["db:products/7", "db:products/9", "db:productsX", "db:users"]
+
+
+# Against a model
+
+
+@dataclass
+class Known:
+    """What the model knows of an entry."""
+
+    depends_on: list[str]
+    tags: list[str]
+    deadline: float
+    born: int
+    stale: bool = False
+
+
+@dataclass
+class Model:
+    """An index that is a dict, searched from end to end."""
+
+    entries: dict[str, Known] = field(default_factory=dict)
+
+    def expire(self, now: float) -> None:
+        """Forget what is over."""
+        self.entries = {key: it for key, it in self.entries.items() if it.deadline > now}
+
+
+def check_whole(index: Index) -> None:
+    """Check that the inner structures say the same, and that none has an empty or needless part."""
+    held = index._entries
+    assert list(held) == sorted(held)
+    dependents: dict[str, set[str]] = {}
+    for key, entry in held.items():
+        for name in entry.depends_on:
+            dependents.setdefault(name, set()).add(key)
+    assert dict(index._dependents) == dependents
+    assert list(index._tagged) == sorted((tag, key) for key, entry in held.items() for tag in entry.tags)
+    deadlines = sorted((entry.deadline, key) for key, entry in held.items() if entry.deadline is not None)
+    assert list(index._deadlines) == deadlines
+    assert index._size == sum(len(key.encode()) for key in held)
+
+
+PATHS = ["a", "a/", "a/b", "a/b/c", "a/b:c", "a/bc", "a?x", "b", "é/b", "a#1"]
+names = st.sampled_from([*KEYS[:4], *PATHS])
+tags = st.sampled_from(["t", "t\0", "u", ""])
+ttls = st.sampled_from([None, None, 1.0, 2.0, 3.0])
+several = st.lists(names, max_size=3)
+
+
 class IndexAgainstModel(RuleBasedStateMachine):
     """Every answer of the index is that of a dict that is searched from end to end."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.index = Index()
-        self.model: dict[str, set[str]] = {}
+        self.clock = Clock()
+        self.index = Index(clock=self.clock)
+        self.model = Model()
+        self.watched: dict[str, Entry | None] = {}
+        self.index.watch(self.note)
 
-    @rule(key=keys, depends_on=st.lists(keys, max_size=4))
-    def add(self, key: str, depends_on: list[str]) -> None:
-        self.index.add(key, depends_on)
-        self.model[key] = set(depends_on) - {key}
+    def note(self, key: str, before: Entry | None) -> None:
+        assert self.watched.get(key) == before
+        entry = self.index._entries.get(key)
+        self.watched[key] = entry
 
-    @rule(key=keys)
+    def known(self, depends_on: list[str], tagged: list[str], ttl: float | None) -> Known:
+        deadline = math.inf if ttl is None else self.clock.now + ttl
+        return Known(depends_on, tagged, deadline, self.index.generation)
+
+    @rule(key=names, depends_on=several, tagged=st.lists(tags, max_size=3), ttl=ttls)
+    def add(self, key: str, depends_on: list[str], tagged: list[str], ttl: float | None) -> None:
+        self.index.add(key, depends_on, tags=tagged, ttl=ttl)
+        self.model.entries[key] = self.known(depends_on, tagged, ttl)
+
+    @rule(chosen=st.dictionaries(names, several, max_size=6), tagged=st.lists(tags, max_size=2), ttl=ttls)
+    def update(self, chosen: dict[str, list[str]], tagged: list[str], ttl: float | None) -> None:
+        self.index.update({key: Entry(depends_on=tuple(on), tags=tuple(tagged), ttl=ttl) for key, on in chosen.items()})
+        self.model.entries.update({key: self.known(on, tagged, ttl) for key, on in chosen.items()})
+
+    @rule(key=names)
     def remove(self, key: str) -> None:
-        assert self.index.remove(key) is (self.model.pop(key, None) is not None)
+        assert self.index.remove(key) is (self.model.entries.pop(key, None) is not None)
 
-    @rule(key=keys)
-    def ask(self, key: str) -> None:
+    @rule(key=names)
+    def mark(self, key: str) -> None:
+        known = self.model.entries.get(key)
+        assert self.index.mark_stale(key) is (known is not None and not known.stale)
+        if known is not None:
+            known.stale = True
+            self.watched[key] = self.index.entry(key)  # which is not told
+
+    @rule()
+    def begin(self) -> None:
+        before = self.index.generation
+        assert self.index.begin() == before + 1
+
+    @rule(seconds=st.sampled_from([0.5, 1.0, 5.0]))
+    def wait(self, seconds: float) -> None:
+        self.clock.now += seconds
+        self.model.expire(self.clock.now)
+
+    @rule(key=names, tag=tags, after=st.none() | names, limit=st.none() | st.integers(0, 3))
+    def ask(self, key: str, tag: str, after: str | None, limit: int | None) -> None:
+        self.ask_of_one(key)
+        self.ask_for_a_branch(key, after, limit)
+        self.ask_for_many(tag, after, limit)
+
+    def ask_of_one(self, key: str) -> None:
+        held = self.model.entries
+        known = held.get(key)
         found: set[str] = set()
-        while new := {name for name, on in self.model.items() if on & (found | {key})} - found:
+        while new := {name for name, it in held.items() if set(it.depends_on) - {name} & (found | {key})} - found:
             found |= new
         assert self.index.dependents(key) == sorted(found - {key})
-        assert self.index.variants(key) == sorted(name for name in self.model if is_variant(key, name))
-        assert set(self.index.dependencies(key)) == self.model.get(key, set())
-        assert (key in self.index) is (key in self.model)
+        assert self.index.variants(key) == sorted(name for name in held if is_variant(key, name))
+        assert self.index.is_stale(key) is (known is not None and known.stale)
+        assert self.index.born(key) == (None if known is None else known.born)
+        assert (key in self.index) is (known is not None)
+        on = [] if known is None else [name for name in dict.fromkeys(known.depends_on) if name != key]
+        assert list(self.index.dependencies(key)) == on
+        assert list(self.index.tags(key)) == ([] if known is None else list(dict.fromkeys(known.tags)))
+
+    def ask_for_a_branch(self, prefix: str, after: str | None, limit: int | None) -> None:
+        held = self.model.entries
+        below = sorted(key for key in held if covers(prefix, key))
+        behind = [key for key in below if after is None or key > after]
+        assert self.index.under(prefix, after=after, limit=limit) == behind[:limit]
+        assert self.index.count_under(prefix) == len(below)
+        subjects = {name for key, it in held.items() for name in it.depends_on if name != key}
+        assert self.index.subjects_under(prefix) == sorted(name for name in subjects if covers(prefix, name))
+        assert self.index.subjects() == sorted(subjects)
+
+    def ask_for_many(self, tag: str, after: str | None, limit: int | None) -> None:
+        held = self.model.entries
+        tagged = sorted(key for key, it in held.items() if tag in it.tags)
+        assert (
+            self.index.tagged(tag, after=after, limit=limit)
+            == [key for key in tagged if after is None or key > after][:limit]
+        )
+        assert self.index.count_tagged(tag) == len(tagged)
+        behind = [key for key in sorted(held) if after is None or key > after]
+        assert self.index.keys(after=after, limit=limit) == behind[:limit]
 
     @invariant()
-    def counts(self) -> None:
-        assert len(self.index) == len(self.model)
-        assert self.index.size_bytes == sum(len(key.encode()) for key in self.model)
+    def is_whole(self) -> None:
+        assert len(self.index) == len(self.model.entries)
+        assert self.index.size_bytes == sum(len(key.encode()) for key in self.model.entries)
+        assert [key for key, _ in self.index.items()] == list(self.index) == sorted(self.model.entries)
+        assert dict(self.index.items()) == {key: it for key, it in self.watched.items() if it is not None}
+        check_whole(self.index)
 
 
 TestIndexAgainstModel = IndexAgainstModel.TestCase
-TestIndexAgainstModel.settings = settings(deadline=None, max_examples=60)
+TestIndexAgainstModel.settings = settings(deadline=None, max_examples=100, stateful_step_count=40)
+
+
+# Namespaces
+
+
+def test_namespaces_know_nothing_of_each_other() -> None:
+    """But for the counter of generations, which they share."""
+    indexes = Indexes()
+    indexes.of("a").add("page", ["model"])
+    indexes.of("b").add("page", ["other"])
+    assert indexes.of("a").dependents("other") == []
+    assert indexes.begin() == 1 == indexes.of("b").generation
+    assert indexes.of("b").begin() == 2 == indexes.generation
+    assert [(namespace, list(index)) for namespace, index in indexes] == [("a", ["page"]), ("b", ["page"])]
+    assert (len(indexes), indexes.size_bytes) == (2, 8)
+    assert repr(indexes) == "Indexes(2 namespaces, 2 entries, 8 bytes of keys)"
+
+
+def test_an_empty_namespace_is_dropped_and_its_generations_go_on() -> None:
+    """Nothing is left of it once nobody has it at hand; what is new in it was born later than what was old."""
+    indexes = Indexes()
+    indexes.of("a").add("page")
+    indexes.begin()
+    indexes.of("a").remove("page")
+    assert indexes.peek("a") is None
+    gc.collect()
+    assert (indexes._held, indexes._shares, dict(indexes._empty), list(indexes)) == ({}, {}, {}, [])
+    indexes.of("a").add("page")
+    assert indexes.of("a").born("page") == 1
+
+
+def test_what_is_added_to_an_index_that_was_empty_meanwhile_is_not_lost() -> None:
+    """There is one index of a namespace, as long as somebody has it at hand."""
+    indexes = Indexes()
+    index = indexes.of("a")
+    index.add("page")
+    index.remove("page")
+    assert indexes.of("a") is index
+    index.add("other")
+    assert indexes.peek("a") is index
+    assert len(indexes) == 1
+
+
+def test_there_are_only_so_many_namespaces_with_entries() -> None:
+    """Those without do not count; one more entry in a namespace that has some is none more."""
+    clock = Clock()
+    indexes = Indexes(most=2, clock=clock)
+    for namespace in ("a", "b"):
+        indexes.of(namespace).add("page")
+    indexes.of("a").add("page", ttl=5.0)
+    indexes.of("c").remove("page")
+    with pytest.raises(TooManyNamespaces, match="there may be, 2") as caught:
+        indexes.of("c").add("page")
+    assert caught.value.most == 2
+    assert indexes.peek("c") is None
+    indexes.of("b").add("other")
+    clock.now = 5.0
+    indexes.of("c").add("page")
+    assert [namespace for namespace, _ in indexes] == ["b", "c"]
+
+
+def test_what_was_there_before_a_restart_is_not_too_many() -> None:
+    """To forget it would leave old values behind. Where nothing was, nothing is."""
+    indexes = Indexes(most=1)
+    empty = indexes.of("none")
+    empty.update({})
+    assert indexes.peek("none") is None
+    for namespace in ("a", "b"):
+        indexes.of(namespace).update({"page": Entry()})
+    assert len(indexes) == 2
+
+
+class IndexesAgainstModel(RuleBasedStateMachine):
+    """Sums, watcher and limits are those of the single indexes, whatever happens in whichever of them."""
+
+    namespaces = st.sampled_from("abc")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.indexes = Indexes(most=2, clock=self.clock)
+        self.model: dict[tuple[str, str], float] = {}
+        self.watched: set[tuple[str, str]] = set()
+        self.at_hand: Index | None = None
+        self.indexes.watch(self.note)
+
+    def note(self, namespace: str, key: str, before: Entry | None) -> None:
+        assert ((namespace, key) in self.watched) is (before is not None)
+        index = self.indexes._held.get(namespace)
+        if index is not None and key in index._entries:
+            self.watched.add((namespace, key))
+        else:
+            self.watched.remove((namespace, key))
+
+    @rule(namespace=namespaces, key=names, ttl=ttls)
+    def add(self, namespace: str, key: str, ttl: float | None) -> None:
+        held = {name for name, _ in self.model}
+        if len(held) == 2 and namespace not in held:
+            with pytest.raises(TooManyNamespaces):
+                self.indexes.of(namespace).add(key, ttl=ttl)
+        else:
+            self.indexes.of(namespace).add(key, tags=["t"], ttl=ttl)
+            self.model[namespace, key] = math.inf if ttl is None else self.clock.now + ttl
+
+    @rule(namespace=namespaces)
+    def take(self, namespace: str) -> None:
+        self.at_hand = self.indexes.of(namespace)
+
+    @rule(namespace=namespaces)
+    def clear(self, namespace: str) -> None:
+        for key in self.indexes.of(namespace):
+            assert self.indexes.of(namespace).remove(key)
+            del self.model[namespace, key]
+
+    @rule(namespace=namespaces, key=names)
+    def remove(self, namespace: str, key: str) -> None:
+        assert self.indexes.of(namespace).remove(key) is (self.model.pop((namespace, key), None) is not None)
+
+    @rule(seconds=st.sampled_from([0.5, 1.0, 5.0]))
+    def wait(self, seconds: float) -> None:
+        self.clock.now += seconds
+        self.model = {place: end for place, end in self.model.items() if end > self.clock.now}
+
+    @rule()
+    def expire(self) -> None:
+        before = len(self.indexes)
+        self.clock.now += 1.0
+        self.model = {place: end for place, end in self.model.items() if end > self.clock.now}
+        assert self.indexes.expire() == before - len(self.model)
+
+    @invariant()
+    def is_whole(self) -> None:
+        assert len(self.indexes) == len(self.model)
+        assert self.indexes.size_bytes == sum(len(key.encode()) for _, key in self.model)
+        found = {(namespace, key) for namespace, index in self.indexes for key in index}
+        assert found == set(self.model) == self.watched
+        held = {namespace for namespace, _ in self.model}
+        assert {namespace for namespace, _ in self.indexes} == held
+        assert {namespace for namespace in "abc" if self.indexes.peek(namespace)} == held
+        for _, index in self.indexes:
+            check_whole(index)
+        due = sorted((index._deadlines[0][0], namespace) for namespace, index in self.indexes if index._deadlines)
+        assert list(self.indexes._due) == due
+        assert not set(self.indexes._empty) & set(self.indexes._held)
+
+
+TestIndexesAgainstModel = IndexesAgainstModel.TestCase
+TestIndexesAgainstModel.settings = settings(deadline=None, max_examples=50, stateful_step_count=30)
+
+
+# Counted steps
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[str, list[tuple[int, float]]]:
+    """Count the steps of each operation, from 10^3 to 10^6 entries, once."""
+    points: dict[str, list[tuple[int, float]]] = {operation.name: [] for operation in OPERATIONS}
+    for n in SIZES:
+        index = filled(n)
+        for operation in OPERATIONS:
+            points[operation.name].append((n, steps_per(operation, index)))
+        assert len(index) == n
+    return points
+
+
+@pytest.mark.requirement("RES-06")
+@pytest.mark.requirement("IMP-14")
+@pytest.mark.parametrize("name", [operation.name for operation in OPERATIONS])
+def test_steps_grow_as_the_logarithm_of_the_entries(counted: dict[str, list[tuple[int, float]]], name: str) -> None:
+    """The counts lie on a + b * log2(n), and are at most about twice as many for a thousand times as many entries."""
+    fit = fit_of(counted[name])
+    assert fit.is_logarithmic, (fit, counted[name])
+
+
+@pytest.mark.requirement("IMP-14")
+def test_the_end_of_a_lifetime_takes_logarithmic_steps() -> None:
+    """Each entry that is over costs no more than being removed."""
+    points = []
+    for n in SIZES[:3]:
+        clock = Clock()
+        index, taken = filled(n, clock), 0
+        for number in range(0, n // 10, n // 100):
+            index.add(Counted(f"{branch(number)}/new"), tags=[Counted(f"t{number:07}")], ttl=1.0)
+            clock.now += 1.0
+            with Steps() as steps:
+                assert index.expire() == 1
+            taken += steps.taken
+        points.append((n, taken / 10))
+    assert fit_of(points).is_logarithmic, points
+
+
+@pytest.mark.requirement("IMP-14")
+def test_looking_from_end_to_end_would_be_found_out() -> None:
+    """The check refuses a list that is searched one by one: a hundred times the entries, a hundred times the steps."""
+    points = []
+    for n in SIZES[:3]:
+        held = list(entries(n))
+        with Steps() as steps:
+            assert scan(held, held[n // 2]) is held[n // 2]
+        points.append((n, float(steps.taken)))
+    fit = fit_of(points)
+    assert fit.growth == pytest.approx(100, rel=0.01)
+    assert not fit.is_logarithmic
+
+
+@pytest.mark.parametrize("grow", [lambda n: n, math.sqrt, lambda n: n**0.2, lambda n: 100 + n / 1000])
+def test_what_grows_faster_than_a_logarithm_is_found_out(grow: Any) -> None:
+    """Also if it does so but slowly, or from a large beginning."""
+    assert not fit_of([(n, grow(n)) for n in SIZES]).is_logarithmic
+
+
+def test_what_grows_as_a_logarithm_is_fitted() -> None:
+    """With its figures."""
+    fit = fit_of([(n, 5 + 7 * math.log2(n)) for n in SIZES])
+    assert [fit.a, fit.b] == pytest.approx([5, 7])
+    assert fit.is_logarithmic
+    assert not Fit(a=0.0, b=7.0, worst=0.2, growth=2.0).is_logarithmic
+
+
+def test_every_comparison_is_a_step() -> None:
+    """Whichever side of it the counted key stands on, and whoever makes it."""
+    key = Counted("b")
+    with Steps() as steps:
+        assert all([key > "a", key >= "a", key == "b", key != "a", *map(operator.lt, "a", [key])])
+        assert not any([key < "a", key <= "a", *map(operator.ne, "b", [key])])
+        assert sorted([key, "a"]) == ["a", "b"]
+        assert key in {"b": 1}
+    assert steps.taken == 11
+
+
+@pytest.mark.requirement("RES-06")
+def test_the_bench_tells_the_steps_and_the_fit_of_each_operation(tmp_path: Path) -> None:
+    """Run small: a row for each, counts that lie on their lines, and plots of counts and times."""
+    ran = run_bench("index_scaling", tmp_path, "--most", "10000", "--samples", "60")
+    check_table(ran)
+    assert [row["operation"] for row in ran.rows] == [operation.name for operation in OPERATIONS]
+    for row in ran.rows:
+        assert [n for n, _ in row["steps"]] == [n for n, _ in row["us"]] == [1000, 3000, 10_000]
+        assert row["is_logarithmic"]
+    check_plot(tmp_path / "index_steps.svg", "tagged", "comparisons", "entries")
+    check_plot(tmp_path / "index_times.svg", "tagged", "microseconds", "entries")

@@ -23,22 +23,23 @@ from hypothesis import strategies as st
 
 from pybustcall.daemon import (
     DaemonSettings,
-    Engine,
-    FilesBackend,
     Idempotency,
-    Index,
     MemoryBackend,
+    RefusedKey,
     Registry,
     Swaps,
     create_app,
     serve,
 )
-from pybustcall.daemon.dependencies import Change, NotCurrent
+from pybustcall.daemon.database import Database, Kind
+from pybustcall.daemon.dependencies import Change, InUse, NotCurrent
+from pybustcall.daemon.index import Entry, Indexes
 from pybustcall.daemon.registry import MOST_SWAPS, WINDOW, Errands, Phase, RegistryFailure, Swap
 from pybustcall.errors import ConfigurationError
 from pybustcall.models import AnnounceRequest
 from tests.conftest import PATIENCE, StartDaemon, eventually
-from tests.test_daemon_app import BUST, ENTRIES, refused, running
+from tests.plain_cache import engine_over
+from tests.test_daemon_app import BUST, ENTRIES, memory, refused, running
 from tests.test_daemon_idempotency import (
     SPOILERS,
     Clock,
@@ -53,9 +54,8 @@ from tests.test_daemon_idempotency import (
 THREAD = "pybustcall-registry"
 
 
-def memory() -> Engine:
-    index = Index()
-    return Engine(MemoryBackend(index), index)
+def anything(namespace: str, key: str) -> None:
+    """Refuse no key."""
 
 
 def threads() -> list[str]:
@@ -64,33 +64,44 @@ def threads() -> list[str]:
 
 @asynccontextmanager
 async def keeping(
-    path: Path | None = None, engine: Engine | None = None, **more: Any
-) -> AsyncIterator[tuple[Registry, Engine]]:
+    path: Path | None = None,
+    indexes: Indexes | None = None,
+    check: Callable[[str, str], None] = anything,
+    **more: Any,
+) -> AsyncIterator[tuple[Registry, Indexes]]:
     """Open a registry; afterwards it is closed, and neither task nor thread of it is left."""
     tasks = asyncio.all_tasks()
-    registry, engine = Registry(path, **more), engine or memory()
-    await registry.open(engine)
+    registry, indexes = Registry(path, **more), Indexes() if indexes is None else indexes
+    await registry.open(indexes, check)
     try:
-        yield registry, engine
+        yield registry, indexes
     finally:
         await registry.close()
     assert asyncio.all_tasks() <= tasks
     assert not threads()
 
 
-async def register(registry: Registry, engine: Engine, key: str, *depends_on: str) -> None:
-    engine.register(key, depends_on)
+async def register(registry: Registry, indexes: Indexes, key: str, *depends_on: str, ttl: float | None = None) -> None:
+    indexes.of("default").add(key, depends_on, ttl=ttl)
     await registry.save()
+
+
+def bust(indexes: Indexes, *keys: str) -> None:
+    """Remove what is named, with what depends on it, as an engine does that has no cache but these."""
+    index = indexes.of("default")
+    for key in keys:
+        for one in (key, *index.dependents(key)):
+            index.remove(one)
 
 
 async def known(path: Path) -> dict[str, tuple[str, ...]]:
     """Tell which entries a new process finds in the file."""
-    async with keeping(path) as (_, engine):
-        return {key: engine.index.dependencies(key) for key in engine.index}
+    async with keeping(path) as (_, indexes):
+        return entries_of(indexes)
 
 
-def entries_of(engine: Engine) -> dict[str, tuple[str, ...]]:
-    return {key: engine.index.dependencies(key) for key in engine.index}
+def entries_of(indexes: Indexes, namespace: str = "default") -> dict[str, tuple[str, ...]]:
+    return {key: entry.depends_on for key, entry in indexes.of(namespace).items()}
 
 
 def model(*versions: str, current: str | None = None, name: str = "model") -> AnnounceRequest:
@@ -136,10 +147,10 @@ LARGE = tuple(f"{number:03}{'x' * 97}" for number in range(80))  # more than the
 @pytest.mark.requirement("IMP-12")
 async def test_what_was_registered_is_known_after_a_restart(tmp_path: Path) -> None:
     """With what it depends on, in order, and only as it was registered last."""
-    async with keeping(tmp_path / "r") as (registry, engine):
-        await register(registry, engine, "page", "model", "templates")
-        await register(registry, engine, "other", "model")
-        await register(registry, engine, "other", "templates")
+    async with keeping(tmp_path / "r") as (registry, indexes):
+        await register(registry, indexes, "page", "model", "templates")
+        await register(registry, indexes, "other", "model")
+        await register(registry, indexes, "other", "templates")
         assert modes_in(tmp_path) == {0o600}
     assert await known(tmp_path / "r") == {"page": ("model", "templates"), "other": ("templates",)}
     assert os.listdir(tmp_path) == ["r"]
@@ -147,10 +158,10 @@ async def test_what_was_registered_is_known_after_a_restart(tmp_path: Path) -> N
 
 async def test_what_a_bust_removed_is_gone_after_a_restart(tmp_path: Path) -> None:
     """Where the registry is the cache."""
-    async with keeping(tmp_path / "r") as (registry, engine):
+    async with keeping(tmp_path / "r") as (registry, indexes):
         for key in ("page", "other"):
-            await register(registry, engine, key, key[0])
-        await engine.bust("p", "dimensional")
+            await register(registry, indexes, key, key[0])
+        bust(indexes, "p")
         await registry.try_save()
         found = await in_thread(registry, lambda db: db.execute("SELECT key FROM entries").fetchall())
     assert found == [("other",)]
@@ -159,9 +170,9 @@ async def test_what_a_bust_removed_is_gone_after_a_restart(tmp_path: Path) -> No
 
 async def test_without_a_file_nothing_is_written(tmp_path: Path) -> None:
     """And there is no thread."""
-    async with keeping() as (registry, engine):
-        await register(registry, engine, "page", "model")
-        await engine.bust("model", "dimensional")
+    async with keeping() as (registry, indexes):
+        await register(registry, indexes, "page", "model")
+        bust(indexes, "model")
         await registry.try_save()
         await registry.announce(model("1.0.0"))
         assert not threads()
@@ -171,39 +182,103 @@ async def test_without_a_file_nothing_is_written(tmp_path: Path) -> None:
 
 async def test_the_index_is_followed_between_open_and_close_only(tmp_path: Path) -> None:
     """A second closing does nothing."""
-    async with keeping(tmp_path / "r") as (registry, engine):
+    async with keeping(tmp_path / "r") as (registry, indexes):
         assert str(tmp_path / "r") in repr(registry)
-        engine.register("page")
+        indexes.of("default").add("page")
         await registry.close()
-        engine.register("late")
+        indexes.of("default").add("late")
         await registry.save()
         await registry.try_save()
     assert await known(tmp_path / "r") == {"page": ()}
 
 
 async def test_what_a_file_says_is_joined_with_what_is_registered_already(tmp_path: Path) -> None:
-    """To bust too much costs a miss; keys that the cache could never hold are left out."""
-    async with keeping(tmp_path / "r") as (registry, engine):
-        await register(registry, engine, "page", "b")
-        await register(registry, engine, "/absolute", "b")
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    engine = Engine(FilesBackend(cache), Index())
-    engine.register("page", ["a"])
-    async with keeping(tmp_path / "r", engine):
-        assert entries_of(engine) == {"page": ("a", "b")}
+    """To bust too much costs a miss: all that it depends on, all tags, and the longer lifetime."""
+    async with keeping(tmp_path / "r") as (registry, indexes):
+        index = indexes.of("default")
+        index.add("page", ["b", "c"], tags=["u", "v"], ttl=60.0)
+        index.add("short", ttl=60.0)
+        index.add("for good")
+        await registry.save()
+    indexes = Indexes()
+    index = indexes.of("default")
+    index.add("page", ["a", "b"], tags=["t", "u"])
+    index.add("short", ttl=30.0)
+    index.add("for good", ttl=30.0)
+    async with keeping(tmp_path / "r", indexes):
+        assert (index.dependencies("page"), index.tags("page")) == (("a", "b", "c"), ("t", "u", "v"))
+        assert {key: entry.ttl for key, entry in index.items()} == {"page": None, "short": 60.0, "for good": None}
+
+
+async def test_keys_that_no_cache_could_hold_are_left_out(tmp_path: Path) -> None:
+    """Whoever knows the caches is asked for each, with its namespace."""
+    async with keeping(tmp_path / "r") as (registry, indexes):
+        for namespace in ("default", "other"):
+            for key in ("page", "/absolute"):
+                indexes.of(namespace).add(key, ["b"])
+        await registry.save()
+
+    def check(namespace: str, key: str) -> None:
+        if namespace == "other" and key.startswith("/"):
+            raise RefusedKey("is an absolute path")
+
+    async with keeping(tmp_path / "r", check=check) as (_, indexes):
+        assert entries_of(indexes) == {"page": ("b",), "/absolute": ("b",)}
+        assert entries_of(indexes, "other") == {"page": ("b",)}
+
+
+@pytest.mark.requirement("IMP-12")
+async def test_namespaces_tags_and_lifetimes_are_known_after_a_restart(tmp_path: Path) -> None:
+    """A lifetime begins anew; a removal in one namespace is none in another."""
+    async with keeping(tmp_path / "r") as (registry, indexes):
+        indexes.of("default").add("page", ["a"], tags=["t", "u"], ttl=60.0)
+        indexes.of("tenant-1").add("page", ["b"], tags=["t"])
+        indexes.of("tenant-2").add("page")
+        await registry.save()
+        indexes.of("tenant-2").remove("page")
+        await registry.try_save()
+    now = 1000.0
+    indexes = Indexes(clock=lambda: now)
+    async with keeping(tmp_path / "r", indexes):
+        assert [namespace for namespace, _ in indexes] == ["default", "tenant-1"]
+        assert dict(indexes.of("default").items()) == {
+            "page": Entry(depends_on=("a",), tags=("t", "u"), ttl=60.0, deadline=1060.0)
+        }
+        assert dict(indexes.of("tenant-1").items()) == {"page": Entry(depends_on=("b",), tags=("t",))}
+
+
+async def test_what_outlived_its_lifetime_is_gone_from_the_file(tmp_path: Path) -> None:
+    """With the next writing, for which nobody needs to ask."""
+    clock = Clock(0.0)
+    indexes = Indexes(clock=clock)
+    async with keeping(tmp_path / "r", indexes) as (registry, indexes):
+        indexes.of("default").add("short", ttl=1.0)
+        await register(registry, indexes, "page")
+        clock.now = 1.0
+        assert entries_of(indexes) == {"page": ()}
+    assert await known(tmp_path / "r") == {"page": ()}
+
+
+async def test_more_namespaces_than_may_be_are_known_after_a_restart(tmp_path: Path) -> None:
+    """A smaller limit is for what comes: what is forgotten would leave old values behind."""
+    async with keeping(tmp_path / "r") as (registry, indexes):
+        for number in range(3):
+            indexes.of(f"tenant-{number}").add("page")
+        await registry.save()
+    async with keeping(tmp_path / "r", Indexes(most=1)) as (_, indexes):
+        assert len(indexes) == 3
 
 
 async def test_registrations_that_come_together_share_a_commit(tmp_path: Path) -> None:
     """However many: those that come while one is under way wait for the next, which takes them all."""
     statements: list[str] = []
-    async with keeping(tmp_path / "r") as (registry, engine):
+    async with keeping(tmp_path / "r") as (registry, indexes):
         await in_thread(registry, lambda db: db.set_trace_callback(statements.append))
         with held_up(registry):
-            first = asyncio.create_task(register(registry, engine, "first"))
+            first = asyncio.create_task(register(registry, indexes, "first"))
             await eventually(registry._writing.locked)
-            rest = [asyncio.create_task(register(registry, engine, f"page{number}")) for number in range(100)]
-            await eventually(lambda: len(engine.index) == 101)
+            rest = [asyncio.create_task(register(registry, indexes, f"page{number}")) for number in range(100)]
+            await eventually(lambda: len(indexes) == 101)
         await asyncio.gather(first, *rest)
         await in_thread(registry, lambda db: db.set_trace_callback(None))
     assert statements.count("COMMIT") == 2
@@ -212,9 +287,9 @@ async def test_registrations_that_come_together_share_a_commit(tmp_path: Path) -
 
 async def test_a_registration_that_is_repeated_waits_for_the_first(tmp_path: Path) -> None:
     """It is answered no sooner than it is written."""
-    async with keeping(tmp_path / "r") as (registry, engine):
+    async with keeping(tmp_path / "r") as (registry, indexes):
         with held_up(registry):
-            asked = [asyncio.create_task(register(registry, engine, "page", "a")) for _ in range(2)]
+            asked = [asyncio.create_task(register(registry, indexes, "page", "a")) for _ in range(2)]
             await eventually(lambda: registry._gathering is not None or registry._writing.locked())
             await asyncio.sleep(0)
             assert not any(task.done() for task in asked)
@@ -224,11 +299,11 @@ async def test_a_registration_that_is_repeated_waits_for_the_first(tmp_path: Pat
 
 async def test_a_caller_that_is_cancelled_breaks_no_writing_off(tmp_path: Path) -> None:
     """Neither its own nor another's."""
-    async with keeping(tmp_path / "r") as (registry, engine):
+    async with keeping(tmp_path / "r") as (registry, indexes):
         with held_up(registry):
-            first, second = (asyncio.create_task(register(registry, engine, key)) for key in "ab")
+            first, second = (asyncio.create_task(register(registry, indexes, key)) for key in "ab")
             third = asyncio.create_task(registry.announce(model("1.0.0")))
-            await eventually(lambda: len(engine.index) == 2)
+            await eventually(lambda: len(indexes) == 2)
             for task in (first, third):
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -240,52 +315,94 @@ async def test_a_caller_that_is_cancelled_breaks_no_writing_off(tmp_path: Path) 
 
 async def test_a_registration_that_cannot_be_written_is_taken_back(tmp_path: Path) -> None:
     """What was registered before stands, in memory as in the file; with room again it can be repeated."""
-    async with keeping(tmp_path / "r") as (registry, engine):
-        await register(registry, engine, "page", "model")
+    async with keeping(tmp_path / "r") as (registry, indexes):
+        await register(registry, indexes, "page", "model")
         async with full(registry):
             for key in ("page", "other"):
                 with pytest.raises(RegistryFailure, match="cannot be written: database or disk is full") as caught:
-                    await register(registry, engine, key, *LARGE)
+                    await register(registry, indexes, key, *LARGE)
                 assert caught.value.full
-            assert entries_of(engine) == {"page": ("model",)}
-        await register(registry, engine, "other", *LARGE)
+            assert entries_of(indexes) == {"page": ("model",)}
+        await register(registry, indexes, "other", *LARGE)
     assert await known(tmp_path / "r") == {"page": ("model",), "other": LARGE}
+
+
+async def test_what_is_taken_back_is_as_it_was(tmp_path: Path) -> None:
+    """With its tags, its deadline, its birth and its mark, in its namespace; what ended meanwhile stays gone."""
+    clock = Clock(0.0)
+    async with keeping(tmp_path / "r", Indexes(clock=clock)) as (registry, indexes):
+        index = indexes.of("tenant")
+        index.add("page", ["model"], tags=["t"], ttl=10.0)
+        index.add("short", ttl=1.0)
+        index.add("replaced", ttl=1.0)
+        await registry.save()
+        index.mark_stale("page")
+        before = index.entry("page")
+        indexes.begin()
+        async with full(registry):
+            index.add("page", LARGE)
+            index.add("replaced", LARGE)
+            index.add("other", LARGE, ttl=1.0)
+            clock.now = 1.0
+            with pytest.raises(RegistryFailure):
+                await registry.save()
+            assert dict(index.items()) == {"page": before}
+        assert not indexes.of("default")
+        await registry.save()
+        found = await in_thread(registry, lambda db: db.execute("SELECT namespace, key, ttl FROM entries").fetchall())
+    assert found == [("tenant", "page", 10.0)]
+
+
+async def test_what_is_taken_back_and_over_by_then_is_gone(tmp_path: Path) -> None:
+    """From the file too, though its end is noted in the midst of being taken back."""
+    clock = Clock(0.0)
+    async with keeping(tmp_path / "r", Indexes(clock=clock)) as (registry, indexes):
+        await register(registry, indexes, "page", ttl=1.0)
+        clock.now = 0.5
+        async with full(registry):
+            indexes.of("default").add("page", LARGE)
+            clock.now = 1.0
+            with pytest.raises(RegistryFailure):
+                await registry.save()
+        assert len(indexes) == 0
+        await registry.try_save()
+        assert await in_thread(registry, lambda db: db.execute("SELECT key FROM entries").fetchall()) == []
 
 
 async def test_registrations_that_wait_behind_one_that_fails_fail_too(tmp_path: Path) -> None:
     """They may stand on it: all that was not written is taken back, and whoever waits is told."""
-    async with keeping(tmp_path / "r") as (registry, engine):
-        await register(registry, engine, "page", "model")
+    async with keeping(tmp_path / "r") as (registry, indexes):
+        await register(registry, indexes, "page", "model")
         async with full(registry):
             with held_up(registry):
-                first = asyncio.create_task(register(registry, engine, "page", *LARGE))
+                first = asyncio.create_task(register(registry, indexes, "page", *LARGE))
                 await eventually(registry._writing.locked)
-                second = asyncio.create_task(register(registry, engine, "page", "b"))
-                third = asyncio.create_task(register(registry, engine, "other", "b"))
-                await eventually(lambda: len(engine.index) == 2)
+                second = asyncio.create_task(register(registry, indexes, "page", "b"))
+                third = asyncio.create_task(register(registry, indexes, "other", "b"))
+                await eventually(lambda: len(indexes) == 2)
             told = await asyncio.gather(first, second, third, return_exceptions=True)
         assert [type(error) for error in told] == [RegistryFailure] * 3
         assert [getattr(error, "full", None) for error in told] == [True, True, True]
-        assert entries_of(engine) == {"page": ("model",)}
+        assert entries_of(indexes) == {"page": ("model",)}
     assert await known(tmp_path / "r") == {"page": ("model",)}
 
 
 async def test_a_removal_is_not_taken_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The bust goes on, a line of the log says so, and the next commit notes it."""
-    async with keeping(tmp_path / "r") as (registry, engine):
+    async with keeping(tmp_path / "r") as (registry, indexes):
         for key in ("page", "new"):
-            await register(registry, engine, key, "model")
+            await register(registry, indexes, key, "model")
         async with full(registry):
             with held_up(registry):
-                first = asyncio.create_task(register(registry, engine, "other", *LARGE))
+                first = asyncio.create_task(register(registry, indexes, "other", *LARGE))
                 await eventually(registry._writing.locked)
-                assert (await engine.bust("page", "direct")).count == 1
+                assert indexes.of("default").remove("page")
                 busted = asyncio.create_task(registry.try_save())
                 await asyncio.sleep(0)
             with pytest.raises(RegistryFailure):
                 await first
             await busted
-        assert entries_of(engine) == {"new": ("model",)}
+        assert entries_of(indexes) == {"new": ("model",)}
         await registry.save()
         found = await in_thread(registry, lambda db: db.execute("SELECT key FROM entries").fetchall())
     assert found == [("new",)]
@@ -295,13 +412,13 @@ async def test_a_removal_is_not_taken_back(tmp_path: Path, caplog: pytest.LogCap
 
 async def test_a_bust_does_not_wait_for_a_registry_that_hangs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """And not at all if it removed no entry."""
-    async with keeping(tmp_path / "r", patience=0.05) as (registry, engine):
-        await register(registry, engine, "page")
+    async with keeping(tmp_path / "r", patience=0.05) as (registry, indexes):
+        await register(registry, indexes, "page")
         with held_up(registry):
-            engine.register("other")
+            indexes.of("default").add("other")
             await registry.try_save()
             assert not caplog.records
-            await engine.bust("page", "direct")
+            bust(indexes, "page")
             await registry.try_save()
         await registry.save()
     (told,) = warnings_in(caplog)
@@ -327,7 +444,7 @@ async def test_what_is_not_ours_is_left_as_it_is(tmp_path: Path, make: Callable[
     make(path)
     before = path.lstat()
     with pytest.raises(ConfigurationError, match=reason) as caught:
-        await Registry(path).open(memory())
+        await Registry(path).open(Indexes(), anything)
     assert caught.value.setting == "registry"
     assert str(path) in str(caught.value)
     assert (path.lstat().st_ino, path.lstat().st_size) == (before.st_ino, before.st_size)
@@ -338,7 +455,7 @@ async def test_a_file_is_one_daemons_alone(tmp_path: Path) -> None:
     """Also between the two files that a daemon may have."""
     async with keeping(tmp_path / "r"):
         with pytest.raises(ConfigurationError, match="in use by another process") as caught:
-            await Registry(tmp_path / "r").open(memory())
+            await Registry(tmp_path / "r").open(Indexes(), anything)
         assert caught.value.setting == "registry"
     with pytest.raises(ConfigurationError, match="is a database of something else"):
         await Idempotency(tmp_path / "r").open()
@@ -347,7 +464,7 @@ async def test_a_file_is_one_daemons_alone(tmp_path: Path) -> None:
 async def test_a_disk_that_is_full_at_the_start_is_the_operators_to_mend(tmp_path: Path) -> None:
     """A daemon that does not know its entries would leave old values behind."""
     with files_limited(0), pytest.raises(ConfigurationError, match="make room") as caught:
-        await Registry(tmp_path / "r").open(memory())
+        await Registry(tmp_path / "r").open(Indexes(), anything)
     assert caught.value.setting == "registry"
     assert not threads()
 
@@ -373,16 +490,21 @@ def spoiling(statement: str, *values: object) -> Callable[[Path], None]:
     return spoil
 
 
-ENTRY = "INSERT INTO entries VALUES (?, ?)"
+ENTRY = "INSERT INTO entries VALUES (?, ?, ?, ?, ?)"
 DEPENDENCY = "INSERT INTO dependencies VALUES (?, ?, ?)"
 SWAP = "INSERT INTO swaps VALUES (1, ?, ?, ?, ?, ?, ?)"
 DEEP = "[" * 100_000 + "]" * 100_000
 BY_HAND = {
-    "deep json": spoiling(ENTRY, "a", DEEP),
-    "a blob as key": spoiling(ENTRY, b"a", "[]"),
-    "a text as list": spoiling(ENTRY, "a", '"abc"'),
-    "a number in a list": spoiling(ENTRY, "a", "[1]"),
-    "no UTF-8": spoiling("INSERT INTO entries VALUES (CAST(x'ff' AS TEXT), '[]')"),
+    "deep json": spoiling(ENTRY, "default", "a", DEEP, "[]", None),
+    "a blob as namespace": spoiling(ENTRY, b"default", "a", "[]", "[]", None),
+    "a namespace that is none": spoiling(ENTRY, "two words", "a", "[]", "[]", None),
+    "a blob as key": spoiling(ENTRY, "default", b"a", "[]", "[]", None),
+    "a text as list": spoiling(ENTRY, "default", "a", '"abc"', "[]", None),
+    "a number in a list": spoiling(ENTRY, "default", "a", "[1]", "[]", None),
+    "a number as tag": spoiling(ENTRY, "default", "a", "[]", "[1]", None),
+    "a text as lifetime": spoiling(ENTRY, "default", "a", "[]", "[]", "long"),
+    "no lifetime at all": spoiling(ENTRY, "default", "a", "[]", "[]", 0),
+    "no UTF-8": spoiling("INSERT INTO entries VALUES ('default', CAST(x'ff' AS TEXT), '[]', '[]', NULL)"),
     "a name that is none": spoiling(DEPENDENCY, "two words", "1.0.0", "[]"),
     "a blob as name": spoiling(DEPENDENCY, b"model", "1.0.0", "[]"),
     "a current that is no version": spoiling(DEPENDENCY, "model", "one", "[]"),
@@ -405,8 +527,8 @@ async def test_a_damaged_file_is_set_aside(
 ) -> None:
     """Whole, and a new one is begun; one line of the log says so."""
     path = tmp_path / "r"
-    async with keeping(path) as (registry, engine):
-        await register(registry, engine, "page", "model")
+    async with keeping(path) as (registry, indexes):
+        await register(registry, indexes, "page", "model")
     spoil(path)
     assert await known(path) == {}
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -435,17 +557,17 @@ async def test_a_file_damaged_in_the_midst_of_the_work_is_written_anew(
 ) -> None:
     """With all that this daemon knows, and what it was just about to write."""
     path = tmp_path / "r"
-    async with keeping(path) as (registry, engine):
+    async with keeping(path) as (registry, indexes):
         await registry.announce(model("1.0.0"))
         swap = await registry.prepare(b"name", b"request", (Change("model", "1.0.0", "1.1.0"),))
         for number in range(300):
-            engine.register(f"page{number}", ["model"])
+            indexes.of("default").add(f"page{number}", ["model"])
         await registry.save()
         await in_thread(registry, damage(path))
-        await register(registry, engine, "page7", "templates")
-        entries = entries_of(engine)
-    async with keeping(path) as (registry, engine):
-        assert entries_of(engine) == entries
+        await register(registry, indexes, "page7", "templates")
+        entries = entries_of(indexes)
+    async with keeping(path) as (registry, indexes):
+        assert entries_of(indexes) == entries
         assert registry.dependencies["model"].current == "1.0.0"
         assert registry.unfinished() == (swap,)
     assert sorted(os.listdir(tmp_path))[:2] == ["r", "r.corrupt-1"]
@@ -455,30 +577,30 @@ async def test_a_file_damaged_in_the_midst_of_the_work_is_written_anew(
 async def test_a_file_that_could_not_be_written_anew_is_not_taken_as_whole(tmp_path: Path) -> None:
     """The next writing tries again to write everything."""
     path = tmp_path / "r"
-    async with keeping(path) as (registry, engine):
+    async with keeping(path) as (registry, indexes):
         for number in range(300):
-            engine.register(f"page{number}", ["model"])
+            indexes.of("default").add(f"page{number}", ["model"])
         await registry.save()
         await in_thread(registry, damage(path))
         with files_limited(0), pytest.raises(RegistryFailure):
-            await register(registry, engine, "other")
-        await register(registry, engine, "another")
+            await register(registry, indexes, "other")
+        await register(registry, indexes, "another")
     assert len(await known(path)) == 301
 
 
 async def test_closing_writes_what_is_not_written_yet(tmp_path: Path) -> None:
     """Though nobody waits for it."""
-    async with keeping(tmp_path / "r") as (_, engine):
-        engine.register("page", ["model"])
+    async with keeping(tmp_path / "r") as (_, indexes):
+        indexes.of("default").add("page", ["model"])
     assert await known(tmp_path / "r") == {"page": ("model",)}
 
 
 async def test_a_registry_that_hangs_does_not_hold_up_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It is left behind, and ends when it can."""
-    registry, engine = Registry(tmp_path / "r", patience=0.02), memory()
-    await registry.open(engine)
+    registry, indexes = Registry(tmp_path / "r", patience=0.02), Indexes()
+    await registry.open(indexes, anything)
     with held_up(registry):
-        engine.register("page")
+        indexes.of("default").add("page")
         await registry.close()
     await eventually(lambda: not threads())
     assert "not closed properly" in warnings_in(caplog)[-1]
@@ -487,9 +609,9 @@ async def test_a_registry_that_hangs_does_not_hold_up_the_end(tmp_path: Path, ca
 async def test_an_opening_that_is_cancelled_leaves_nothing_open(tmp_path: Path) -> None:
     """The thread closes what it was about to open, and ends."""
     path = tmp_path / "r"
-    async with keeping(path) as (registry, engine):
-        await register(registry, engine, "page")
-        opening = asyncio.create_task(Registry(path).open(memory()))  # waits for the file, which is in use
+    async with keeping(path) as (registry, indexes):
+        await register(registry, indexes, "page")
+        opening = asyncio.create_task(Registry(path).open(Indexes(), anything))  # waits for the file, which is in use
         await eventually(lambda: len(threads()) == 2)
         opening.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -512,9 +634,84 @@ async def test_an_error_of_sqlite_while_reading_is_no_damage(tmp_path: Path) -> 
         pass
     spoiling("DROP TABLE entries")(tmp_path / "r")
     with pytest.raises(ConfigurationError, match="no such table"):
-        await Registry(tmp_path / "r").open(memory())
+        await Registry(tmp_path / "r").open(Indexes(), anything)
     assert sorted(os.listdir(tmp_path)) == ["r"]
     assert not threads()
+
+
+# A file of the first version
+
+
+FIRST = Kind(
+    setting="registry",
+    application=0x70625267,
+    version=1,
+    schema=(
+        "CREATE TABLE entries (key TEXT PRIMARY KEY, depends_on TEXT NOT NULL) WITHOUT ROWID",
+        """CREATE TABLE dependencies (
+            name TEXT PRIMARY KEY, current TEXT NOT NULL, versions TEXT NOT NULL
+        ) WITHOUT ROWID""",
+        """CREATE TABLE swaps (
+            id INTEGER PRIMARY KEY, name BLOB UNIQUE, request BLOB NOT NULL, phase TEXT NOT NULL,
+            changes TEXT NOT NULL, busted INTEGER NOT NULL, at REAL NOT NULL
+        )""",
+        """INSERT INTO entries VALUES ('page', '["model", "templates"]'), ('other', '[]')""",
+        """INSERT INTO dependencies VALUES ('model', '1.0.0', '["1.0.0", "1.1.0"]')""",
+        """INSERT INTO swaps VALUES (7, x'00', x'01', 'prepared', '[["model", "1.0.0", "1.1.0"]]', 3, 5.0)""",
+    ),
+    loss="",
+)
+
+
+def first_version(path: Path, kind: Kind = FIRST) -> None:
+    """Make a file as a daemon made it that knew neither namespaces nor tags nor lifetimes."""
+    database = Database(kind, path, lambda _: None)
+    database.open()
+    database.close()
+
+
+async def test_a_file_of_the_first_version_is_upgraded(tmp_path: Path) -> None:
+    """All that it held is there, in the default namespace and for good; and it can be written."""
+    path = tmp_path / "r"
+    first_version(path)
+    async with keeping(path) as (registry, indexes):
+        assert [namespace for namespace, _ in indexes] == ["default"]
+        assert dict(indexes.of("default").items()) == {
+            "page": Entry(depends_on=("model", "templates")),
+            "other": Entry(),
+        }
+        assert registry.dependencies["model"].versions == ("1.0.0", "1.1.0")
+        assert [(swap.id, swap.name, swap.busted) for swap in registry.unfinished()] == [(7, b"\0", 3)]
+        indexes.of("tenant").add("page", tags=["t"], ttl=5.0)
+        await registry.save()
+    async with keeping(path) as (_, indexes):
+        assert len(indexes) == 3
+        assert indexes.of("tenant").tags("page") == ("t",)
+    assert os.listdir(tmp_path) == ["r"]
+
+
+async def test_an_upgrade_without_room_leaves_the_first_version(tmp_path: Path) -> None:
+    """It is the operator's to mend; with room again nothing is lost."""
+    path = tmp_path / "r"
+    first_version(path)
+    spoiling("INSERT INTO entries VALUES ('large', ?)", json.dumps(["x" * 1_000_000]))(path)
+    with files_limited(0, 500_000), pytest.raises(ConfigurationError, match="make room"):
+        await Registry(path).open(Indexes(), anything)
+    assert not threads()
+    with sqlite3.connect(path) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+        assert db.execute("SELECT count(*) FROM entries").fetchone() == (3,)
+    db.close()
+    assert sorted(await known(path)) == ["large", "other", "page"]
+    assert os.listdir(tmp_path) == ["r"]
+
+
+async def test_a_row_of_the_first_version_that_cannot_be_read_is_damage(tmp_path: Path) -> None:
+    """The file is set aside, as one of this version would be."""
+    path = tmp_path / "r"
+    first_version(path, replace(FIRST, schema=(*FIRST.schema, "INSERT INTO entries VALUES (x'00', '[]')")))
+    assert await known(path) == {}
+    assert sorted(os.listdir(tmp_path)) == ["r", "r.corrupt-1"]
 
 
 # Dependencies
@@ -543,6 +740,20 @@ async def test_an_announcement_that_cannot_be_written_changes_nothing(tmp_path: 
             assert registry.dependencies == {}
         await registry.announce(model(*many))
         assert len(registry.dependencies["model"].versions) == 80
+
+
+async def test_a_dependency_is_not_forgotten_while_entries_depend_on_it(tmp_path: Path) -> None:
+    """In whichever namespace."""
+    async with keeping(tmp_path / "r") as (registry, indexes):
+        await registry.announce(model("1.0.0"))
+        for namespace in ("default", "tenant"):
+            indexes.of(namespace).add("page", ["model"])
+        with pytest.raises(InUse, match="2 registered entries depend on it"):
+            await registry.forget("model")
+        for namespace in ("default", "tenant"):
+            indexes.of(namespace).remove("page")
+        await registry.forget("model")
+        assert registry.dependencies == {}
 
 
 async def test_announcements_at_once_lose_no_version(tmp_path: Path) -> None:
@@ -701,7 +912,8 @@ async def test_a_registration_that_cannot_be_written_is_a_507(tmp_path: Path) ->
 
 async def test_a_registry_without_room_is_a_507(tmp_path: Path) -> None:
     """Nothing is promised."""
-    engine, registry = memory(), Registry(tmp_path / "r")
+    indexes, registry = Indexes(), Registry(tmp_path / "r")
+    engine = engine_over(MemoryBackend(indexes), indexes)
     app = create_app(engine, DaemonSettings(), swaps=Swaps(engine, registry))
     async with TestClient(TestServer(app)) as client:
         async with full(registry):
@@ -764,25 +976,44 @@ async def test_a_daemon_that_ends_in_order_still_knows(start_daemon: StartDaemon
 # Any order of things
 
 actions = st.tuples(
-    st.sampled_from(["register", "register", "bust", "wait", "cancel", "fill", "make room"]),
+    st.sampled_from(["register", "register", "lend", "lend", "bust", "wait", "cancel", "fill", "make room"]),
     st.sampled_from("abc"),
     st.sampled_from([(), ("m",), ("n",), LARGE]),
 )
+Action = tuple[str, str, tuple[str, ...]]
 
 
-async def play(runs: list[list[tuple[str, str, tuple[str, ...]]]], path: Path) -> None:
-    """Register, bust, fill the disk and cancel in any order; in the end the file says what the memory says."""
+class Ticking:
+    """A clock that goes on by a second whenever it is looked at, until it is stopped."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.step = 1.0
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+async def play(runs: list[tuple[float, list[Action]]], path: Path) -> None:
+    """Register, bust, fill the disk and cancel in any order; in the end the file says what the memory says.
+
+    Lifetimes end in the midst of anything: they are counted in looks at the clock.
+    """
     expected: dict[str, tuple[str, ...]] = {}
-    for run in runs:
-        async with keeping(path, patience=PATIENCE) as (registry, engine):
-            assert entries_of(engine) == expected
+    for ttl, run in runs:
+        clock = Ticking()
+        async with keeping(path, Indexes(clock=clock), patience=PATIENCE) as (registry, indexes):
+            assert {key: entry.depends_on for key, entry in indexes.of("default")._entries.items()} == expected
             asked: list[asyncio.Task[None]] = []
             for what, key, depends_on in run:
                 match what:
                     case "register":
-                        asked.append(asyncio.create_task(register(registry, engine, key, *depends_on)))
+                        asked.append(asyncio.create_task(register(registry, indexes, key, *depends_on)))
+                    case "lend":
+                        asked.append(asyncio.create_task(register(registry, indexes, key, *depends_on, ttl=ttl)))
                     case "bust":
-                        await engine.bust(key, "direct")
+                        bust(indexes, key)
                         asked.append(asyncio.create_task(registry.try_save()))
                     case "wait":
                         await asyncio.sleep(0)
@@ -795,16 +1026,18 @@ async def play(runs: list[list[tuple[str, str, tuple[str, ...]]]], path: Path) -
             assert {type(error) for error in told if error is not None} <= {RegistryFailure, asyncio.CancelledError}
             await in_thread(registry, partial(limit, 1_000_000))
             await registry._errands.end(PATIENCE)
+            clock.step = 0.0
+            indexes.expire()
             await registry.save()
-            expected = entries_of(engine)
+            expected = entries_of(indexes)
             rows = await in_thread(registry, lambda db: db.execute("SELECT key, depends_on FROM entries").fetchall())
             assert {key: tuple(json.loads(names)) for key, names in rows} == expected
 
 
-@given(st.lists(st.lists(actions, max_size=12), min_size=1, max_size=2))
-@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.floats(1.0, 40.0), st.lists(actions, max_size=12)), min_size=1, max_size=2))
+@settings(max_examples=60, deadline=None)
 def test_in_any_order_of_things_the_file_says_what_the_memory_says(
-    tmp_path_factory: pytest.TempPathFactory, runs: list[list[tuple[str, str, tuple[str, ...]]]]
+    tmp_path_factory: pytest.TempPathFactory, runs: list[tuple[float, list[Action]]]
 ) -> None:
-    """Whatever failed, was taken back, or was cancelled on the way."""
+    """Whatever failed, was taken back, was cancelled, or came to its end on the way."""
     asyncio.run(play(runs, tmp_path_factory.mktemp("r") / "r"))

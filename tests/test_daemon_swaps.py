@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from pybustcall.daemon import (
     BackendFailure,
     DaemonSettings,
-    Engine,
-    Index,
+    Indexes,
     KeyReused,
     MemoryBackend,
     RefusedKey,
@@ -42,6 +41,7 @@ from pybustcall.models import (
     ResolveReply,
 )
 from tests.conftest import PATIENCE, eventually
+from tests.plain_cache import busted, engine_over, index_of
 from tests.test_daemon_app import BUST, ENTRIES, Gate, history_of
 from tests.test_daemon_idempotency import KEY, REPLAYED, files_limited, warnings_in
 
@@ -87,7 +87,7 @@ class House:
 
     def __init__(self, path: Path | None = None, cache: Cache | None = None, **more: Any) -> None:
         self.cache = cache or Cache()
-        self.engine = Engine(self.cache, Index())
+        self.engine = engine_over(self.cache)
         self.registry = Registry(path)
         self.steps: list[str] = []
         self.acts: dict[str, Callable[[], None]] = {}
@@ -238,7 +238,7 @@ async def test_a_cache_that_fails_first_rolls_the_swap_back() -> None:
         with pytest.raises(SwapFailed) as caught:
             await it.swap(b"k", model="1.1.0", templates="1.2.3")
         assert str(caught.value) == (
-            "the cache failed (0 removed, 3 not removed: the disk is gone): the swap was rolled back, and no version"
+            "the cache failed (0 removed, 4 not removed: the disk is gone): the swap was rolled back, and no version"
             " has changed; 0 entries are owed a bust"
         )
         assert facts(it) == BEFORE
@@ -350,7 +350,7 @@ async def test_an_announcement_during_a_swap_leaves_its_versions() -> None:
 async def test_a_dependency_of_which_nothing_is_made_can_be_forgotten(tmp_path: Path) -> None:
     """For good; once it is, or if it never was, nothing happens. It can be announced anew."""
     async with house(tmp_path / "r") as it:
-        it.engine.index.remove("frame")
+        index_of(it.engine).remove("frame")
         for name in ("templates", "templates", "nothing"):
             await it.swaps.forget(name)
         assert set(it.registry.dependencies) == {"model"}
@@ -509,7 +509,7 @@ async def test_repeats_at_once_are_done_once(tmp_path: Path) -> None:
 
 async def gated(gate: Gate, path: Path | None = None, **more: Any) -> Swaps:
     """Open swaps over a cache whose removals wait to be let through."""
-    engine = Engine(gate, Index())
+    engine = engine_over(gate)
     engine.register("page", ["model"])
     swaps = Swaps(engine, Registry(path), **more)
     await swaps.open()
@@ -543,7 +543,7 @@ async def test_busts_and_registrations_go_on_during_a_swap(tmp_path: Path) -> No
     swaps._engine.register("other", ["model"])
     await swaps.registry.save()
     await swaps.registry.announce(AnnounceRequest(name="model", versions=("1.0.5",)))
-    busting = asyncio.create_task(swaps._engine.bust("other", "direct"))
+    busting = asyncio.create_task(busted(swaps._engine, "other", "direct"))
     await asyncio.sleep(0)
     assert not swapping.done()
     gate.open.set()
@@ -614,7 +614,7 @@ async def test_an_opening_that_is_cancelled_leaves_nothing_open(tmp_path: Path) 
         with pytest.raises(SwapFailed):
             await it.swap(model="1.1.0")
     gate = Gate()
-    opening = asyncio.create_task(Swaps(Engine(gate, Index()), Registry(tmp_path / "r")).open())
+    opening = asyncio.create_task(Swaps(engine_over(gate), Registry(tmp_path / "r")).open())
     await asyncio.to_thread(gate.entered.wait, PATIENCE)
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -832,8 +832,8 @@ async def test_the_keys_of_a_token_are_its_own(tmp_path: Path) -> None:
 
 async def test_a_memory_backend_forgets_what_a_swap_busted(tmp_path: Path) -> None:
     """Also over a restart."""
-    index = Index()
-    swaps = Swaps(Engine(MemoryBackend(index), index), Registry(tmp_path / "r"))
+    indexes = Indexes()
+    swaps = Swaps(engine_over(MemoryBackend(indexes), indexes), Registry(tmp_path / "r"))
     await swaps.open()
     await swaps.registry.announce(AnnounceRequest(name="model", versions=("1.0.0",)))
     swaps._engine.register("page", ["model"])
@@ -841,20 +841,20 @@ async def test_a_memory_backend_forgets_what_a_swap_busted(tmp_path: Path) -> No
     assert (await swaps.swap(asking(model="1.1.0"))).reply.busted == 1
     await swaps.close()
     async with house(tmp_path / "r") as it:
-        assert len(it.engine.index) == 0
+        assert len(it.engine.indexes) == 0
 
 
 async def test_a_bust_over_http_notes_what_it_removed(tmp_path: Path) -> None:
     """Before it is answered."""
-    index = Index()
-    engine = Engine(MemoryBackend(index), index)
+    indexes = Indexes()
+    engine = engine_over(MemoryBackend(indexes), indexes)
     app = create_app(engine, DaemonSettings(registry=tmp_path / "r"))
     async with TestClient(TestServer(app)) as client:
         await post(client, ENTRIES, {"key": "page", "depends_on": ["model"]})
         assert (await post(client, BUST, {"target": "model"}))[0] == 200
-    registry, engine = Registry(tmp_path / "r"), Engine(Cache(), Index())
-    await registry.open(engine)
-    assert len(engine.index) == 0
+    registry, engine = Registry(tmp_path / "r"), engine_over(Cache())
+    await registry.open(engine.indexes, engine.check_key)
+    assert len(engine.indexes) == 0
     await registry.close()
 
 

@@ -14,13 +14,13 @@ import anyio
 import pytest
 
 from pybustcall.delivery import RESERVE, Delivered, Deliverer, DeliveryMode, Job, Replay
-from pybustcall.errors import ClientClosed, OutboxError
+from pybustcall.errors import BustFailed, ClientClosed, IncompatibleDaemon, OutboxError
 from pybustcall.faults import FaultKind
 from pybustcall.fleet import Fleet
-from pybustcall.models import BustReply, BustRequest, bust_request, cache_key_of
+from pybustcall.models import BustReply, BustRequest, LayerReply, bust_request, cache_key_of
 from pybustcall.outbox import ANY, Outbox, OutboxRow, OutboxStore, RowState, StoredBust
 from pybustcall.policies import Probes, Retry
-from pybustcall.results import failure
+from pybustcall.results import LayerResult, failure
 from pybustcall.telemetry import BustDeferred, Event
 from tests.conftest import virtual_time
 from tests.scripted import NEVER, Scripted, daemon, fleet_of
@@ -49,6 +49,7 @@ class Bench:
     daemons: tuple[Scripted, ...]
     events: list[Event] = field(default_factory=list)
     keys: list[tuple[str, str]] = field(default_factory=list)
+    requests: list[tuple[BustRequest, bool]] = field(default_factory=list)
     woken: int = 0
     adopted: list[asyncio.Task[object]] = field(default_factory=list)
 
@@ -56,9 +57,10 @@ class Bench:
         """Deliver one bust."""
         begun = asyncio.get_running_loop().time()
         mode: DeliveryMode = how.pop("mode", "first")
+        asked = {name: how.pop(name) for name in ASKED if name in how}
         return await self.deliverer.bust(
             Job(
-                request=bust_request(target, "direct", tolerance),
+                request=bust_request(target, "direct", tolerance, **asked),
                 key=how.pop("key", f"key-of-{target}"),
                 begun=begun,
                 deadline=begun + timeout,
@@ -83,12 +85,23 @@ async def bench(*daemons: Scripted, outbox: Path | None = None, rows: int = 100)
         store = OutboxStore(Outbox(path=outbox, rows=rows), executor=Inline())
 
     async def send(
-        one: Scripted, request: BustRequest, /, *, key: str, until: float, deadline: float, started: Callable[[], None]
+        one: Scripted,
+        request: BustRequest,
+        /,
+        *,
+        key: str,
+        until: float,
+        deadline: float,
+        started: Callable[[], None],
+        wider: bool,
     ) -> BustReply:
         made.keys.append((one.url, key))
+        made.requests.append((request, wider))
         assert until <= deadline
-        await one.answer(until, started)
-        return BustReply(status="success", cache_key=cache_key_of(request.target), removed=1)
+        answer = await one.answer(until, started)
+        echo = {name: getattr(request, name) for name in ("kind", "namespace", "soft", "dry_run")}
+        said: dict[str, Any] = {"status": "success", "cache_key": cache_key_of(request.target), "removed": 1, **echo}
+        return BustReply(**{**said, **ANSWERS[answer]})
 
     def wake() -> None:
         made.woken += 1
@@ -124,6 +137,23 @@ def path(tmp_path: Path) -> Path:
     """Where the outbox lies."""
     return tmp_path / "outbox.db"
 
+
+ASKED = ("kind", "soft", "namespace", "confirm", "dry_run", "verify", "settle", "reason")
+
+WELL = LayerReply(name="redis", ok=True, removed=1)
+ILL = LayerReply(name="cdn", ok=False, error="it is down")
+ANSWERS: dict[str, dict[str, Any]] = {
+    "ok": {},
+    "late": {},
+    "layers": {"layers": (WELL,)},
+    "verified": {"verified": True},
+    "matched": {"removed": 0, "matched": 7},
+    "everything": {"kind": "all", "soft": None},
+    "accepted": {"status": "accepted", "job": "j1", "layers": (WELL,)},
+    "accepted-bare": {"status": "accepted", "job": "j1"},
+    "partial": {"status": "accepted", "job": "j2", "layers": (WELL, ILL)},
+}
+"""What a scripted daemon says in its answer beside the echo."""
 
 OK = (0.01, "ok")
 REFUSED = (0.0, FaultKind.UNREACHABLE)
@@ -604,12 +634,14 @@ async def test_a_refused_row_is_known_as_such(path: Path) -> None:
         assert [url for url, _ in made.keys] == ["hub"]
 
 
-@pytest.mark.parametrize("odd", [{"kind": "tag"}, {"namespace": "n"}, {"soft": True}, {"target": ""}])
+@pytest.mark.parametrize(
+    "odd", [{"kind": "planet"}, {"kind": "all"}, {"namespace": "-"}, {"settle": "soon"}, {"verify": 1}, {"target": ""}]
+)
 @virtual_time
 async def test_a_row_of_another_version_is_refused_and_never_sent_as_something_else(
     odd: dict[str, Any], path: Path
 ) -> None:
-    """A tag is no key: the row is set aside, with the reason, and no daemon is asked."""
+    """What cannot be sent as it is meant: the row is set aside, with the reason, and no daemon is asked."""
     async with bench(daemon("hub", OK), outbox=path) as made:
         assert made.store is not None
         bust = replace(StoredBust(target="a", strategy="direct", fault_tolerance=6, key="k"), **odd)
@@ -618,3 +650,242 @@ async def test_a_row_of_another_version_is_refused_and_never_sent_as_something_e
         assert replay.verdict == "refused"
         assert replay.causes[0].kind is FaultKind.REJECTED
         assert made.keys == []
+
+
+# What is beyond the base: kinds, soft, dry runs, jobs and layers
+
+
+UNSUPPORTED = (0.0, FaultKind.UNSUPPORTED)
+
+
+@virtual_time
+async def test_an_accepted_bust_is_kept_and_names_its_job(path: Path) -> None:
+    """202: a daemon's journal has it. Stage 6 to 8, not ok, applied where it says so, and nothing in the outbox."""
+    async with bench(daemon("hub", (0.01, "accepted")), outbox=path) as made:
+        delivered = await made.bust()
+        result = delivered.result
+        assert (result.status, result.stage, result.ok, result.band) == ("accepted", 8, False, "warning")
+        assert (result.job, result.daemon, result.applied) == ("j1", "hub", "yes")
+        assert result.layers == (LayerResult(daemon="hub", name="redis", ok=True, removed=1),)
+        assert result.note == "hub goes on with it as the job j1"
+        assert await made.rows() == []
+        assert made.fleet.counts["accepted"] == 1
+
+
+@virtual_time
+async def test_an_accepted_bust_without_layers_may_be_applied() -> None:
+    """Nothing was told of where it is."""
+    async with bench(daemon("hub", (0.01, "accepted-bare"))) as made:
+        assert (await made.bust()).result.applied == "maybe"
+
+
+@virtual_time
+async def test_a_layer_that_failed_makes_it_partial_and_is_named() -> None:
+    """The note says which, and why; it may be applied there later."""
+    async with bench(daemon("hub", (0.01, "partial"))) as made:
+        result = (await made.bust()).result
+        assert (result.status, result.stage, result.applied, result.job) == ("partial", 8, "maybe", "j2")
+        assert result.note == "hub goes on with it as the job j2; its layer cdn failed: it is down"
+        assert [layer.ok for layer in result.layers] == [True, False]
+
+
+@pytest.mark.parametrize(("answer", "told"), [("accepted", "as the job j1"), ("partial", "its layer cdn failed")])
+@virtual_time
+async def test_what_is_not_applied_yet_raises_below_its_tolerance_and_says_what_to_do(answer: str, told: str) -> None:
+    """Nobody was unavailable: the daemon has it, and goes on."""
+    async with bench(daemon("hub", (0.01, answer))) as made:
+        delivered = await made.bust(tolerance=3)
+        error = failure("the bust", delivered.ending, (), 0.1, delivered.result)
+        assert type(error) is BustFailed
+        assert "the bust was acknowledged, but is not applied everywhere yet" in str(error)
+        assert told in str(error)
+        assert "client.job" in str(error)
+
+
+@virtual_time
+async def test_of_many_one_accepts_and_the_call_is_accepted() -> None:
+    """Its journal has it: that daemon counts; the result is of the one whose answer was not the end of it."""
+    async with bench(daemon("hub", OK), daemon("b", (0.01, "accepted"))) as made:
+        delivered = await made.bust(mode="all")
+        result = delivered.result
+        assert (result.status, result.applied, result.daemon, result.job) == ("accepted", "yes", "b", "j1")
+        assert [(one.status, one.job) for one in result.deliveries] == [("acknowledged", None), ("accepted", "j1")]
+        assert 6 <= result.stage <= 8
+        assert "applied at hub; accepted by b" in str(failure("it", "answered", (), 0.1, result))
+
+
+@virtual_time
+async def test_of_many_that_all_accept_none_is_said_to_have_applied_it() -> None:
+    """The error's text tells the two apart."""
+    async with bench(daemon("hub", (0.01, "accepted-bare")), daemon("b", (0.01, "accepted-bare"))) as made:
+        result = (await made.bust(mode="all")).result
+        assert (result.status, result.applied) == ("accepted", "maybe")
+        assert "; accepted by hub, b:" in str(failure("it", "answered", (), 0.1, result))
+
+
+@virtual_time
+async def test_a_dry_run_tells_what_would_go() -> None:
+    """A status of its own: nothing was busted, and all is well."""
+    async with bench(daemon("hub", (0.01, "matched"))) as made:
+        result = (await made.bust(dry_run=True)).result
+        assert (result.status, result.ok, result.stage, result.applied) == ("dry_run", True, 12, "no")
+        assert (result.matched, result.removed, result.dry_run) == (7, 0, True)
+
+
+@pytest.mark.parametrize("how", [{}, {"mode": "all"}, {"write_ahead": True}])
+@virtual_time
+async def test_a_dry_run_is_never_stored(how: dict[str, Any], path: Path) -> None:
+    """Its answer would come too late for anybody."""
+    async with bench(daemon("hub", REFUSED), outbox=path) as made:
+        result = (await made.bust(dry_run=True, tolerance=12, **how)).result
+        assert (result.status, result.applied) == ("failed", "no")
+        assert await made.rows() == []
+
+
+@virtual_time
+async def test_a_cancelled_dry_run_is_not_stored(path: Path) -> None:
+    """Nor one that was to be written ahead."""
+    async with bench(daemon("hub", (NEVER, "late")), outbox=path) as made:
+        call = asyncio.create_task(made.bust(dry_run=True, write_ahead=True))
+        await asyncio.sleep(0.5)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert await made.rows() == []
+
+
+@virtual_time
+async def test_counts_of_many_daemons_add_up() -> None:
+    """What was told; verified only if each says so."""
+    async with bench(daemon("hub", (0.01, "matched")), daemon("b", (0.01, "matched"))) as made:
+        assert (await made.bust(dry_run=True, mode="all")).result.matched == 14
+    for second, verified in (("verified", True), ("accepted", False)):
+        async with bench(daemon("hub", (0.01, "verified")), daemon("b", (0.01, second))) as made:
+            assert (await made.bust(verify=True, mode="all")).result.verified is verified
+    async with bench(daemon("hub", OK)) as made:
+        assert (await made.bust()).result.verified is None
+
+
+@virtual_time
+async def test_what_was_sent_wider_is_said() -> None:
+    """In the note, and by the kind; what was asked is the caller's to remember."""
+    async with bench(daemon("hub", (0.01, "everything"))) as made:
+        result = (await made.bust("sale", kind="tag", soft=True, wider=True)).result
+        assert (result.target, result.kind, result.soft, result.status) == ("sale", "all", False, "busted")
+        assert result.note == "wider than asked: hub cannot do a soft bust by tag, and was sent a bust of everything"
+        assert made.requests[0][1]
+
+
+@virtual_time
+async def test_a_failed_bust_tells_what_was_asked() -> None:
+    """Kind, namespace and soft, as they were given."""
+    async with bench(daemon("hub", REFUSED)) as made:
+        result = (await made.bust(kind="prefix", namespace="n", soft=True, tolerance=12)).result
+        assert (result.kind, result.namespace, result.soft, result.job) == ("prefix", "n", True, None)
+
+
+@virtual_time
+async def test_a_daemon_that_cannot_do_it_is_passed_by(path: Path) -> None:
+    """The next one can: busted. The first is asked for the next bust as if nothing had been."""
+    async with bench(daemon("hub", UNSUPPORTED, OK), daemon("peer", OK), outbox=path) as made:
+        result = (await made.bust(kind="tag")).result
+        assert (result.status, result.stage, result.daemon) == ("busted", 9, "peer")
+        assert (await made.bust()).result.daemon == "hub"
+        assert await made.rows() == []
+
+
+@pytest.mark.parametrize("write_ahead", [False, True])
+@virtual_time
+async def test_what_no_daemon_can_do_is_not_stored(write_ahead: bool, path: Path) -> None:
+    """No waiting mends that; the advice says what does."""
+    async with bench(daemon("hub", UNSUPPORTED), daemon("b", UNSUPPORTED), outbox=path) as made:
+        delivered = await made.bust(kind="tag", tolerance=12, write_ahead=write_ahead)
+        assert (delivered.result.status, delivered.result.stage, delivered.result.applied) == ("failed", 3, "no")
+        assert await made.rows() == []
+        error = failure("it", delivered.ending, delivered.result.causes, 0.1, delivered.result)
+        assert type(error) is IncompatibleDaemon
+        assert "allow_wider=True" in str(error)
+
+
+@virtual_time
+async def test_what_a_daemon_that_is_down_may_be_able_to_do_is_stored(path: Path) -> None:
+    """One cannot do it, the other cannot be asked."""
+    async with bench(daemon("hub", UNSUPPORTED), daemon("b", REFUSED), outbox=path) as made:
+        assert (await made.bust(kind="tag")).result.status == "deferred"
+
+
+@pytest.mark.parametrize(("mode", "status", "owed"), [("all", "failed", []), ("quorum", "partial", ["c"])])
+@virtual_time
+async def test_many_of_which_one_cannot_do_it(mode: str, status: str, owed: list[str], path: Path) -> None:
+    """All can never have it, and so nothing is promised; of a quorum the one that is down is owed, the other not."""
+    async with bench(daemon("hub", OK), daemon("b", UNSUPPORTED), daemon("c", REFUSED), outbox=path) as made:
+        result = (await made.bust(kind="tag", mode=mode)).result
+        assert result.status == status
+        assert [row[1] for row in await made.rows()] == owed
+        assert [one.status for one in result.deliveries] == ["acknowledged", "missed", "owed" if owed else "missed"]
+
+
+@virtual_time
+async def test_a_quorum_owes_nothing_to_a_daemon_that_cannot_do_it(path: Path) -> None:
+    """The call is well, and the row would be refused."""
+    async with bench(daemon("hub", OK), daemon("b", OK), daemon("c", UNSUPPORTED), outbox=path) as made:
+        result = (await made.bust(kind="tag", mode="quorum")).result
+        assert (result.status, result.deliveries[2].status) == ("busted", "missed")
+        assert await made.rows() == []
+
+
+@virtual_time
+async def test_a_row_is_sent_again_as_it_was_meant(path: Path) -> None:
+    """With its kind, namespace, soft, verify, settle, reason, and whether wider will do."""
+    asked: dict[str, Any] = {
+        "kind": "prefix",
+        "soft": True,
+        "namespace": "n",
+        "verify": True,
+        "settle": 2.0,
+        "reason": "why",
+    }
+    async with bench(daemon("hub", REFUSED), outbox=path) as made:
+        await made.bust("a/b", wider=True, **asked)
+        made.daemons[0].script[0] = (0.0, "verified")
+        made.requests.clear()
+        _, replay = await replayed(made)
+        assert replay.verdict == "delivered"
+        ((request, wider),) = made.requests
+        assert {name: getattr(request, name) for name in asked} == asked
+        assert wider
+
+
+@virtual_time
+async def test_everything_was_confirmed_when_it_was_stored(path: Path) -> None:
+    """So that it can be sent again."""
+    async with bench(daemon("hub", REFUSED), outbox=path) as made:
+        await made.bust("*", kind="all", confirm=True)
+        made.daemons[0].script[0] = OK
+        _, replay = await replayed(made)
+        assert replay.verdict == "delivered"
+        assert made.requests[-1][0].confirm
+
+
+@virtual_time
+async def test_a_row_that_is_accepted_is_delivered(path: Path) -> None:
+    """The daemon's journal has it: that is as good as our outbox."""
+    async with bench(daemon("hub", REFUSED), outbox=path) as made:
+        await made.bust()
+        made.daemons[0].script[0] = (0.0, "partial")
+        assert (await replayed(made))[1].verdict == "delivered"
+
+
+@virtual_time
+async def test_a_row_that_no_daemon_can_do_is_refused_and_pauses_none(path: Path) -> None:
+    """The other rows go on; while one of them cannot be asked, it waits."""
+    async with bench(daemon("hub", REFUSED), daemon("b", REFUSED), outbox=path) as made:
+        await made.bust(kind="tag")
+        made.daemons[0].script[0] = made.daemons[1].script[0] = UNSUPPORTED
+        assert made.store is not None
+        (row,) = await made.store.lease("test", ("hub", "b"), 10)
+        assert (await made.deliverer.replay(row, frozenset({"b"}))).verdict == "later"
+        replay = await made.deliverer.replay(row)
+        assert (replay.verdict, replay.paused, replay.sent) == ("refused", frozenset(), False)
+        made.daemons[1].script[0] = REFUSED
+        assert (await made.deliverer.replay(row)).verdict == "later"

@@ -16,7 +16,7 @@ import uvloop
 
 from pybustcall import TLS, BustcallClient
 from pybustcall.capabilities import SEMVERX, advertised_digest, advertisement, advertisement_bytes
-from pybustcall.models import BustReply, DependencyReply, HotSwapReply, Problem, cache_key_of
+from pybustcall.models import BustReply, DependencyReply, HotSwapReply, LayerReply, Problem, cache_key_of
 from pybustcall.testing import Answer, FakeDaemon, check_daemon
 from tests.conftest import PATIENCE, eventually
 
@@ -610,3 +610,112 @@ async def test_requirements_that_cannot_be_read_are_asked_of_nobody(requires: ob
     """They are for clients to trip over."""
     async with FakeDaemon(advertises={"requires": requires}) as fake, calling(fake) as caller:
         assert (await caller.bust())[0] == 200
+
+
+# Kinds, namespaces, dry runs and jobs
+
+
+BUSTS = (
+    "cache.register",
+    *(f"cache.bust.{name}" for name in ("all", "dry_run", "jobs", "namespace", "prefix", "soft", "tag", "verify")),
+)
+
+
+@asynccontextmanager
+async def stocked(*plan: Answer) -> AsyncIterator[tuple[FakeDaemon, Caller]]:
+    """Run a fake daemon that holds some entries, with tags and dependencies, in two namespaces."""
+    async with FakeDaemon(plan, capabilities=(*BUSTS, *KEYED)) as fake, calling(fake) as caller:
+        fake.entries.update({"a": (), "a/b": (), "ab": (), "site": ("a/b",)})
+        fake.space().tags.update({"a": ("red",), "ab": ("red", "blue")})
+        fake.space("n").entries.update({"a/b": ()})
+        yield fake, caller
+
+
+@pytest.mark.parametrize(
+    ("asked", "removed", "left"),
+    [
+        ({"target": "a/b", "strategy": "direct"}, 1, ["a", "ab", "site"]),
+        ({"target": "a/b"}, 2, ["a", "ab"]),
+        ({"target": "a", "kind": "prefix"}, 3, ["ab"]),
+        ({"target": "a", "kind": "prefix", "strategy": "direct"}, 2, ["ab", "site"]),
+        ({"target": "red", "kind": "tag"}, 2, ["a/b", "site"]),
+        ({"target": "*", "kind": "all", "confirm": True}, 4, []),
+        ({"target": "*", "kind": "all", "confirm": True, "namespace": "n"}, 1, ["a", "a/b", "ab", "site"]),
+        ({"target": "a", "kind": "prefix", "soft": True}, 3, ["a", "a/b", "ab", "site"]),
+    ],
+)
+async def test_each_kind_reaches_what_it_names(asked: dict[str, Any], removed: int, left: list[str]) -> None:
+    """In its namespace; soft leaves it there."""
+    async with stocked() as (fake, caller):
+        status, body, _ = await caller.bust(**asked)
+        reply = BustReply.model_validate_json(body)
+        assert (status, reply.removed, list(fake.entries)) == (200, removed, left)
+        assert reply.unechoed(fake.requests[0]) == ""
+        assert fake.space().stale == ({"a", "a/b", "site"} if asked.get("soft") else set())
+
+
+async def test_a_dry_run_has_no_effect_and_counts() -> None:
+    """It is told what a real one would reach."""
+    async with stocked() as (fake, caller):
+        _, body, _ = await caller.bust("a", kind="prefix", dry_run=True, verify=True)
+        reply = BustReply.model_validate_json(body)
+        assert (reply.matched, reply.removed, reply.dry_run, reply.verified) == (3, 0, True, None)
+        assert (fake.applied, len(fake.entries)) == ([], 4)
+
+
+async def test_a_daemon_that_does_not_know_a_field_ignores_it() -> None:
+    """As older ones do: the tag is taken for a key, and nothing is repeated."""
+    async with FakeDaemon(capabilities=["cache.register"]) as fake, calling(fake) as caller:
+        fake.entries.update({"red": (), "page": ()})
+        await caller.post("entries", {"key": "page", "tags": ["red"], "namespace": "n"})
+        status, body, _ = await caller.bust("red", kind="tag", soft=True, namespace="n", dry_run=True, verify=True)
+        assert (status, list(fake.entries)) == (200, ["page"])
+        assert BustReply.model_validate_json(body).unechoed(fake.requests[0]) == "kind"
+
+
+async def test_an_accepted_bust_has_its_effect_when_it_is_finished() -> None:
+    """Until then it is a job."""
+    layer = LayerReply(name="cdn", ok=False, error="down")
+    async with stocked(Answer.accepted("j9", layers=[layer]), Answer.accepted()) as (fake, caller):
+        status, body, _ = await caller.bust("a/b", reason="why")
+        reply = BustReply.model_validate_json(body)
+        assert (status, reply.accepted, reply.job, reply.layers) == (202, True, "j9", (layer,))
+        assert (fake.applied, fake.jobs["j9"].state, fake.jobs["j9"].reason) == ([], "waiting", "why")
+        fake.finish("j9")
+        assert (fake.jobs["j9"].state, fake.jobs["j9"].removed) == ("done", 2)
+        assert [bust.target for bust in fake.applied] == ["a/b"]
+        assert BustReply.model_validate_json((await caller.bust("b"))[1]).job == "job-2"
+        fake.finish("job-2", "settling")
+        assert fake.jobs["job-2"].ended is None
+
+
+async def test_an_accepted_bust_is_answered_from_memory_with_the_same_job() -> None:
+    """Under the same key; it is no second job."""
+    async with stocked(Answer.accepted("j1")) as (fake, caller):
+        first = await caller.bust("a", "key")
+        again = await caller.bust("a", "key")
+        assert (first[0], again[0], again[2]) == (202, 202, "true")
+        assert first[1] == again[1]
+        assert list(fake.jobs) == ["j1"]
+
+
+async def test_a_right_answer_may_tell_of_layers() -> None:
+    """As the plan says."""
+    async with stocked(Answer(layers=(LayerReply(name="redis", ok=True),))) as (_, caller):
+        _, body, _ = await caller.bust("a")
+        assert [layer.name for layer in BustReply.model_validate_json(body).layers] == ["redis"]
+
+
+async def test_jobs_are_served_as_the_protocol_says() -> None:
+    """Listed, told, cancelled; what is not there is a problem of its own type."""
+    async with stocked(Answer.accepted("j1"), Answer.accepted("j2")) as (_, caller):
+        await caller.bust("a")
+        await caller.bust("b")
+        listed = json.loads((await caller.get("/api/v1/jobs?limit=1"))[1])
+        assert [job["job"] for job in listed["jobs"]] == ["j2"]
+        listed = json.loads((await caller.get("/api/v1/jobs?before=j2&state=running"))[1])
+        assert [job["job"] for job in listed["jobs"]] == ["j1"]
+        assert json.loads((await caller.get("/api/v1/jobs?before=j7"))[1]) == {"jobs": []}
+        assert json.loads((await caller.get("/api/v1/jobs/j1"))[1])["state"] == "running"
+        status, body = await caller.get("/api/v1/jobs/j7")
+        assert (status, Problem.model_validate_json(body).type) == (404, "urn:bustcall:problem:no-such-job")

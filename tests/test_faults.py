@@ -184,6 +184,7 @@ ROWS = {
     FaultKind.TOKEN_REFUSED: (3, Same.NEVER, True),
     FaultKind.NOT_ALLOWED: (3, Same.NEVER, False),
     FaultKind.INCOMPATIBLE: (3, Same.NEVER, True),
+    FaultKind.UNSUPPORTED: (3, Same.NEVER, True),
     FaultKind.CERTIFICATE: (1, Same.NEVER, False),
 }
 
@@ -209,6 +210,7 @@ def test_what_says_nothing_of_a_daemons_health_is_no_incident() -> None:
         FaultKind.REJECTED,
         FaultKind.NOT_ALLOWED,
         FaultKind.INCOMPATIBLE,
+        FaultKind.UNSUPPORTED,
         FaultKind.BREAKER_OPEN,
     }
 

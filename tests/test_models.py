@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,11 +19,14 @@ from pybustcall.models import (
     BustReply,
     BustRequest,
     CapabilityDocument,
+    JobReply,
+    JobsReply,
     RegisterRequest,
     StatusReply,
     Timestamp,
     bust_request,
     cache_key_of,
+    check_namespace,
     check_strategy,
     check_target,
     explain,
@@ -239,3 +244,124 @@ def test_the_repr_of_a_request_shows_a_redacted_target() -> None:
     """Nothing that is logged by accident tells a whole target."""
     assert "secret" not in repr(bust_request("cdn/secret.css", "direct", 6))
     assert "cdn/…" in repr(bust_request("cdn/secret.css", "direct", 6))
+
+
+# Kinds, soft, namespaces, jobs
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"kind": "prefix"},
+        {"kind": "tag", "soft": True},
+        {"namespace": "eu-1.shop_2"},
+        {"dry_run": True},
+        {"verify": True, "settle": 0.5},
+        {"reason": "price"},
+    ],
+)
+def test_what_is_beyond_the_base_is_on_the_wire_only_where_it_says_something(more: dict[str, Any]) -> None:
+    """So that a daemon of the base is asked exactly what it knows; it is read back as it was meant."""
+    request = bust_request("a", "direct", 6, **more)
+    sent = json.loads(request.wire())
+    assert sent.keys() == {"target", "strategy", "binding", "fault_tolerance"} | more.keys()
+    assert BustRequest.model_validate(sent) == request
+
+
+def test_a_base_request_has_four_fields() -> None:
+    """As the existing daemon knows them."""
+    sent = json.loads(bust_request("a", "direct", 6).wire())
+    assert sent == {"target": "a", "strategy": "direct", "binding": "pybustcall", "fault_tolerance": 6}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"kind": "planet"},
+        {"kind": "all"},
+        {"kind": "all", "confirm": True},
+        {"kind": "all", "target": "*"},
+        {"soft": 1},
+        {"namespace": ""},
+        {"namespace": ".hidden"},
+        {"namespace": "a" * 65},
+        {"settle": -0.1},
+        {"settle": 3601},
+        {"reason": ""},
+        {"reason": "a\nb"},
+        {"reason": "é" * 257},
+    ],
+)
+def test_client_and_daemon_refuse_the_same(more: dict[str, Any]) -> None:
+    """Each before it does anything."""
+    with pytest.raises(ValidationError):
+        BustRequest.model_validate({"target": "a", **more})
+    asked = {"target": "a", "strategy": "direct", "fault_tolerance": 6, **more}
+    with pytest.raises(InvalidRequest, match="nothing was sent"):
+        bust_request(**asked)
+
+
+@pytest.mark.parametrize("namespace", [None, 7, "a/b", "ä", " "])
+def test_a_namespace_is_never_guessed(namespace: object) -> None:
+    """One that was forgotten must not reach everybody's entries."""
+    with pytest.raises(InvalidRequest) as caught:
+        check_namespace(namespace)
+    assert caught.value.field == "namespace"
+
+
+def test_everything_is_confirmed() -> None:
+    """By its target, and by the word."""
+    request = bust_request("*", "direct", 6, kind="all", confirm=True)
+    assert BustRequest.model_validate_json(request.wire()) == request
+
+
+@pytest.mark.parametrize(
+    ("said", "well"),
+    [
+        ({"status": "accepted", "job": "j"}, True),
+        ({"status": "accepted", "job": "j", "success": True}, True),
+        ({"status": "accepted"}, False),
+        ({"status": "accepted", "job": "j", "success": False}, False),
+        ({"status": "success", "job": "j"}, True),
+        ({"status": "done"}, False),
+    ],
+)
+def test_what_is_accepted_names_its_job(said: dict[str, Any], well: bool) -> None:
+    """Otherwise it is no answer."""
+    if well:
+        reply = BustReply.model_validate({"cache_key": KEY, **said})
+        assert reply.accepted is (said["status"] == "accepted")
+    else:
+        with pytest.raises(ValidationError):
+            BustReply.model_validate({"cache_key": KEY, **said})
+
+
+@pytest.mark.parametrize(
+    ("asked", "echo", "field"),
+    [
+        ({}, {}, ""),
+        ({}, {"kind": "key", "soft": False}, ""),
+        ({"kind": "tag"}, {"kind": "tag"}, ""),
+        ({"kind": "tag"}, {}, "kind"),
+        ({"soft": True}, {}, "soft"),
+        ({"namespace": "n"}, {"namespace": "m"}, "namespace"),
+        ({"dry_run": True}, {}, "dry_run"),
+        ({}, {"namespace": "n"}, "namespace"),
+        ({"verify": True, "reason": "r", "settle": 1.0}, {}, ""),
+    ],
+)
+def test_an_answer_repeats_what_was_asked(asked: dict[str, Any], echo: dict[str, Any], field: str) -> None:
+    """Or it is to something else."""
+    reply = BustReply.model_validate({"cache_key": KEY, "status": "success", **echo})
+    assert reply.unechoed(bust_request("a", "direct", 6, **asked)) == field
+
+
+def test_a_job_is_read_with_what_it_may_leave_out() -> None:
+    """Later daemons may say more, and an older one less."""
+    said = {"job": "j", "state": "running", "target": "a", "kind": "key", "strategy": "direct"}
+    job = JobReply.model_validate({**said, "at": "2026-01-02T03:04:05Z", "moon": "full"})
+    assert (job.progress.total, job.layers, job.who, job.ended) == (None, (), "anonymous", None)
+    listed = JobsReply.model_validate_json(json.dumps({"jobs": [json.loads(job.model_dump_json())]}))
+    assert listed.jobs == (job,)
+    with pytest.raises(ValidationError):
+        JobReply.model_validate({**said, "at": "2026-01-02T03:04:05Z", "state": "lost"})

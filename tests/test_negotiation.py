@@ -40,6 +40,7 @@ class Scripted:
         self.asked: list[DaemonCapabilities | None] = []
         self.advertised = 0
         self.posted: list[tuple[str, BaseModel | None]] = []
+        self.methods: list[object] = []
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -69,8 +70,9 @@ class Scripted:
         self.advertised += 1
         return await self.document(until=until, deadline=deadline)
 
-    async def use(self, path: str, request: BaseModel | None, reply: type[_Model], /, **_: object) -> _Model:
+    async def use(self, path: str, request: BaseModel | None, reply: type[_Model], /, **how: object) -> _Model:
         self.posted.append((path, request))
+        self.methods.append(how["method"])
         return reply.model_validate({"spec": "a@*", "resolved": "a@1.0.0", "version": "1.0.0", "state": "stable"})
 
 
@@ -138,9 +140,40 @@ async def test_an_extension_that_is_not_advertised_is_refused_before_anything_is
     """The fault names it; the next daemon is asked."""
     stage = Stage(capabilities())
     fault = await fault_of(stage, "cache.bust.tag")
-    assert (fault.kind, fault.applied) == (FaultKind.INCOMPATIBLE, "no")
+    assert (fault.kind, fault.applied) == (FaultKind.UNSUPPORTED, "no")
     assert fault.message == "it does not advertise cache.bust.tag"
     assert fault.unmet == (fault.message,)
+    assert stage.judged[-1:] in ([], [""])  # it is not left out for other requests
+
+
+async def test_the_fault_says_what_needs_the_lacking_capability() -> None:
+    """In the words of whoever asks."""
+    stage = Stage(capabilities())
+    until = asyncio.get_running_loop().time() + 5
+    with pytest.raises(AttemptFailed) as caught:
+        await stage.negotiator.terms(stage.daemon, ["cache.bust.tag"], until=until, what="a bust by tag")
+    assert caught.value.fault.message == "it does not advertise cache.bust.tag: a bust by tag needs that"
+
+
+async def test_what_is_lacking_may_be_told_instead_of_refused() -> None:
+    """The document is waited for all the same, so that something else can be asked."""
+    stage = Stage(capabilities("cache.bust.all"))
+    until = asyncio.get_running_loop().time() + 5
+    found = await stage.negotiator.terms(stage.daemon, ["cache.bust.tag"], until=until, strict=False)
+    assert found is not None
+    assert found.supports("cache.bust.all")
+
+
+async def test_an_extension_may_take_further_capabilities_and_another_method() -> None:
+    """All of them must be advertised; the method is handed on."""
+    stage = Stage(capabilities("cache.bust.jobs"))
+    until = asyncio.get_running_loop().time() + 5
+    ask = stage.negotiator.asking("cache.bust.jobs", "/path", None, ResolveReply, also=["cache.bust.tag"])
+    with pytest.raises(AttemptFailed, match=r"does not advertise cache\.bust\.tag"):
+        await ask(stage.daemon, until=until, deadline=until, started=lambda: None)
+    ask = stage.negotiator.asking("cache.bust.jobs", "/path", None, ResolveReply, method="DELETE")
+    await ask(stage.daemon, until=until, deadline=until, started=lambda: None)
+    assert stage.daemon.methods == ["DELETE"]
 
 
 async def test_a_question_that_fails_fails_each_who_waits_with_an_error_of_their_own() -> None:

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
-from pybustcall.daemon import DaemonSettings, Engine, Index, MemoryBackend, create_app
+from pybustcall.daemon import DaemonSettings, Indexes, MemoryBackend, create_app
 from pybustcall.daemon.app import ROUTES
 from pybustcall.daemon.openapi import openapi_document
 from pybustcall.models import BustReply, Problem, RegisterReply
 from tests.conftest import PATIENCE, StartDaemon
+from tests.plain_cache import engine_over
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,8 +35,8 @@ def test_the_committed_file_is_the_contract_of_the_code() -> None:
 
 def test_every_route_of_the_daemon_is_in_the_contract_and_in_the_page() -> None:
     """And nothing else is."""
-    index = Index()
-    app = create_app(Engine(MemoryBackend(index), index), DaemonSettings())
+    indexes = Indexes()
+    app = create_app(engine_over(MemoryBackend(indexes), indexes), DaemonSettings())
     served = {
         (route.resource.canonical, route.method.lower())
         for route in app.router.routes()
@@ -44,7 +45,7 @@ def test_every_route_of_the_daemon_is_in_the_contract_and_in_the_page() -> None:
     told = {(path, method) for path, methods in openapi_document()["paths"].items() for method in methods}
     assert served - {("/openapi.json", "get")} == told
     page = (ROOT / "docs/reference/protocol.md").read_text(encoding="utf-8")
-    assert {path for path, _ in told} <= set(re.findall(r"/api/v1/[a-z/]+", page))
+    assert {path for path, _ in told} <= set(re.findall(r"/api/v1/[a-z/{}]+", page))
 
 
 def operations() -> dict[str, dict[str, Any]]:
@@ -83,7 +84,8 @@ def test_every_answer_carries_the_digest_of_the_document(name: str) -> None:
 def test_every_example_is_what_it_is_an_example_of(name: str) -> None:
     """Of requests and of answers: the schema beside it takes it."""
     operation = operations()[name]
-    contents = [operation["responses"]["200"]["content"]["application/json"]]
+    done = [operation["responses"][status] for status in ("200", "202") if status in operation["responses"]]
+    contents = [answer["content"]["application/json"] for answer in done]
     if "requestBody" in operation:
         contents.append(operation["requestBody"]["content"]["application/json"])
     for content in contents:
@@ -96,7 +98,7 @@ def test_every_link_leads_to_an_operation(name: str) -> None:
     """By its name; what it hands over are headers and a body that the operation takes."""
     for link in operations()[name]["responses"]["200"].get("links", {}).values():
         target = operations()[link["operationId"]]
-        taken = {f"header.{resolved(parameter)['name']}" for parameter in target["parameters"]}
+        taken = {"{in}.{name}".format(**resolved(parameter)) for parameter in target["parameters"]}
         assert set(link.get("parameters", {})) <= taken
         assert "requestBody" not in link or "requestBody" in target
 

@@ -22,7 +22,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import coverage
 import pytest
@@ -32,7 +32,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from pybustcall import outbox
 from pybustcall.errors import ConfigurationError, InvalidRequest, OutboxError
-from pybustcall.outbox import ANY, LONGEST_DELAY, Outbox, OutboxCounts, OutboxRow, OutboxStore, RowState, StoredBust
+from pybustcall.outbox import (
+    ANY,
+    LONGEST_DELAY,
+    Outbox,
+    OutboxCounts,
+    OutboxRow,
+    OutboxStore,
+    RowState,
+    StoredBust,
+    _line_of,
+)
 from tests.conftest import PATIENCE, eventually, virtual_time, wait_until
 
 ROOT = Path(__file__).parent.parent
@@ -1355,12 +1365,107 @@ async def test_the_file_of_a_later_version_is_refused_and_left_alone(path: Path)
     """It is not damaged."""
     await make(path)
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
-        db.execute("PRAGMA user_version = 2")
+        db.execute("PRAGMA user_version = 3")
     store = OutboxStore(Outbox(path=path))
-    with pytest.raises(OutboxError, match=r"a later pybustcall wrote it \(format 2, known is 1\)"):
+    with pytest.raises(OutboxError, match=r"a later pybustcall wrote it \(format 3, known is 2\)"):
         await store.rows()
     await store.aclose()
     assert asides(path) == []
+
+
+OLD: Final = (Path(__file__).parent / "outbox_format_1.sql").read_text(encoding="utf-8")
+
+
+def make_old(path: Path, rows: int = 3) -> None:
+    """Make an outbox of format 1 with rows in it: one waits, one is leased, one was set aside."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.executescript(OLD)
+        for number in range(1, rows + 1):
+            state, owner = [(0, None), (2, "gone"), (3, None)][number % 3]
+            db.execute(
+                "INSERT INTO busts (destination, line, target, kind, strategy, soft, fault_tolerance, key, state, head,"
+                " sent, created, joined, not_before, owner, leased_at, lease_until, reason)"
+                " VALUES ('', ?, ?, 'key', 'direct', 0, 6, ?, ?, ?, 1, 1, 1, 1, ?, ?, ?, 'it was down')",
+                (
+                    *(_line_of("", bust(f"t{number}")), f"t{number}", f"k{number}", state, state != 3, owner),
+                    *((1.0, 2.0) if state == 2 else (None, None)),
+                ),
+            )
+
+
+async def test_a_file_of_an_earlier_format_is_brought_up_to_date_with_all_its_rows(path: Path) -> None:
+    """Rows, states, keys and ids are as before; new rows go beside them, and say more."""
+    make_old(path)
+    store = OutboxStore(Outbox(path=path), clock=lambda: 1.5)
+    rows = await store.rows()
+    assert [(row.id, row.bust.target, row.bust.key, row.state.value) for row in rows] == [
+        (1, "t1", "k1", "leased"),
+        (2, "t2", "k2", "aside"),
+        (3, "t3", "k3", "pending"),
+    ]
+    assert [row.bust.options for row in rows] == [None, None, None]
+    (added,) = await store.put(bust("t4", kind="tag", settle=3.0), sent=False)
+    assert added == 4
+    await store.aclose()
+    again = OutboxStore(Outbox(path=path), clock=lambda: 2.5)
+    assert [row.bust.settle for row in await again.rows()] == [None, None, None, 3.0]
+    assert await ids_of(again) == [1, 3, 4]
+    assert asides(path) == []
+    await again.aclose()
+
+
+async def test_two_that_find_an_earlier_format_upgrade_it_once(path: Path) -> None:
+    """Whoever comes second finds it done."""
+    make_old(path)
+    stores = [OutboxStore(Outbox(path=path)) for _ in range(4)]
+    found = await asyncio.gather(*(store.rows() for store in stores))
+    assert [len(rows) for rows in found] == [3] * 4
+    for store in stores:
+        await store.aclose()
+
+
+async def test_an_upgrade_that_fails_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file stays one of the earlier format, with all its rows, and is upgraded the next time."""
+    make_old(path)
+    monkeypatch.setattr("pybustcall.outbox._UPGRADES", {1: "ALTER TABLE nothing ADD COLUMN options TEXT"})
+    store = OutboxStore(Outbox(path=path))
+    with pytest.raises(OutboxError, match="cannot be used"):
+        await store.rows()
+    monkeypatch.undo()
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+    assert len(await store.rows()) == 3
+    assert asides(path) == []
+    await store.aclose()
+
+
+async def test_what_a_bust_says_survives(store: OutboxStore) -> None:
+    """Kind, namespace, soft, verify, settle, reason, and whether wider will do."""
+    said = bust(kind="prefix", namespace="n", soft=True, verify=True, settle=0.0, reason='"why"', allow_wider=True)
+    await store.put(said, sent=False)
+    assert [row.bust for row in await store.rows()] == [said]
+
+
+async def test_a_bust_that_says_something_else_joins_no_row(store: OutboxStore) -> None:
+    """One with another reason stands for itself in the audit; the same again joins."""
+    first = await store.put(bust(reason="one"), sent=False)
+    other = await store.put(bust(reason="two"), sent=False)
+    plain = await store.put(bust(), sent=False)
+    assert len({*first, *other, *plain}) == 3
+    assert await store.put(bust(reason="two", key="later"), sent=False) == other
+    assert await store.put(bust(key="later"), sent=False) == plain
+
+
+@pytest.mark.parametrize("options", ["{", "7", '{"colour": 1}', ""])
+async def test_options_that_cannot_be_read_leave_the_rest_to_be_sent(path: Path, options: str) -> None:
+    """Somebody has edited the file; the bust itself is worth more than how it was meant."""
+    await make(path, rows=1)
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("UPDATE busts SET options = ?", (options,))
+    store = OutboxStore(Outbox(path=path))
+    (row,) = await store.rows()
+    assert row.bust.options is None
+    await store.aclose()
 
 
 async def test_a_file_system_without_wal_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1635,7 +1740,7 @@ class Model:
                 row
                 for row in self.rows
                 if row.line == (destination, put.namespace, put.kind, put.target)
-                and (row.bust.strategy, row.bust.soft) == (put.strategy, put.soft)
+                and (row.bust.strategy, row.bust.soft, row.bust.reason) == (put.strategy, put.soft, put.reason)
                 and row.state in {"ready", "waiting"}
                 and not row.sent
                 and row.owner is None
@@ -1702,6 +1807,7 @@ BUSTS = st.builds(
     key=st.text("abc", min_size=1, max_size=8),
     namespace=st.sampled_from([None, "n"]),
     soft=st.booleans(),
+    reason=st.sampled_from([None, "why"]),
 )
 
 

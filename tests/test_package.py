@@ -54,8 +54,9 @@ def test_the_delegate_pattern_is_specified() -> None:
 
 
 def test_an_import_loads_nothing_that_was_not_asked_for() -> None:
-    """No web framework, no daemon, no command line, no test library."""
-    unwanted = ["aiohttp.web", "click", "sortedcontainers", "pybustcall.daemon", "pybustcall.cli", "pybustcall.testing"]
+    """No web framework, no daemon, no command line, no test library, no client of Redis."""
+    unwanted = ["aiohttp.web", "click", "redis", "sortedcontainers"]
+    unwanted += ["pybustcall.daemon", "pybustcall.cli", "pybustcall.testing"]
     code = f"import sys, pybustcall; print([name for name in {unwanted!r} if name in sys.modules])"
     assert run(sys.executable, "-c", code).stdout.strip() == "[]"
 
@@ -64,7 +65,7 @@ def test_the_core_depends_on_four_packages() -> None:
     """aiohttp, pydantic, backoff, packaging, and nothing else."""
     names = [Requirement(text).name for text in PROJECT["project"]["dependencies"]]
     assert names == ["aiohttp", "pydantic", "backoff", "packaging"]
-    assert set(PROJECT["project"]["optional-dependencies"]) == {"cli", "daemon"}
+    assert set(PROJECT["project"]["optional-dependencies"]) == {"cli", "daemon", "redis"}
 
 
 def test_every_module_says_what_it_offers() -> None:

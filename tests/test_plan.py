@@ -299,6 +299,7 @@ RECOVERY: Final = {
     FaultKind.NOT_THIS_SERVICE: Recovery([0, 1], "exhausted", incident=True),
     FaultKind.TOKEN_REFUSED: Recovery([0, 1], "exhausted", incident=True),
     FaultKind.INCOMPATIBLE: Recovery([0, 1], "exhausted", incident=False),
+    FaultKind.UNSUPPORTED: Recovery([0, 1], "exhausted", incident=False),
     FaultKind.REJECTED: Recovery([0], "halted", incident=False),
     FaultKind.NOT_ALLOWED: Recovery([0], "halted", incident=False),
     FaultKind.CERTIFICATE: Recovery([0], "halted", incident=True),

@@ -91,7 +91,9 @@ def _no_budget(patch: Patch) -> None:
 
 def _new_key_for_each_attempt(patch: Patch) -> None:
     ask, numbers = Deliverer._ask, itertools.count()
-    patch.setattr(Deliverer, "_ask", lambda self, request, key: ask(self, request, f"{key}-{next(numbers)}"))
+    patch.setattr(
+        Deliverer, "_ask", lambda self, request, key, wider: ask(self, request, f"{key}-{next(numbers)}", wider)
+    )
 
 
 def _delete_by_target(patch: Patch) -> None:

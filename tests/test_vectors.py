@@ -13,7 +13,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from pydantic import ValidationError
 
-from pybustcall.daemon import Engine, Index, MemoryBackend
+from pybustcall.daemon import Indexes, MemoryBackend
 from pybustcall.daemon.app import DaemonSettings, create_app
 from pybustcall.daemon_client import DaemonClient
 from pybustcall.errors import InvalidRequest
@@ -37,6 +37,7 @@ from pybustcall.session import SessionManager
 from pybustcall.testing import Answer, FakeDaemon
 from pybustcall.topology import DaemonAddress
 from tests.conftest import PATIENCE
+from tests.plain_cache import engine_over
 
 pytestmark = pytest.mark.requirement("INT-04")
 
@@ -97,8 +98,8 @@ def test_what_a_daemon_accepts_the_model_reads(entry: Entry) -> None:
 @pytest.mark.parametrize("entry", REQUESTS)
 async def test_the_reference_daemon_is_as_strict_as_the_vectors_say(entry: Entry) -> None:
     """It answers with one of the statuses, the cache key of what it accepts, and the field of what it refuses."""
-    index = Index()
-    app = create_app(Engine(MemoryBackend(index), index), DaemonSettings())
+    indexes = Indexes()
+    app = create_app(engine_over(MemoryBackend(indexes), indexes), DaemonSettings())
     async with TestClient(TestServer(app)) as client:
         answer = await client.post("/api/v1/bust", data=body_of(entry), headers={"Content-Type": "application/json"})
         said = await answer.read()

@@ -1,11 +1,12 @@
 """The reference daemon: an independent reading of the wire, with a cache behind it.
 
-It imports the vocabulary only (errors, models, faults, topology, capabilities), never a module of the client, so that
-the two check each other. `app` answers, `access` lets in, `reading` reads, `serving` listens and drains,
-`connections` keeps the connections in bounds, `engine` decides what a bust removes, `index` knows what depends on
-what, `backends` hold the caches themselves, `dependencies` decides what may replace what, `swaps` does it, `registry`
-keeps both over restarts, `idempotency` remembers what was answered, `database` minds the files, `history` remembers
-faults, `openapi` writes the contract down.
+It imports the vocabulary only (errors, models, keys, faults, topology, capabilities), never a module of the client, so
+that the two check each other. `app` answers, in the words of `replies`, `access` lets in, `reading` reads, `serving`
+listens and drains, `connections` keeps the connections in bounds. `engine` decides what a bust removes, `jobs` when,
+`journal` keeps it, `index` knows what depends on what, `backends` hold the caches themselves. `dependencies` decides
+what may replace what, `swaps` does it, `registry` keeps both over restarts. `idempotency` remembers what was answered,
+`history` faults, `database` minds the files. `settings`, `configuration` and `checking` say how it is set up, `openapi`
+writes the contract down.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from pybustcall.daemon.app import DaemonSettings, check_settings, create_app
 from pybustcall.daemon.backends import Backend, BackendFailure, RefusedKey
 from pybustcall.daemon.backends.files import FilesBackend
 from pybustcall.daemon.backends.memory import MemoryBackend
-from pybustcall.daemon.engine import Engine, IndexFull, Removal, UnknownStrategy
+from pybustcall.daemon.engine import Engine, IndexFull, Layer, Removal, Unsupported
 from pybustcall.daemon.history import FaultHistory
 from pybustcall.daemon.idempotency import Idempotency, KeyReused
-from pybustcall.daemon.index import Index
+from pybustcall.daemon.index import Index, Indexes, TooManyNamespaces
+from pybustcall.daemon.jobs import Jobs
+from pybustcall.daemon.journal import Journal, JournalFailure
 from pybustcall.daemon.registry import Registry
 from pybustcall.daemon.serving import serve
 from pybustcall.daemon.swaps import Swaps
@@ -37,13 +40,19 @@ __all__ = [
     "Idempotency",
     "Index",
     "IndexFull",
+    "Indexes",
+    "Jobs",
+    "Journal",
+    "JournalFailure",
     "KeyReused",
+    "Layer",
     "MemoryBackend",
     "RefusedKey",
     "Registry",
     "Removal",
     "Swaps",
-    "UnknownStrategy",
+    "TooManyNamespaces",
+    "Unsupported",
     "check_settings",
     "create_app",
     "serve",

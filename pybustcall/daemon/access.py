@@ -53,7 +53,13 @@ _BINDING_HEADER: Final = "Bustcall-Binding"
 _TIERS: Final[tuple[Access, ...]] = get_args(Access)
 _PUBLIC: Final = frozenset({"daemon.capabilities"})
 _MEETING: Final = "daemon.negotiate"
-_FOLLOWERS: Final[Mapping[str, str]] = {"cache.bust.idempotent": "cache.bust"}  # whose access is another's
+_FOLLOWERS: Final[Mapping[str, str]] = dict.fromkeys(
+    (
+        f"cache.bust.{name}"
+        for name in ("all", "dry_run", "idempotent", "namespace", "prefix", "settle", "soft", "tag", "verify")
+    ),
+    "cache.bust",
+)  # whose access is another's: they are fields and headers of its route
 
 _REJECTED: Final = TABLE[FaultKind.REJECTED].stage
 _DENIED: Final = TABLE[FaultKind.NOT_ALLOWED].stage

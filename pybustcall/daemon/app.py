@@ -1,9 +1,9 @@
 """The daemon over HTTP: what is served where, and how every answer reads.
 
 This module decides the routes, what is advertised of them, and the answers. Who is let in is `access`'s to decide, what
-is well formed `reading`'s; listening and draining are `serving`'s, what a bust removes is the engine's, and whether it
-was done already is `idempotency`'s. Refusals are RFC 9457 problems, name the field to mend, and never repeat what was
-sent.
+is well formed `reading`'s; listening and draining are `serving`'s, what a bust removes is the engine's, when it is done
+`jobs`', and whether it was done already is `idempotency`'s. Refusals are RFC 9457 problems, name the field to mend,
+and never repeat what was sent.
 
 The order of the questions is fixed: is the daemon draining (503), is it this host (421), is it this origin (403), is
 it somebody known (401) who may do this (403), does the client fit (428, 426), does it expect what nobody does (417), is
@@ -19,30 +19,27 @@ import json
 import logging
 import os
 import re
+import socket
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import MethodType
-from typing import TYPE_CHECKING, Final, TypeVar, final
+from typing import TYPE_CHECKING, Final, TypeVar, cast, final, get_args
 
 from aiohttp import web
 from pydantic import BaseModel
 
-from pybustcall.capabilities import SEMVERX, VERSION, check_requirements, digest_of
+from pybustcall.capabilities import SEMVERX, VERSION, digest_of
 from pybustcall.daemon.access import (
     DIGEST_HEADER,
     Admission,
     Clients,
     Refusal,
-    check_access,
-    check_meeting,
-    check_token,
-    is_loopback,
     said_binding,
     tiers_of,
 )
-from pybustcall.daemon.backends import BackendFailure, RefusedKey
+from pybustcall.daemon.backends import DEFAULT_NAMESPACE, BackendFailure, RefusedKey
 from pybustcall.daemon.connections import Connection
 from pybustcall.daemon.dependencies import (
     InUse,
@@ -54,9 +51,12 @@ from pybustcall.daemon.dependencies import (
     named,
     resolved,
 )
-from pybustcall.daemon.engine import IndexFull, UnknownStrategy
+from pybustcall.daemon.engine import IndexFull, Unsupported
 from pybustcall.daemon.history import FaultHistory
 from pybustcall.daemon.idempotency import Idempotency, KeyReused, fingerprint_of, name_of
+from pybustcall.daemon.index import TooManyNamespaces
+from pybustcall.daemon.jobs import BustFailed, Jobs, NoSuchJob
+from pybustcall.daemon.journal import Journal, JournalFailure, Wish
 from pybustcall.daemon.openapi import openapi_document
 from pybustcall.daemon.reading import (
     KEY_HEADER,
@@ -69,14 +69,15 @@ from pybustcall.daemon.reading import (
     validate,
 )
 from pybustcall.daemon.registry import Registry, RegistryFailure
+from pybustcall.daemon.replies import bust_reply, counted_reply, echo_of, job_reply
+from pybustcall.daemon.settings import DaemonSettings, check_values
 from pybustcall.daemon.swaps import SwapFailed, Swaps
-from pybustcall.errors import ConfigurationError
-from pybustcall.faults import CLEAN, TABLE, FaultKind
+from pybustcall.faults import TABLE, FaultKind
 from pybustcall.models import (
     BINDING,
+    KINDS,
     MAX_TARGET_BYTES,
     STRATEGIES,
-    Access,
     AnnounceRequest,
     BindingCapabilities,
     BindingStatus,
@@ -88,9 +89,11 @@ from pybustcall.models import (
     ForgetReply,
     ForgetRequest,
     HotSwapRequest,
+    JobsReply,
+    JobState,
+    Progress,
     RegisterReply,
     RegisterRequest,
-    Requirements,
     ResolveReply,
     ResolveRequest,
     StatusReply,
@@ -104,6 +107,7 @@ if TYPE_CHECKING:
 
     from pybustcall.daemon.dependencies import Dependency
     from pybustcall.daemon.engine import Engine
+    from pybustcall.daemon.journal import Entry
 
 __all__ = ["DAEMON", "DELEGATE", "GRACE", "ROUTES", "Daemon", "DaemonSettings", "Route", "check_settings", "create_app"]
 
@@ -111,7 +115,15 @@ DELEGATE: Final = "pybustcall-daemon"
 
 _UNRESOLVED: Final = "urn:bustcall:problem:unresolved"
 _SWAP_REFUSED: Final = "urn:bustcall:problem:swap-refused"
+_NO_SUCH_JOB: Final = "urn:bustcall:problem:no-such-job"
 _IDEMPOTENT: Final = "cache.bust.idempotent"  # a header of busts and hot swaps, not a route
+_TIMEOUT_HEADER: Final = "Bustcall-Timeout-Ms"
+_OF_KINDS: Final[Mapping[str, str]] = {f"cache.bust.{kind}": kind for kind in KINDS if kind != "key"}
+_FOLLOWING: Final = (
+    _IDEMPOTENT,
+    *_OF_KINDS,
+    *(f"cache.bust.{name}" for name in ("dry_run", "namespace", "settle", "soft", "verify")),
+)  # fields of a bust
 _ALWAYS: Final = frozenset({"daemon.status", "daemon.capabilities", "daemon.negotiate"})  # whatever is required
 
 _REJECTED: Final = TABLE[FaultKind.REJECTED].stage
@@ -120,110 +132,19 @@ _BROKEN: Final = TABLE[FaultKind.SERVER_ERROR].stage
 
 GRACE: Final = 0.25  # seconds for the last bytes of answers, and for handlers to end when cancelled
 
+_MOST_JOBS: Final = 1000  # in one answer
 _QUIET: Final = 10.0  # seconds between two lines of the log about denials
 
 _REPLAYED_HEADER: Final = "Idempotency-Replayed"
-_HOST_NAME: Final = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
 _ENTITY_TAG: Final = re.compile(r'(?:W/)?"([^"]*)"')
 
 _log = logging.getLogger("pybustcall.daemon")
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DaemonSettings:
-    """Where the daemon listens, whom it lets in, and how much it takes.
-
-    - `host`, `port`: the address; port 0 lets the system choose
-    - `socket`: path of a Unix socket to listen on instead (mode 0600)
-    - `token`: asked for as `Authorization: Bearer` by every capability that is protected; never in the repr
-    - `operator_token`: another one, which opens what is private, too; never in the repr
-    - `access`: the tiers of capabilities, for those that shall have others than these: public for the capabilities
-      themselves, protected for everything else
-    - `requires`: what clients must have before they may do more than ask
-    - `allowed_hosts`: names, beyond IP addresses, localhost and `host`, that a `Host` header may say
-    - `max_body_bytes`: of one request
-    - `read_timeout`: seconds that the head of a request may take to arrive, and again its body
-    - `max_connections`: at once; further ones are closed without an answer
-    - `max_entries`: in the registry; a new one beyond it is refused
-    - `drain`: seconds that requests under way have to finish when the daemon is told to stop
-    - `state`: file in which to remember idempotency keys (mode 0600, this daemon's alone), so that a restarted daemon
-      still knows them; without one they are forgotten at the end
-    - `registry`: file in which to keep registered entries, dependencies and hot swaps (likewise private), so that a
-      restarted daemon still knows them
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8989
-    socket: str | os.PathLike[str] | None = None
-    token: str | None = field(default=None, repr=False)
-    operator_token: str | None = field(default=None, repr=False)
-    access: Mapping[str, Access] = field(default_factory=dict)
-    requires: Requirements = field(default_factory=Requirements)
-    allowed_hosts: tuple[str, ...] = ()
-    max_body_bytes: int = 65536
-    read_timeout: float = 10.0
-    max_connections: int = 1000
-    max_entries: int = 1_000_000
-    drain: float = 10.0
-    state: str | os.PathLike[str] | None = None
-    registry: str | os.PathLike[str] | None = None
-
-
 def check_settings(settings: DaemonSettings) -> None:
     """Raise `ConfigurationError`, naming the setting, if the daemon cannot or must not run with these settings."""
-    check_token(settings.token, "token")
-    check_token(settings.operator_token, "operator_token")
-    if settings.operator_token is not None and settings.operator_token == settings.token:
-        raise ConfigurationError("the operator token must be another than the token", setting="operator_token")
-    check_access(settings.access, _capabilities())
-    check_requirements(settings.requires)
-    check_meeting(settings.requires, settings.access, settings.operator_token)
-    if settings.socket is None:
-        if type(settings.port) is not int or not 0 <= settings.port <= 65535:
-            raise ConfigurationError(f"the port must be 0 to 65535, not {settings.port!r}", setting="port")
-        if settings.token is None and settings.operator_token is None and not is_loopback(settings.host):
-            raise ConfigurationError(
-                f"listening on {settings.host!r} lets other machines in, which needs a token; set one (BUSTCALL_TOKEN),"
-                " or listen on 127.0.0.1",
-                setting="token",
-            )
-    for name in settings.allowed_hosts:
-        if not _HOST_NAME.fullmatch(name):
-            raise ConfigurationError(
-                f"allowed host {name!r} is not a host name; give names only, without scheme and port",
-                setting="allowed_hosts",
-            )
-    if settings.max_body_bytes < 1:
-        raise ConfigurationError(
-            f"the largest body must be 1 byte or more, not {settings.max_body_bytes!r}", setting="max_body_bytes"
-        )
-    if not 0 < settings.read_timeout < float("inf"):
-        raise ConfigurationError(
-            f"the time to read a request must be more than 0 seconds, not {settings.read_timeout!r}",
-            setting="read_timeout",
-        )
-    if settings.max_connections < 1:
-        raise ConfigurationError(
-            f"the most connections must be 1 or more, not {settings.max_connections!r}", setting="max_connections"
-        )
-    if settings.max_entries < 0:
-        raise ConfigurationError(
-            f"the most entries must be 0 or more, not {settings.max_entries!r}", setting="max_entries"
-        )
-    if not 0 <= settings.drain < float("inf"):
-        raise ConfigurationError(f"the drain must be 0 seconds or more, not {settings.drain!r}", setting="drain")
-    if (
-        settings.state is not None
-        and settings.registry is not None
-        and os.path.realpath(settings.state) == os.path.realpath(settings.registry)
-    ):
-        raise ConfigurationError(
-            f"the state and the registry cannot both be kept in {os.fspath(settings.registry)!r}; give each a file of"
-            " its own",
-            setting="registry",
-        )
+    check_values(settings, _capabilities())
 
 
 async def _expect_later(_request: web.Request) -> None:
@@ -250,10 +171,12 @@ class Daemon:
         history: FaultHistory,
         idempotency: Idempotency,
         swaps: Swaps,
+        jobs: Jobs,
         version: str,
     ) -> None:
         self._engine = engine
         self._swaps = swaps
+        self._jobs = jobs
         self._settings = settings
         self._history = history
         self._idempotency = idempotency
@@ -265,7 +188,7 @@ class Daemon:
             tiers=tiers_of(_capabilities(), settings.access),
         )
         self._clients = Clients(settings.requires)
-        self._usable = tuple(name for name in _capabilities() if self._admission.is_usable(name))
+        self._usable = tuple(name for name in _capabilities() if self._admission.is_usable(name) and _can(engine, name))
         self._document = self._describe().model_dump_json(exclude_none=True).encode()
         self.digest = digest_of(self._document)
         self._served: dict[web.AbstractRoute, str] = {}
@@ -367,48 +290,137 @@ class Daemon:
         binding = binding_of(document)
         key = read_key(request, binding)
         asked = validate(BustRequest, document)
-        apply = partial(self._bust, asked, binding, started)
-        if key is None:
-            return _ok(await apply())
+        namespace = self._namespace(asked.namespace, binding)
+        apply = partial(self._bust, asked, namespace, binding, self._who(request), _within(request), started)
+        if key is None or asked.dry_run:
+            return _answered(await apply())
         try:
             name = name_of(self._admission.credential(request), key)
             answer = await self._idempotency.once(name, fingerprint_of(asked), apply)
         except KeyReused as error:
             raise Refusal(422, f"{KEY_HEADER}: {error}", field_name=KEY_HEADER, binding=binding) from None
-        return _ok(answer.body, {_REPLAYED_HEADER: "true"} if answer.replayed else None)
+        return _answered(answer.body, {_REPLAYED_HEADER: "true"} if answer.replayed else None)
 
-    async def _bust(self, asked: BustRequest, binding: str, started: float) -> bytes:
-        """Have the engine do it; tell the body of the answer."""
+    async def _bust(
+        self, asked: BustRequest, namespace: str, binding: str, who: str, within: float | None, started: float
+    ) -> bytes:
+        """Have it done, or counted; tell the body of the answer."""
+        wish = Wish(
+            namespace=namespace,
+            kind=asked.kind,
+            target=asked.target,
+            strategy=asked.strategy,
+            soft=asked.soft,
+            verify=asked.verify,
+            settle=asked.settle,
+        )
         try:
-            removal = await self._engine.bust(asked.target, asked.strategy)
-        except UnknownStrategy as error:
-            raise Refusal(422, str(error), field_name="strategy", supported=error.supported, binding=binding) from None
+            if asked.dry_run:
+                reply = counted_reply(await self._jobs.count(wish))
+            else:
+                done = await self._jobs.bust(wish, who=who, binding=binding, reason=asked.reason, within=within)
+                self._record_failures(done.entry, binding)
+                reply = bust_reply(done.entry, accepted=done.accepted)
+        except Unsupported as error:
+            supported = error.supported or None
+            raise Refusal(422, str(error), field_name=error.field, supported=supported, binding=binding) from None
         except RefusedKey as error:
             raise Refusal(422, f"target {error}", field_name="target", binding=binding) from None
-        except BackendFailure as error:
+        except JournalFailure as error:
+            _log.error("a bust was refused: %s", error)
+            status = 507 if error.full else 500
+            raise Refusal(status, f"{error}; nothing was busted", stage=_BROKEN, binding=binding) from None
+        except BustFailed as error:
             _log.error("a bust was not applied in full: %s", error)
             raise Refusal(500, f"the bust was not applied in full: {error}", stage=_BROKEN, binding=binding) from None
         finally:
             await self._swaps.registry.try_save()
         return json.dumps(
             {
-                "status": "success",
+                "status": reply.status,
                 "cache_key": cache_key_of(asked.target),
                 "delegate": DELEGATE,
-                "fault_stage": CLEAN,
+                "fault_stage": reply.fault_stage,
                 "execution_time_ms": int((time.monotonic() - started) * 1000),
-                "removed": removal.count,
+                **echo_of(asked),
+                **reply.model_dump(mode="json", exclude={"status", "cache_key", "fault_stage"}, exclude_defaults=True),
             }
         ).encode()
+
+    def _namespace(self, asked: str | None, binding: str) -> str:
+        """Tell the namespace that is meant. Raises the refusal of one that may not be used."""
+        if asked is None:
+            return DEFAULT_NAMESPACE
+        if self._settings.namespaces and asked not in self._settings.namespaces:
+            raise Refusal(
+                422, "namespace is none of those that this daemon serves", field_name="namespace", binding=binding
+            )
+        return asked
+
+    def _who(self, request: web.Request) -> str:
+        """Tell whose request it is, as the audit says it."""
+        credential = self._admission.credential(request)
+        if credential is None:
+            return "anonymous"
+        return "operator" if credential == self._settings.operator_token else "token"
+
+    def _record_failures(self, entry: Entry, binding: str) -> None:
+        for layer in entry.layers:
+            if not layer.ok:
+                self._history.record(_BROKEN, f"the layer {layer.name} failed: {layer.error}", binding=binding)
+
+    async def jobs(self, request: web.Request) -> web.Response:
+        """GET /api/v1/jobs: the busts of the journal, the newest first."""
+        limit = request.query.get("limit", "100")
+        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= _MOST_JOBS):
+            raise Refusal(422, f"limit is a number from 1 to {_MOST_JOBS}", field_name="limit")
+        state = request.query.get("state")
+        if state is not None and state not in get_args(JobState):
+            known = get_args(JobState)
+            raise Refusal(422, f"state is one of {', '.join(known)}", field_name="state", supported=known)
+        try:
+            found = await self._jobs.recent(
+                before=request.query.get("before"), limit=int(limit), state=cast("JobState | None", state)
+            )
+        except NoSuchJob:
+            raise Refusal(422, "before names no job that is known here", field_name="before") from None
+        except JournalFailure as error:
+            raise Refusal(500, str(error), stage=_BROKEN) from None
+        return _json(JobsReply(jobs=tuple(job_reply(entry, progress) for entry, progress in found)))
+
+    async def job(self, request: web.Request) -> web.Response:
+        """GET /api/v1/jobs/{job}."""
+        try:
+            return _json(job_reply(*await self._jobs.find(request.match_info["job"])))
+        except NoSuchJob as error:
+            raise Refusal(404, str(error), kind=_NO_SUCH_JOB) from None
+        except JournalFailure as error:
+            raise Refusal(500, str(error), stage=_BROKEN) from None
+
+    async def cancel(self, request: web.Request) -> web.Response:
+        """DELETE /api/v1/jobs/{job}: do no more for it. One that is over is told as it is."""
+        try:
+            return _json(job_reply(await self._jobs.cancel(request.match_info["job"]), Progress()))
+        except NoSuchJob as error:
+            raise Refusal(404, str(error), kind=_NO_SUCH_JOB) from None
+        except JournalFailure as error:
+            raise Refusal(500, str(error), stage=_BROKEN) from None
 
     async def register(self, request: web.Request) -> web.Response:
         """POST /api/v1/entries."""
         asked, binding = await self._read(request, RegisterRequest)
         try:
-            self._engine.register(asked.key, asked.depends_on, most=self._settings.max_entries)
+            self._engine.register(
+                asked.key,
+                asked.depends_on,
+                namespace=self._namespace(asked.namespace, binding),
+                tags=asked.tags,
+                ttl=asked.ttl,
+                most=self._settings.max_entries,
+            )
         except RefusedKey as error:
             raise Refusal(422, f"key {error}", field_name="key", binding=binding) from None
-        except IndexFull as error:
+        except (IndexFull, TooManyNamespaces) as error:
             raise Refusal(507, str(error), stage=_BROKEN, binding=binding) from None
         try:
             await self._swaps.registry.save()
@@ -596,6 +608,9 @@ class Route:
 
 ROUTES: Final = (
     Route("POST", "/api/v1/bust", "cache.bust", Daemon.bust),
+    Route("GET", "/api/v1/jobs", "cache.bust.jobs", Daemon.jobs),
+    Route("GET", "/api/v1/jobs/{job}", "cache.bust.jobs", Daemon.job),
+    Route("DELETE", "/api/v1/jobs/{job}", "cache.bust.jobs", Daemon.cancel),
     Route("POST", "/api/v1/entries", "cache.register", Daemon.register),
     Route("POST", "/api/v1/dependencies", "cache.dependencies", Daemon.announce),
     Route("GET", "/api/v1/dependencies", "cache.dependencies", Daemon.dependencies),
@@ -618,7 +633,28 @@ def _endpoints() -> dict[str, str]:
 
 def _capabilities() -> tuple[str, ...]:
     """Tell the names of all capabilities."""
-    return tuple(sorted({*_endpoints(), _IDEMPOTENT}))
+    return tuple(sorted({*_endpoints(), *_FOLLOWING}))
+
+
+def _can(engine: Engine, name: str) -> bool:
+    """Tell whether the engine's layers can do what a capability promises."""
+    if name in _OF_KINDS:
+        return _OF_KINDS[name] in engine.kinds
+    return {"cache.bust.soft": engine.soft, "cache.bust.namespace": engine.namespaces}.get(name, True)
+
+
+def _within(request: web.Request) -> float | None:
+    """Tell how long the caller can wait for an answer: half of what it says it has; None if it says nothing."""
+    said = request.headers.get(_TIMEOUT_HEADER, "")
+    return int(said) / 2000 if said.isascii() and said.isdigit() and len(said) <= 9 else None
+
+
+def _answered(body: bytes, headers: Mapping[str, str] | None = None) -> web.Response:
+    """Answer a bust: 200 if it is applied, 202 if it is a job, which the body tells, also of a replay."""
+    response = _ok(body, headers)
+    if json.loads(body)["status"] == "accepted":
+        response.set_status(202)
+    return response
 
 
 def _has(tags: list[str], digest: str) -> bool:
@@ -652,7 +688,7 @@ def _told(error: RegistryFull | RegistryFailure, became: str, binding: str) -> R
     return Refusal(507 if full else 500, f"{error}; {became}", stage=_BROKEN, binding=binding)
 
 
-def _remembering(memory: Idempotency | Swaps) -> Callable[[web.Application], AsyncIterator[None]]:
+def _remembering(memory: Idempotency | Swaps | Jobs) -> Callable[[web.Application], AsyncIterator[None]]:
     """Make a memory part of an application's life: open before its first request, closed after its last."""
 
     async def context(_app: web.Application) -> AsyncIterator[None]:
@@ -675,12 +711,15 @@ def create_app(
     history: FaultHistory | None = None,
     idempotency: Idempotency | None = None,
     swaps: Swaps | None = None,
+    jobs: Jobs | None = None,
     version: str | None = None,
 ) -> web.Application:
     """Make the web application; `serve` runs it, and so does any other runner of aiohttp's.
 
     - `idempotency`: the memory of keys, opened and closed with the application; by default one in `settings.state`
     - `swaps`: the dependencies and their swaps, likewise; by default with a registry in `settings.registry`
+    - `jobs`: the busts under way, and the layers that they are applied to, likewise; by default with a journal in
+      `settings.journal`
     - `version`: the installed pybustcall's unless given
 
     Raises `ConfigurationError` as `check_settings` does. That a file cannot be used is told when it starts.
@@ -688,19 +727,37 @@ def create_app(
     check_settings(settings)
     memory = Idempotency(settings.state) if idempotency is None else idempotency
     hot = Swaps(engine, Registry(settings.registry)) if swaps is None else swaps
+    past = FaultHistory() if history is None else history
+    if jobs is None:
+        journal = Journal(settings.journal, retention=settings.journal_retention, most=settings.journal_most)
+        jobs = Jobs(engine, journal, daemon=_name_of(settings), answer_within=settings.answer_within)
     app = web.Application(middlewares=[_guard], client_max_size=settings.max_body_bytes)
     daemon = Daemon(
         engine,
         settings,
-        FaultHistory() if history is None else history,
+        past,
         memory,
         hot,
+        jobs,
         VERSION if version is None else version,
     )
     app[DAEMON] = daemon
     app.cleanup_ctx.append(_remembering(memory))
+    app.cleanup_ctx.append(_remembering(jobs))
     app.cleanup_ctx.append(_remembering(hot))
+    app.on_startup.append(partial(_remember_faults, past, jobs.journal))
     app.on_response_prepare.append(_say_expectation)
     app.on_response_prepare.append(_say_digest)
     daemon.add_routes(app.router)
     return app
+
+
+def _name_of(settings: DaemonSettings) -> str:
+    """Tell the name of a daemon in its audit: where it listens, on which machine."""
+    where = f"{settings.host}:{settings.port}" if settings.socket is None else os.fspath(settings.socket)
+    return f"{socket.gethostname()} {where}"
+
+
+async def _remember_faults(history: FaultHistory, journal: Journal, _app: web.Application) -> None:
+    """Go on with the faults of the process before this one."""
+    history.attach(journal)

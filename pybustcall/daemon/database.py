@@ -1,4 +1,4 @@
-"""A private SQLite file: opened or made, refused if it is not ours or a text, set aside if it is damaged.
+"""A private SQLite file: opened or made, upgraded if it is old, refused if it is not ours, set aside if it is damaged.
 
 This module decides what becomes of the file that a setting names, whatever is found there, and how a transaction ends.
 What is kept in the file, when it is written, and what follows if it cannot be, is decided by the rooms that own it.
@@ -15,7 +15,7 @@ import os
 import sqlite3
 import stat
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar, final
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final, TypeVar, final
 from pybustcall.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from concurrent.futures import ThreadPoolExecutor
 
 __all__ = ["Damaged", "Database", "Kind", "close_in", "error_code", "is_damage", "open_in", "transaction"]
@@ -54,6 +54,7 @@ class Kind:
     - `setting`: which setting names its file, as in "state"
     - `application`, `version`: by which its files are known as ours
     - `schema`: the statements that make a new one
+    - `upgrades`: the statements that make version k + 1 of version k, for each k that can still be read
     - `loss`: what setting a damaged file aside means, as in "idempotency keys used before are forgotten"
     """
 
@@ -62,6 +63,7 @@ class Kind:
     version: int
     schema: tuple[str, ...]
     loss: str
+    upgrades: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 @final
@@ -69,8 +71,9 @@ class Database:
     """A database in a private file or, without a path, in memory. Used in one thread only.
 
     A file belongs to one daemon at a time: what another daemon did to its own cache says nothing of this one's. A
-    damaged file is set aside and a new one begun, also in the midst of the work. Another program's database, and a
-    text, are refused and left as they are. `prepare` is called with each connection that was opened.
+    damaged file is set aside and a new one begun, also in the midst of the work; so is one of a version that cannot be
+    read, as a newer daemon's, and an older one is upgraded where that can be. Another program's database, and a text,
+    are refused and left as they are. `prepare` is called with each connection that was opened.
     """
 
     def __init__(self, kind: Kind, path: Path | None, prepare: Callable[[sqlite3.Connection], None]) -> None:
@@ -195,10 +198,22 @@ class Database:
                     db.execute(statement)
                 db.execute(f"PRAGMA application_id = {self._kind.application}")
                 db.execute(f"PRAGMA user_version = {self._kind.version}")
-        elif (version := _pragma(db, "user_version")) != self._kind.version:
+            return
+        version = _pragma(db, "user_version")
+        missing = range(version, self._kind.version)
+        if version > self._kind.version or not all(step in self._kind.upgrades for step in missing):
             raise Damaged(f"it is of version {version}, not {self._kind.version}")
-        elif (found := _pragma(db, "quick_check(1)")) != "ok":
+        if (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             raise Damaged(str(found))
+        for step in missing:
+            self._upgrade(db, step)
+
+    def _upgrade(self, db: sqlite3.Connection, version: int) -> None:
+        with transaction(db):  # broken off, it is of the old version still, and upgraded the next time
+            for statement in self._kind.upgrades[version]:
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version = {version + 1}")
+        _log.info("the %s file %r was upgraded to version %d", self._kind.setting, str(self._path), version + 1)
 
 
 def _make_private(path: Path, setting: str) -> int:
@@ -247,8 +262,9 @@ def is_damage(error: sqlite3.Error) -> bool:
     return isinstance(error, Damaged) or error_code(error) in _DAMAGE
 
 
-def _pragma(db: sqlite3.Connection, name: str) -> object:
-    return db.execute(f"PRAGMA {name}").fetchone()[0]
+def _pragma(db: sqlite3.Connection, name: str) -> int:
+    number: int = db.execute(f"PRAGMA {name}").fetchone()[0]
+    return number
 
 
 @contextmanager

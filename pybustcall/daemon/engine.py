@@ -1,7 +1,13 @@
-"""What a bust removes: the named key, its variants, its dependents, as the strategy says.
+"""What a bust removes, layer by layer: what is named, its variants, its dependents, as the strategy says.
 
-This module decides which keys a bust covers and what a failure among them means. How a key is removed is the
-backend's to know, what depends on what the index's, and how anybody asks is the app's.
+This module decides what a bust covers, in which order layers are busted, and in which slices. How keys are found and
+removed is the backends' to know, what depends on what the index's; when a bust is done, retried, settled and answered
+is `jobs`' affair, and how anybody asks the app's. docs/explanation/engine.md tells why it is so.
+
+Theory of operation. A `Bust` visits a layer: it begins there (which raises a fence where the layer has one), finds what
+is named in batches, looks up what belongs to each batch, removes, gives the event loop its turn, and ends there. What
+the registry knows to depend on the named is looked up before anything is removed, since an inner layer may be that very
+registry. A visit that fails is begun anew; whatever it had removed stays removed.
 """
 
 from __future__ import annotations
@@ -9,35 +15,54 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from contextlib import suppress
+from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar, final
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, final
 
-from pybustcall.daemon.backends import BackendFailure, RefusedKey
+from pybustcall.daemon.backends import DEFAULT_NAMESPACE, BackendFailure, RefusedKey, Scope
 from pybustcall.errors import ConfigurationError, InvalidRequest
-from pybustcall.models import STRATEGIES, check_target
+from pybustcall.models import KINDS, STRATEGIES, check_target
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 
     from pybustcall.daemon.backends import Backend
-    from pybustcall.daemon.index import Index
-
-__all__ = ["Engine", "IndexFull", "Removal", "UnknownStrategy", "format_size", "read_registrations"]
+    from pybustcall.daemon.index import Index, Indexes
+    from pybustcall.daemon.journal import Wish
 
 _T = TypeVar("_T")
 
+__all__ = [
+    "SLICE",
+    "Bust",
+    "Engine",
+    "IndexFull",
+    "Layer",
+    "Removal",
+    "Unsupported",
+    "format_size",
+    "read_registrations",
+]
+
+SLICE: Final = 250
+"""How many keys are looked at between two turns of the event loop."""
+
 _SIZE_AGE: Final = 5.0  # seconds: walking a large cache for its size more often would hold up busts
 
+Part = Literal["first", "rest", "whole"]
+"""Of a bust at one layer: what must be done before it is answered, what may follow, or both."""
 
-class UnknownStrategy(ValueError):
-    """No such strategy. `supported` names those that there are."""
 
-    def __init__(self) -> None:
-        super().__init__(f"the strategy is not known; supported are {', '.join(STRATEGIES)}")
-        self.supported = STRATEGIES
+class Unsupported(ValueError):
+    """This daemon cannot do what is asked. `field` names what asks for it, `supported` what could stand there."""
+
+    def __init__(self, text: str, field: str, supported: tuple[str, ...] = ()) -> None:
+        super().__init__(text)
+        self.field = field
+        self.supported = supported
 
 
 class IndexFull(Exception):
@@ -48,170 +73,507 @@ class IndexFull(Exception):
 
 
 @final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One of the caches that lie behind one another.
+
+    - `name`: by which it is told in answers
+    - `number`: its place, the innermost lowest; layers of one number are busted together
+    - `settle`: seconds after which it is busted again; None is the backend's own, 0 never
+    """
+
+    name: str
+    number: int
+    backend: Backend
+    settle: float | None = None
+
+    def settles_after(self, asked: float | None) -> float:
+        """Tell after how many seconds a bust is repeated here, `asked` being what the request says; 0 for never."""
+        if asked is not None:
+            return asked
+        return self.backend.traits.settle if self.settle is None else self.settle
+
+
+@final
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What one bust removed, in order. Removing nothing is a success too: no cache holds the old value."""
+    """How many entries a bust removed or marked, in all layers together. None is a success too."""
 
-    keys: tuple[str, ...] = ()
-
-    @property
-    def count(self) -> int:
-        """How many keys were removed."""
-        return len(self.keys)
+    count: int = 0
 
 
 @final
 class Engine:
-    """Applies busts to one backend, by what one index knows of dependents.
+    """Applies busts to layers of caches, by what the indexes know of entries and their dependents.
 
-    - `direct`: exactly the named key
-    - `dimensional`: the key, its variants, its dependents (also by way of others) and their variants
-    - `hybrid`: `direct` first, then the rest of `dimensional`; all of it before it answers
+    - `direct`: exactly what is named
+    - `dimensional`: that, its variants, its dependents (also by way of others) and their variants
+    - `hybrid`: as `dimensional`; the direct part comes first and can be answered
 
-    Belongs to one event loop; the work of a blocking backend runs in a thread, one call per bust. That thread cannot
-    be interrupted: a bust whose caller is cancelled is completed all the same.
+    `step` is told each step of a visit once it is done: "begun", "swept" (one slice), "ended", with the layer's name.
+    Belongs to one event loop, from `open` to `close`. A bust whose caller is cancelled may have been applied in part.
     """
 
-    def __init__(self, backend: Backend, index: Index) -> None:
-        self._backend = backend
-        self._index = index
+    def __init__(
+        self, layers: Sequence[Layer], indexes: Indexes, *, step: Callable[[str], None] = lambda _step: None
+    ) -> None:
+        self.layers = tuple(sorted(layers, key=lambda layer: layer.number))
+        self.indexes = indexes
+        self.step = step
         self._measuring = asyncio.Lock()
         self._size: tuple[float, int] | None = None
 
     def __repr__(self) -> str:
-        return f"Engine({self._backend!r}, {self._index!r})"
+        return f"Engine({', '.join(f'{layer.number} {layer.name}' for layer in self.layers)})"
 
     @property
-    def index(self) -> Index:
-        """What this engine knows of entries and their dependents."""
-        return self._index
+    def groups(self) -> tuple[tuple[Layer, ...], ...]:
+        """The layers inside out; those of one number together."""
+        return tuple(tuple(group) for _, group in groupby(self.layers, key=lambda layer: layer.number))
 
-    async def bust(self, target: str, strategy: str) -> Removal:
-        """Remove what `target` and `strategy` cover.
+    async def open(self) -> None:
+        """Open the backends. One that does not answer is no error: see `check_ready`."""
+        opened: list[Layer] = []
+        try:
+            for layer in self.layers:
+                opened.append(layer)
+                await layer.backend.open()
+        except BaseException:
+            for layer in opened:
+                await layer.backend.close()
+            raise
 
-        Raises `UnknownStrategy`; `RefusedKey` if the backend could never hold `target` and nothing depends on it (an
-        abstract subject, such as "product:7", has dependents instead); `BackendFailure` if a key could not be
-        removed, after all the others were tried.
+    async def close(self) -> None:
+        """Close the backends, all of them; the first error is raised afterwards."""
+        failures: list[Exception] = []
+        for layer in self.layers:
+            try:
+                await layer.backend.close()
+            except Exception as error:  # noqa: BLE001 - the others are closed, too
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+    # What can be asked
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds that every layer can find entries by."""
+        return tuple(kind for kind in KINDS if all(kind in layer.backend.traits.kinds for layer in self.layers))
+
+    @property
+    def soft(self) -> bool:
+        """Whether every layer can mark entries as stale."""
+        return all(layer.backend.traits.soft for layer in self.layers)
+
+    @property
+    def namespaces(self) -> bool:
+        """Whether every layer keeps tenants apart."""
+        return all(layer.backend.traits.namespaces for layer in self.layers)
+
+    def check(self, wish: Wish) -> None:
+        """Raise `Unsupported` or `RefusedKey` if this cannot be done, before anything is removed.
+
+        A key that some layer could hold, or that something depends on, is not refused.
         """
-        if strategy not in STRATEGIES:
-            raise UnknownStrategy
-        keys = self._covered(target, strategy)
-        return await self._call(lambda: _remove_all(self._backend, keys, wide=strategy != "direct"))
+        if wish.strategy not in STRATEGIES:
+            known = ", ".join(STRATEGIES)
+            raise Unsupported(f"the strategy is not known; supported are {known}", "strategy", STRATEGIES)
+        for layer in self.layers:
+            traits = layer.backend.traits
+            if wish.kind not in traits.kinds:
+                raise Unsupported(
+                    f"the layer {layer.name} ({layer.backend.name}) cannot find entries by {wish.kind}; nothing was"
+                    f" removed anywhere; supported are {', '.join(self.kinds)}",
+                    "kind",
+                    self.kinds,
+                )
+            if wish.soft and not traits.soft:
+                raise Unsupported(
+                    f"the layer {layer.name} ({layer.backend.name}) cannot mark entries as stale; nothing was removed"
+                    " anywhere; bust without soft",
+                    "soft",
+                )
+            if wish.namespace != DEFAULT_NAMESPACE and not traits.namespaces:
+                raise Unsupported(
+                    f"the layer {layer.name} ({layer.backend.name}) has no namespaces; nothing was removed anywhere",
+                    "namespace",
+                )
+        if wish.kind == "key":
+            self._check_key(wish)
 
-    def dependents(self, names: Iterable[str]) -> list[str]:
-        """List the entries that depend on any of these names, also by way of others."""
-        return sorted({key for name in names for key in self._index.dependents(name)})
+    def _check_key(self, wish: Wish) -> None:
+        refusal: RefusedKey | None = None
+        for layer in self.layers:
+            try:
+                layer.backend.check(wish.namespace, wish.target)
+            except RefusedKey as error:
+                refusal = error
+            else:
+                return
+        index = self.indexes.peek(wish.namespace)
+        if refusal is not None and (index is None or not index.dependents(wish.target)):
+            raise refusal
+
+    def check_key(self, namespace: str, key: str) -> None:
+        """Raise `RefusedKey` if no layer could ever hold `key`, telling the reason of the outermost."""
+        refusal: RefusedKey | None = None
+        for layer in self.layers:
+            try:
+                layer.backend.check(namespace, key)
+            except RefusedKey as error:
+                refusal = error
+            else:
+                return
+        if refusal is not None:
+            raise refusal
+
+    # Busting
+
+    def bust(self, wish: Wish) -> Bust:
+        """Make the bust of a checked wish. Nothing is done before its `visit`."""
+        return Bust(self, wish)
+
+    async def count(self, wish: Wish) -> dict[str, int]:
+        """Tell for each layer how many entries the bust would remove or mark now, and change nothing.
+
+        Raises `BackendFailure` if a layer cannot tell.
+        """
+        bust = Bust(self, wish)
+        return {layer.name: await bust.count(layer) for layer in self.layers}
 
     async def bust_dependents(self, names: Iterable[str]) -> Removal:
         """Remove what depends on any of these names, with the variants; the names themselves need be no keys.
 
-        Raises `BackendFailure` if a key could not be removed, after all the others were tried.
+        In the default namespace, where dependencies live. Raises `BackendFailure` if a layer could not do it, after all
+        the others were tried.
         """
-        keys = self.dependents(names)
+        found = self.dependents(names)
+        removed, failures = 0, list[BackendFailure]()
+        for layer in self.layers:
+            try:
+                removed += await self._remove_keys(layer, found)
+            except BackendFailure as error:
+                failures.append(error)
+        if failures:
+            first = failures[0]
+            removed += sum(error.removed for error in failures)
+            failed = sum(error.failed for error in failures)
+            raise BackendFailure(
+                f"{removed} removed, {failed} not removed: {first}",
+                removed=removed,
+                failed=failed,
+                unreachable=first.unreachable,
+            ) from first
+        return Removal(removed)
+
+    def dependents(self, names: Iterable[str]) -> list[str]:
+        """List the entries that depend on any of these names, also by way of others."""
+        index = self.indexes.peek(DEFAULT_NAMESPACE)
+        return [] if index is None else sorted({key for name in names for key in index.dependents(name)})
+
+    async def _remove_keys(self, layer: Layer, keys: Sequence[str]) -> int:
         try:
-            return await self._call(lambda: _remove_all(self._backend, keys, wide=True))
-        except RefusedKey as error:
-            raise BackendFailure(f"0 removed, 1 not removed: a key {error}") from error
+            return await self._remove_each(layer, keys)
+        except BackendFailure as error:
+            failed = len(keys) - error.removed if error.unreachable else error.failed
+            raise BackendFailure(
+                str(error), removed=error.removed, failed=failed, unreachable=error.unreachable
+            ) from error
 
-    def _covered(self, target: str, strategy: str) -> Sequence[str]:
-        dependents = self._index.dependents(target)
-        try:
-            self._backend.check(target)
-        except RefusedKey:
-            if not dependents:
-                raise
-            held = []
-        else:
-            held = [target]
-        return held if strategy == "direct" else [*held, *dependents]
+    async def _remove_each(self, layer: Layer, keys: Sequence[str]) -> int:
+        backend, removed = layer.backend, 0
+        scopes = [Scope(DEFAULT_NAMESPACE, "key", key) for key in _holdable(layer, DEFAULT_NAMESPACE, keys)]
+        for some in _slices(scopes):
+            begun = [await backend.begin(scope, soft=False, wide=True) for scope in some]
+            named = [scope.target for scope in some]
+            named += await backend.variants(DEFAULT_NAMESPACE, named)
+            for slice_ in _slices(named):
+                removed += await _told(backend.remove(DEFAULT_NAMESPACE, slice_, generation=max(begun), soft=False))
+            for scope, generation in zip(some, begun, strict=True):
+                await backend.end(scope, generation)
+            await asyncio.sleep(0)
+        return removed
 
-    def register(self, key: str, depends_on: Iterable[str] = (), *, most: int | None = None) -> None:
-        """Note that the cache holds `key`, made of what `depends_on` names; a second time replaces the first.
+    # Entries
 
-        Raises `RefusedKey` if the backend could never hold `key`, and `IndexFull` if it is new and there are `most`
-        entries already. What it depends on may be anything.
+    def register(
+        self,
+        key: str,
+        depends_on: Iterable[str] = (),
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        tags: Iterable[str] = (),
+        ttl: float | None = None,
+        most: int | None = None,
+    ) -> None:
+        """Note that a cache holds `key`, made of what `depends_on` names; a second time replaces the first.
+
+        Raises `RefusedKey` if no layer could ever hold `key`, and `IndexFull` if it is new and there are `most`
+        entries already. What it depends on, and its tags, may be anything. Without `ttl` (seconds) it does not end.
         """
-        self._backend.check(key)
-        if most is not None and len(self._index) >= most and key not in self._index:
+        self.check_key(namespace, key)
+        index = self.indexes.peek(namespace)
+        if most is not None and len(self.indexes) >= most and (index is None or key not in index):
             raise IndexFull(most)
-        self._index.add(key, depends_on)
+        self.indexes.of(namespace).add(key, depends_on, tags=tags, ttl=ttl)
 
     def load_registrations(self, path: str | os.PathLike[str]) -> int:
-        """Register what a JSON file lists, all or nothing; tell how many entries.
+        """Register what a JSON file lists, all or nothing, in the default namespace; tell how many entries.
 
         Raises `ConfigurationError` (setting "entries") telling the file, the key, what was expected and what found.
         """
         entries = read_registrations(path)
         for key in entries:
             try:
-                self._backend.check(key)
+                self.check_key(DEFAULT_NAMESPACE, key)
             except RefusedKey as error:
                 raise _refuse(path, f"the key {_shown(key)} {error}") from None
         for key, depends_on in entries.items():
-            self._index.add(key, depends_on)
+            self.indexes.of(DEFAULT_NAMESPACE).add(key, depends_on)
         return len(entries)
 
-    def restore(self, entries: Mapping[str, Iterable[str]]) -> None:
-        """Register what an earlier process knew, joined with what is registered already: to bust more costs a miss.
-
-        A key that this backend could never hold is left out.
-        """
-        for key, depends_on in entries.items():
-            with suppress(RefusedKey):
-                self._backend.check(key)
-                self._index.add(key, (*self._index.dependencies(key), *depends_on))
+    # How the caches are
 
     async def check_ready(self) -> None:
-        """Raise `BackendFailure` if the cache cannot be used now."""
-        await self._call(self._backend.check_ready)
+        """Raise `BackendFailure` if a layer cannot be used now."""
+        for layer in self.layers:
+            await layer.backend.check_ready()
 
     async def size_text(self) -> str:
-        """Tell how large the cache is, as in "1.2MB". Of a blocking backend it may be 5 seconds old.
+        """Tell how large the caches are together, as in "1.2MB". It may be 5 seconds old.
 
         Raises `BackendFailure` if it cannot be told.
         """
-        if not self._backend.blocking:
-            return format_size(self._backend.size_bytes())
         async with self._measuring:
             now = time.monotonic()
             if self._size is None or now - self._size[0] >= _SIZE_AGE:
-                self._size = (now, await self._call(self._backend.size_bytes))
+                self._size = (now, sum([await layer.backend.size_bytes() for layer in self.layers]))
             return format_size(self._size[1])
 
-    async def _call(self, act: Callable[[], _T]) -> _T:
-        return await asyncio.to_thread(act) if self._backend.blocking else act()
 
+@final
+class Bust:
+    """One bust, layer by layer. `done` counts keys that were looked at; `total` is about how many there are, if known.
 
-def _remove_all(backend: Backend, keys: Sequence[str], *, wide: bool) -> Removal:
-    removed: dict[str, None] = {}
-    failed: dict[str, Exception] = {}
+    `removed` tells for each layer how many entries went, over all its visits.
+    """
 
-    def remove(key: str) -> None:
-        try:
-            if backend.remove(key):
-                removed[key] = None
-        except (BackendFailure, RefusedKey) as error:
-            failed[key] = error
+    def __init__(self, engine: Engine, wish: Wish) -> None:
+        self.wish = wish
+        self.scope = Scope(wish.namespace, wish.kind, wish.target)
+        self.removed: dict[str, int] = {layer.name: 0 for layer in engine.layers}
+        self.done = 0
+        self.total: int | None = 0
+        self._engine = engine
+        self._step = engine.step
+        self._begun: dict[str, tuple[Layer, int]] = {}
+        self._looked_up: tuple[list[str], list[str]] | None = None
+        self._wide = wish.strategy != "direct"
 
-    for key in keys:
-        remove(key)
-        if wide and key not in failed:
+    @property
+    def _index(self) -> Index | None:
+        return self._engine.indexes.peek(self.wish.namespace)
+
+    async def visit(self, layer: Layer, part: Part = "whole") -> None:
+        """Bust at one layer. Raises `BackendFailure`, and `RefusedKey` if it could never hold the one key.
+
+        - "first": what must be done before the answer, which is the direct part, or only the begin where that alone
+          has the effect for readers
+        - "rest": what is left after that
+        - "whole": both
+        """
+        generation = await self._begin(layer)
+        if part == "first":
+            if not (layer.backend.traits.fences and self.wish.kind != "key" and not self.wish.soft):
+                await self._sweep(layer, generation, wide=False)
+            return
+        await self._sweep(layer, generation, wide=self._wide)
+        if self.wish.verify:
+            await self._verify(layer, generation)
+        await layer.backend.end(self.scope, generation)
+        self._begun.pop(layer.name, None)
+        self._step(f"ended {layer.name}")
+
+    async def abandon(self) -> None:
+        """End what was begun and is not done: what has been removed stays so, and the rest is as it was."""
+        for layer, generation in list(self._begun.values()):
+            self._begun.pop(layer.name)
             try:
-                variants = backend.variants(key)
-            except (BackendFailure, RefusedKey) as error:
-                failed[key] = error
-            else:
-                for variant in variants:
-                    remove(variant)
-    if not failed:
-        return Removal(tuple(removed))
-    first = next(iter(failed.values()))
-    if len(keys) == 1 and not removed and isinstance(first, RefusedKey):
-        raise first
-    reason = f"a key {first}" if isinstance(first, RefusedKey) else str(first)
-    raise BackendFailure(
-        f"{len(removed)} removed, {len(failed)} not removed: {reason}", removed=len(removed), failed=len(failed)
-    ) from first
+                await layer.backend.end(self.scope, generation)
+            except BackendFailure:
+                continue  # its cache is gone, or tells nobody anything
+
+    async def count(self, layer: Layer) -> int:
+        """Tell how many entries this bust would remove or mark at a layer now."""
+        found: set[str] = set()
+        async with aclosing(self._covered(layer, wide=self._wide)) as covered:
+            async for keys in covered:
+                found.update(await layer.backend.held(self.wish.namespace, keys, stale=not self.wish.soft))
+                self.done += len(keys)
+                await asyncio.sleep(0)
+        return len(found)
+
+    async def _begin(self, layer: Layer) -> int:
+        begun = self._begun.get(layer.name)
+        if begun is not None:
+            return begun[1]
+        await self._look_up()
+        backend = layer.backend
+        generation = await backend.begin(self.scope, soft=self.wish.soft, wide=self._wide)
+        self._begun[layer.name] = (layer, generation)
+        self._step(f"begun {layer.name}")
+        estimate = await backend.estimate(self.scope)
+        self.total = None if self.total is None or estimate is None else self.total + estimate
+        return generation
+
+    async def _sweep(self, layer: Layer, generation: int, *, wide: bool) -> None:
+        backend, wish = layer.backend, self.wish
+        failures: list[BackendFailure] = []
+        async with aclosing(self._covered(layer, wide=wide, fenced=generation)) as covered:
+            async for keys in covered:
+                try:
+                    removing = backend.remove(wish.namespace, keys, generation=generation, soft=wish.soft)
+                    self.removed[layer.name] += await removing
+                except RefusedKey as error:
+                    if wish.kind == "key" and keys == [wish.target]:
+                        raise
+                    failures.append(BackendFailure(f"a key {error}"))
+                except BackendFailure as error:
+                    self.removed[layer.name] += error.removed
+                    if error.unreachable:
+                        raise
+                    failures.append(error)
+                self.done += len(keys)
+                self._step(f"swept {layer.name}")
+                await asyncio.sleep(0)
+        if failures:
+            removed, failed = self.removed[layer.name], sum(error.failed for error in failures)
+            raise BackendFailure(
+                f"{removed} removed, {failed} not removed: {failures[0]}", removed=removed, failed=failed
+            ) from failures[0]
+
+    async def _verify(self, layer: Layer, generation: int) -> None:
+        left = 0
+        async with aclosing(self._covered(layer, wide=self._wide)) as covered:
+            async for keys in covered:
+                held = layer.backend.held(self.wish.namespace, keys, generation=generation, stale=not self.wish.soft)
+                left += len(await held)
+                await asyncio.sleep(0)
+        if left:
+            raise BackendFailure(
+                f"verified, and {left} of what was to be removed {'is' if left == 1 else 'are'} still held", failed=left
+            )
+
+    # What is covered
+
+    async def _covered(self, layer: Layer, *, wide: bool, fenced: int | None = None) -> AsyncGenerator[list[str], None]:
+        """Find all that is covered at a layer, in slices; what belongs to the named comes after it.
+
+        With a generation (`fenced`), late fills of what depends on the named are refused from then on.
+        """
+        backend, namespace = layer.backend, self.wish.namespace
+        named, dependents = await self._look_up()
+        async with aclosing(self._named(layer, named)) as batches:
+            async for batch in batches:
+                for keys in _slices(batch):
+                    yield keys
+                    if wide and self.wish.kind in {"prefix", "tag"}:
+                        # The variants of what a prefix covers are covered, too, but for those of the prefix itself.
+                        alone = keys if self.wish.kind == "tag" else []
+                        async for more in self._belonging(layer, alone, self._dependents_of(keys), fenced):
+                            yield more
+        if not wide or self.wish.kind == "all":
+            return
+        # The named itself need not be held for its variants and dependents to be.
+        roots = _holdable(layer, namespace, [self.wish.target]) if self.wish.kind in {"key", "prefix"} else []
+        for some in _slices(dependents):
+            async for more in self._belonging(layer, roots, some, fenced):
+                yield more
+            roots = []
+        for keys in _slices(await backend.variants(namespace, roots) if roots else []):
+            yield keys
+
+    async def _named(self, layer: Layer, registered: Sequence[str]) -> AsyncGenerator[Sequence[str], None]:
+        if self.wish.kind == "key":
+            # Whether it is held is for `remove` to tell, which also refuses what can be seen only there.
+            yield _holdable(layer, self.wish.namespace, [self.wish.target])
+            return
+        # A walk of files has descriptors open, so that it is closed at once where the visit ends early.
+        async with aclosing(layer.backend.select(self.scope)) as found:
+            async for batch in found:
+                yield batch
+        for some in _slices(_holdable(layer, self.wish.namespace, registered)):
+            yield some
+
+    async def _belonging(
+        self, layer: Layer, keys: Sequence[str], dependents: Sequence[str], fenced: int | None
+    ) -> AsyncGenerator[list[str], None]:
+        """Find the variants of these keys, and their dependents with the variants of those."""
+        backend, namespace = layer.backend, self.wish.namespace
+        more = _holdable(layer, namespace, dependents)
+        if more and fenced is not None:
+            for some in _slices(more):
+                await backend.fence(namespace, some, generation=fenced)
+        for some in _slices([*keys, *more]):
+            more += await backend.variants(namespace, some)
+            await asyncio.sleep(0)
+        for some in _slices(more):
+            yield some
+
+    def _dependents_of(self, keys: Sequence[str]) -> list[str]:
+        index = self._index
+        return [] if index is None else list(dict.fromkeys(one for key in keys for one in index.dependents(key)))
+
+    async def _look_up(self) -> tuple[list[str], list[str]]:
+        """Tell what the registry knows to be named by a tag, and to depend on what is named, as it was at the begin."""
+        if self._looked_up is None:
+            named: list[str] = []
+            found: dict[str, None] = {}
+            if (index := self._index) is not None:
+                if self.wish.kind == "tag":
+                    named = index.tagged(self.wish.target)
+                for some in _slices(self._subjects(index, named) if self._wide else []):
+                    found.update(dict.fromkeys(one for name in some for one in index.dependents(name)))
+                    await asyncio.sleep(0)
+            self._looked_up = (named, list(found))
+        return self._looked_up
+
+    def _subjects(self, index: Index, named: list[str]) -> list[str]:
+        match self.wish.kind:
+            case "key":
+                return [self.wish.target]
+            case "prefix":
+                return index.subjects_under(self.wish.target)
+            case "tag":
+                return named
+            case "all":
+                return []
+
+
+def _holdable(layer: Layer, namespace: str, keys: Iterable[str]) -> list[str]:
+    """List those of `keys` that a layer could hold."""
+    held = []
+    for key in keys:
+        try:
+            layer.backend.check(namespace, key)
+        except RefusedKey:
+            continue
+        held.append(key)
+    return held
+
+
+def _slices(keys: Sequence[_T]) -> Iterator[list[_T]]:
+    for begin in range(0, len(keys), SLICE):
+        yield list(keys[begin : begin + SLICE])
+
+
+async def _told(removing: Awaitable[int]) -> int:
+    """Tell how many went; a key that is refused only when it is looked at counts as a failure of the cache."""
+    try:
+        return await removing
+    except RefusedKey as error:
+        raise BackendFailure(f"a key {error}") from error
 
 
 def format_size(size: int) -> str:

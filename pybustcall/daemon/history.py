@@ -1,16 +1,16 @@
 """The faults that the daemon met lately, as its status tells them.
 
 This module decides how many are kept, what is counted as one, and how they are stamped. What is a fault, and what it
-weighs, is decided where it happens; messages come without whole targets.
+weighs, is decided where it happens; messages come without whole targets. Where they outlive the process, and when they
+are written there, is the shelf's affair: the journal is one.
 """
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass, replace
-from itertools import count
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Final, Protocol, final
 
 from pybustcall.faults import check_stage
 from pybustcall.models import FaultRecord, Timestamp
@@ -18,32 +18,56 @@ from pybustcall.models import FaultRecord, Timestamp
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["FaultHistory"]
+__all__ = ["Fault", "FaultHistory", "Shelf"]
 
 _UNKNOWN: Final = "unknown"
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """A fault, and its place in the order of all. One that stands for several tells since when, and how many."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """A fault, and its `place` in the order of all, which no other has. A denial may stand for several.
+
+    `at` and `first` are nanoseconds since the Unix epoch: when the last of the `times` was, and the first.
+    """
 
     place: int
-    record: FaultRecord
-    first: Timestamp
+    stage: int
+    message: str
+    binding: str = _UNKNOWN
+    at: int
+    first: int
     times: int = 1
+    denial: bool = False
 
-    def joined(self, other: _Kept | None) -> _Kept:
+    def joined(self, other: Fault | None) -> Fault:
+        """Count this one and another, like it, as one: the newer, as often as both."""
         if other is None:
             return self
         newer = max(self, other, key=lambda it: it.place)
         return replace(newer, first=min(self.first, other.first), times=self.times + other.times)
 
     def told(self) -> FaultRecord:
-        if self.times == 1:
-            return self.record
-        message = f"{self.record.message} ({self.times} times since {self.first})"
-        return self.record.model_copy(update={"message": message})
+        """Tell it as the status does."""
+        message = self.message
+        if self.times > 1:
+            message = f"{message} ({self.times} times since {Timestamp.of_nanoseconds(self.first)})"
+        at = Timestamp.of_nanoseconds(self.at)
+        return FaultRecord(timestamp=at, binding=self.binding, fault_stage=self.stage, message=message)
+
+
+class Shelf(Protocol):
+    """Where faults outlive the process. Neither change waits, and neither fails."""
+
+    @property
+    def faults(self) -> tuple[Fault, ...]:
+        """All that is there, in the order of their places."""
+
+    def put_fault(self, fault: Fault) -> None:
+        """Have one more, or another one in its place."""
+
+    def drop_fault(self, place: int) -> None:
+        """Have none in that place any more."""
 
 
 @final
@@ -54,46 +78,95 @@ class FaultHistory:
     equal in message and binding are one, with a count and the time of the last. If that is too many, the oldest no
     longer tell their binding: messages are few, so every denial is counted somewhere.
 
-    `clock` tells nanoseconds since the Unix epoch.
+    `clock` tells nanoseconds since the Unix epoch. What is kept is forgotten with the process, unless `attach` is
+    called.
     """
 
     def __init__(self, limit: int = 256, *, clock: Callable[[], int] = time.time_ns) -> None:
         if limit < 1:
             raise ValueError(f"a fault history keeps at least 1 fault, not {limit!r}")
         self._limit = limit
-        self._faults: deque[_Kept] = deque(maxlen=limit)
-        self._denials: OrderedDict[tuple[str, str], _Kept] = OrderedDict()
-        self._places = count()
+        self._faults: deque[Fault] = deque()
+        self._denials: dict[tuple[str, str], Fault] = {}  # by message and binding
+        self._next = 0
         self._clock = clock
+        self._shelf: Shelf | None = None
+
+    def attach(self, shelf: Shelf) -> None:
+        """Take up what is on the shelf, and have it keep what is here from now on: all that is, and comes, and goes.
+
+        What was recorded before comes after what is on the shelf. To be called once, when the shelf is open.
+        """
+        own = self._kept()
+        there = shelf.faults
+        self._faults.clear()
+        self._denials.clear()
+        self._shelf = shelf
+        for fault in there:
+            self._next = max(self._next, fault.place + 1)
+            self._keep(fault, known=True)
+        for fault in own:
+            self._keep(replace(fault, place=self._take_place()))
 
     def record(self, stage: int, message: str, *, binding: str = _UNKNOWN, denial: bool = False) -> None:
         """Keep one fault, as above. Raises ValueError for a stage outside 0..12."""
-        now = Timestamp.of_nanoseconds(self._clock())
-        record = FaultRecord(timestamp=now, binding=binding, fault_stage=check_stage(stage), message=message)
-        kept = _Kept(next(self._places), record, now)
-        if not denial:
-            self._faults.append(kept)
+        check_stage(stage)
+        now = self._clock()
+        place = self._take_place()
+        self._keep(Fault(place=place, stage=stage, message=message, binding=binding, at=now, first=now, denial=denial))
+
+    def _take_place(self) -> int:
+        place = self._next
+        self._next += 1
+        return place
+
+    def _keep(self, fault: Fault, *, known: bool = False) -> None:
+        """Keep one; it is `known` if the shelf has it, as it is."""
+        if not fault.denial:
+            self._faults.append(fault)
+            if not known:
+                self._put(fault)
+            while len(self._faults) > self._limit:
+                self._drop(self._faults.popleft())
             return
-        key = (message, binding)
-        self._denials[key] = kept.joined(self._denials.pop(key, None))
+        self._count(fault, known=known)
         while len(self._denials) > self._limit:
             self._fold()
 
+    def _count(self, denial: Fault, *, known: bool = False) -> None:
+        """Keep a denial; if there are like ones, as one with them, in the newer one's place."""
+        key = (denial.message, denial.binding)
+        like = self._denials.get(key)
+        kept = denial.joined(like)
+        self._denials[key] = kept
+        if like is not None:
+            self._drop(min(like, denial, key=lambda it: it.place))
+        if like is not None or not known:
+            self._put(kept)
+
     def _fold(self) -> None:
         """Count the oldest denial that tells a binding among those like it that tell none."""
-        key = next((it for it in self._denials if it[1] != _UNKNOWN), None)
-        if key is None:
-            self._denials.popitem(last=False)
-            return
-        kept = self._denials.pop(key)
-        nameless = replace(kept, record=kept.record.model_copy(update={"binding": _UNKNOWN}))
-        like = (key[0], _UNKNOWN)
-        self._denials[like] = nameless.joined(self._denials.get(like))
+        oldest = min(self._denials.values(), key=lambda it: (it.binding == _UNKNOWN, it.place))
+        del self._denials[oldest.message, oldest.binding]
+        if oldest.binding == _UNKNOWN:
+            self._drop(oldest)
+        else:
+            self._count(replace(oldest, binding=_UNKNOWN))
+
+    def _put(self, fault: Fault) -> None:
+        if self._shelf is not None:
+            self._shelf.put_fault(fault)
+
+    def _drop(self, fault: Fault) -> None:
+        if self._shelf is not None:
+            self._shelf.drop_fault(fault.place)
+
+    def _kept(self) -> list[Fault]:
+        return sorted((*self._faults, *self._denials.values()), key=lambda it: it.place)
 
     def records(self) -> tuple[FaultRecord, ...]:
         """Tell what is kept, in the order in which it happened."""
-        kept = sorted((*self._faults, *self._denials.values()), key=lambda it: it.place)
-        return tuple(it.told() for it in kept)
+        return tuple(it.told() for it in self._kept())
 
     def __len__(self) -> int:
         return len(self._faults) + len(self._denials)

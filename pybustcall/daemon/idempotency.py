@@ -68,6 +68,8 @@ _KIND: Final = Kind(
     loss="idempotency keys used before are forgotten",
 )
 
+_MORE: Final = {"kind": "key", "soft": False, "namespace": None, "verify": False, "settle": None}
+
 # What may befall the memory while it is used. None of it keeps a request from being applied.
 _FAILURES: Final = (sqlite3.Error, OSError, ConfigurationError)
 
@@ -100,12 +102,14 @@ def name_of(token: str | None, key: str) -> bytes:
 
 
 def fingerprint_of(asked: BustRequest) -> bytes:
-    """Tell requests apart by what changes their effect: the target and the strategy.
+    """Tell requests apart by what changes their effect: what is named, and how it is busted.
 
-    `binding` and `fault_tolerance` change nothing here, and a replay by another client of the same application may say
-    others. A field that is added one day must leave the fingerprint as it is where the field has its default.
+    `binding`, `fault_tolerance` and `reason` change nothing here, and a replay by another client of the same
+    application may say others. What has its default is left out, so that files of earlier versions still hold.
     """
-    return hashlib.sha256(json.dumps([asked.target, asked.strategy]).encode()).digest()
+    more = {name: value for name, default in _MORE.items() if (value := getattr(asked, name)) != default}
+    effect = [asked.target, asked.strategy, *([more] if more else [])]
+    return hashlib.sha256(json.dumps(effect, sort_keys=True).encode()).digest()
 
 
 # In the thread

@@ -1,24 +1,38 @@
-"""What is registered, what it depends on, and which keys are variants of one another.
+"""What is registered, what it depends on, its tags and its lifetime, and which keys are variants of one another.
 
-This module decides relations between keys. It removes nothing from any cache (the backends do) and does not decide
-what a bust covers (the engine does). Everything here is synchronous, belongs to one thread, and takes O(log n) per
-entry touched.
+This module decides relations between keys, and when an entry is over. It removes nothing from any cache (the backends
+do) and does not decide what a bust covers (the engine does). Everything here is synchronous and belongs to one thread.
+
+Theory of operation. Entries, the names that they depend on, pairs of tag and key, and pairs of deadline and key are
+each kept sorted, so that whatever begins alike lies side by side: a question is two bisections and a walk over the
+answer, O(log n + m). What is empty is dropped at once, so that nothing is left of what was removed. Expiry is done by
+whoever comes first: every question, and every change, begins by dropping what is over. It looks at the earliest
+deadline only, which costs nothing as long as that lies ahead; each entry is dropped once, in O(log n). A question in
+batches goes on behind the last key that it told, in the order of keys: what is gone or came meanwhile does not matter.
+docs/explanation/complexity.md counts the steps.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final, final
+import time
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
+from weakref import WeakValueDictionary
 
-from sortedcontainers import SortedDict
+from sortedcontainers import SortedDict, SortedList
+
+from pybustcall.keys import SEPARATORS, ranges_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
-__all__ = ["Index", "is_variant"]
+__all__ = ["Entry", "Index", "Indexes", "TooManyNamespaces", "is_variant"]
 
 _ENCODINGS: Final = (".br", ".deflate", ".gz", ".zst")
 _REST_OF_VARIANT: Final = re.compile(r"(?:\.(?:br|deflate|gz|zst))?(?:\?.*)?", re.DOTALL)
+_BATCH: Final = 500  # keys that going through all of them looks up at a time
 
 
 def is_variant(key: str, other: str) -> bool:
@@ -30,65 +44,279 @@ def is_variant(key: str, other: str) -> bool:
     return len(other) > len(key) and other.startswith(key) and bool(_REST_OF_VARIANT.fullmatch(other, len(key)))
 
 
+class TooManyNamespaces(Exception):
+    """There are as many namespaces with entries as may be, and this would be another."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"there are entries in the most namespaces that there may be, {most}; use one of these")
+        self.most = most
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What is known of an entry.
+
+    - `depends_on`, `tags`: each name once, in the order in which they were given
+    - `ttl`: seconds that it is kept from its registration, None if for good
+    - `deadline`: when that is over, by the index's clock
+    - `born`: the generation that it was registered in
+    - `stale`: marked as such since then
+    """
+
+    depends_on: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    ttl: float | None = None
+    deadline: float | None = None
+    born: int = 0
+    stale: bool = False
+
+
+@final
+class _Generations:
+    """The counter of generations. It only ever rises."""
+
+    def __init__(self) -> None:
+        self.current = 0
+
+
+class _Share(NamedTuple):
+    """What an index holds: how many entries, how many bytes of keys, and when the first of them is over."""
+
+    entries: int = 0
+    size: int = 0
+    due: float | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _House:
+    """What an index has in common with those of other namespaces, and whom it asks and tells. By itself: nobody.
+
+    - `admit`: asked before its first entry; raises `TooManyNamespaces`
+    - `changed`: told what it holds after each change
+    - `tell`: told the key, and what was known of it before
+    """
+
+    generations: _Generations = field(default_factory=_Generations)
+    admit: Callable[[], None] = lambda: None
+    changed: Callable[[Index, _Share], None] = lambda _index, _share: None
+    tell: Callable[[str, Entry | None], None] = lambda _key, _before: None
+
+
 @final
 class Index:
     """The registry of entries, and of which entry was made of what.
 
+    - `clock`: tells seconds, for lifetimes, and never goes back
+    - `house`: not for callers; what `Indexes` ties its indexes together with
+
     A key may be depended on without being an entry itself: `product:7` is no file and no cached page, but pages are
-    made of it. Not safe between threads.
+    made of it. What has outlived its lifetime is no entry any more, for whatever is asked. Not safe between threads.
     """
 
-    def __init__(self) -> None:
-        self._entries: SortedDict[str, tuple[str, ...]] = SortedDict()
-        self._dependents: dict[str, set[str]] = {}
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, house: _House | None = None) -> None:
+        self._clock = clock
+        self._house = house or _House()
+        self._entries: SortedDict[str, Entry] = SortedDict()
+        self._dependents: SortedDict[str, set[str]] = SortedDict()
+        self._tagged: SortedList[tuple[str, str]] = SortedList()
+        self._deadlines: SortedList[tuple[float, str]] = SortedList()
         self._size = 0
-        self._tell: Callable[[str, tuple[str, ...] | None], None] | None = None
+        self._tell: Callable[[str, Entry | None], None] | None = None
 
-    def watch(self, tell: Callable[[str, tuple[str, ...] | None], None] | None) -> None:
-        """Have every change told once it is made: the key, and what it depended on before, None if it was no entry.
+    def watch(self, tell: Callable[[str, Entry | None], None] | None) -> None:
+        """Have every change told once it is made: the key, and what was known of it before, None if it was no entry.
 
-        There is one watcher at a time; None is nobody.
+        What is over is told as what was removed; a stale mark is not told. There is one watcher at a time; None is
+        nobody.
         """
         self._tell = tell
 
-    def add(self, key: str, depends_on: Iterable[str] = ()) -> None:
-        """Register an entry; if it is known already, what it depends on is replaced."""
-        dependencies = tuple(dict.fromkeys(name for name in depends_on if name != key))
+    # Changes
+
+    def add(
+        self, key: str, depends_on: Iterable[str] = (), *, tags: Iterable[str] = (), ttl: float | None = None
+    ) -> None:
+        """Register an entry; if it is known already, all that was known of it is replaced, and it is not stale.
+
+        It is kept for `ttl` seconds from now, or for good. Raises ValueError unless that is more than 0.
+        """
+        self.expire()
+        entry = self._made(key, Entry(depends_on=tuple(depends_on), tags=tuple(tags), ttl=ttl))
+        if not self._entries:
+            self._house.admit()
+        self._put(key, entry)
+
+    def put_back(self, key: str, entry: Entry) -> None:
+        """Undo a change: from now on `key` is again what it was, with its birth, its deadline and its mark."""
+        self._put(key, entry)
+
+    def update(self, entries: Mapping[str, Entry], *, apart: float = 0.0) -> None:
+        """Register many at once, as by `add`: of each counts what it depends on, its tags, and its lifetime.
+
+        Lifetimes of one length end `apart` seconds one after the other, for whoever comes at the end of a million would
+        have to drop them all. Here it is not asked whether there may be another namespace: this is for what was there
+        before a restart.
+        """
+        self.expire()
+        made = {key: self._made(key, entry, apart * number) for number, (key, entry) in enumerate(entries.items())}
+        before = {key: self._forget(key) for key in made if key in self._entries}
+        self._entries.update(made)
+        self._size += sum(map(_size_of, made))
+        links: dict[str, set[str]] = {}
+        for key, entry in made.items():
+            for name in entry.depends_on:
+                links.setdefault(name, set()).add(key)
+        self._dependents.update({name: keys | self._dependents.get(name, set()) for name, keys in links.items()})
+        self._tagged.update((tag, key) for key, entry in made.items() for tag in entry.tags)
+        self._deadlines.update((it.deadline, key) for key, it in made.items() if it.deadline is not None)
+        self._settle()
+        for key in made:
+            self._report(key, before.get(key))
+
+    def remove(self, key: str) -> bool:
+        """Forget an entry and all that was known of it; tell whether it was known.
+
+        What depends on it stays registered.
+        """
+        self.expire()
+        return self._drop(key)
+
+    def mark_stale(self, key: str) -> bool:
+        """Mark an entry as stale until it is registered again; tell whether it was known, and not stale already."""
+        self.expire()
+        entry = self._entries.get(key)
+        if entry is None or entry.stale:
+            return False
+        self._entries[key] = replace(entry, stale=True)
+        return True
+
+    def expire(self) -> int:
+        """Drop what has outlived its lifetime; tell how many entries. O(1) if nothing has."""
+        if not self._deadlines:
+            return 0
+        now, count = self._clock(), 0
+        while self._deadlines and self._deadlines[0][0] <= now:
+            count += self._drop(self._deadlines[0][1])
+        return count
+
+    def _made(self, key: str, given: Entry, later: float = 0.0) -> Entry:
+        ttl = given.ttl
+        if ttl is not None and not ttl > 0:
+            raise ValueError("ttl must be more than 0 seconds; give None to keep an entry for good")
+        return Entry(
+            depends_on=tuple(dict.fromkeys(name for name in given.depends_on if name != key)),
+            tags=tuple(dict.fromkeys(given.tags)),
+            ttl=ttl,
+            deadline=None if ttl is None else self._clock() + ttl + later,
+            born=self._house.generations.current,
+        )
+
+    def _put(self, key: str, entry: Entry) -> None:
         before = self._forget(key)
-        self._entries[key] = dependencies
+        self._entries[key] = entry
         self._size += _size_of(key)
-        for name in dependencies:
+        for name in entry.depends_on:
             self._dependents.setdefault(name, set()).add(key)
+        for tag in entry.tags:
+            self._tagged.add((tag, key))
+        if entry.deadline is not None:
+            self._deadlines.add((entry.deadline, key))
+        self._settle()
+        self._report(key, before)
+
+    def _drop(self, key: str) -> bool:
+        before = self._forget(key)
+        if before is None:
+            return False
+        self._settle()
+        self._report(key, before)
+        return True
+
+    def _forget(self, key: str) -> Entry | None:
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            return None
+        self._size -= _size_of(key)
+        for name in entry.depends_on:
+            keys = self._dependents[name]
+            keys.remove(key)
+            if not keys:
+                del self._dependents[name]
+        for tag in entry.tags:
+            self._tagged.remove((tag, key))
+        if entry.deadline is not None:
+            self._deadlines.remove((entry.deadline, key))
+        return entry
+
+    def _settle(self) -> None:
+        due = self._deadlines[0][0] if self._deadlines else None
+        self._house.changed(self, _Share(len(self._entries), self._size, due))
+
+    def _report(self, key: str, before: Entry | None) -> None:
+        self._house.tell(key, before)
         if self._tell is not None:
             self._tell(key, before)
 
-    def remove(self, key: str) -> bool:
-        """Forget an entry and what it depends on; tell whether it was known. What depends on it stays registered."""
-        before = self._forget(key)
-        if before is not None and self._tell is not None:
-            self._tell(key, before)
-        return before is not None
+    # Generations
 
-    def _forget(self, key: str) -> tuple[str, ...] | None:
-        dependencies = self._entries.pop(key, None)
-        if dependencies is None:
-            return None
-        self._size -= _size_of(key)
-        for name in dependencies:
-            self._dependents[name].remove(key)
-            if not self._dependents[name]:
-                del self._dependents[name]
-        return dependencies
+    @property
+    def generation(self) -> int:
+        """The number of the generation that entries are born in now."""
+        return self._house.generations.current
+
+    def begin(self) -> int:
+        """Begin a generation; tell its number: what was there before was born under a lower one.
+
+        Indexes of one daemon count together.
+        """
+        self._house.generations.current += 1
+        return self._house.generations.current
+
+    def born(self, key: str) -> int | None:
+        """Tell the generation that the entry `key` was registered in; None if it is no entry."""
+        entry = self.entry(key)
+        return None if entry is None else entry.born
+
+    # One entry
 
     def __contains__(self, key: object) -> bool:
+        self.expire()
         return key in self._entries
 
+    def entry(self, key: str) -> Entry | None:
+        """Tell all that is known of the entry `key`; None if it is no entry."""
+        self.expire()
+        return self._entries.get(key)
+
+    def is_stale(self, key: str) -> bool:
+        """Tell whether `key` is an entry that was marked as stale since it was registered."""
+        entry = self.entry(key)
+        return entry is not None and entry.stale
+
+    def tags(self, key: str) -> tuple[str, ...]:
+        """List the tags of the entry `key`, in the order in which they were given; empty if it is no entry."""
+        entry = self.entry(key)
+        return () if entry is None else entry.tags
+
+    def dependencies(self, key: str) -> tuple[str, ...]:
+        """List what the entry `key` was registered as depending on, in that order; empty if it is no entry."""
+        entry = self.entry(key)
+        return () if entry is None else entry.depends_on
+
+    # All of them
+
     def __len__(self) -> int:
+        self.expire()
         return len(self._entries)
 
     def __iter__(self) -> Iterator[str]:
-        """Go through the registered keys, in order."""
-        return iter(self._entries)
+        """Go through the registered keys, in order. Entries may come and go meanwhile."""
+        batch = self.keys(limit=_BATCH)
+        while batch:
+            yield from batch
+            batch = self.keys(after=batch[-1], limit=_BATCH)
 
     def __repr__(self) -> str:
         return f"Index({len(self)} entries, {self._size} bytes of keys)"
@@ -96,19 +324,65 @@ class Index:
     @property
     def size_bytes(self) -> int:
         """How many bytes of UTF-8 the registered keys have together."""
+        self.expire()
         return self._size
+
+    def items(self) -> list[tuple[str, Entry]]:
+        """List all entries with what is known of them, in the order of keys."""
+        self.expire()
+        return list(self._entries.items())
+
+    def keys(self, *, after: str | None = None, limit: int | None = None) -> list[str]:
+        """List the registered keys, in order: those behind `after`, which need be no entry, at most `limit` of them."""
+        self.expire()
+        return list(islice(self._entries.irange(after, None, inclusive=(after is None, True)), limit))
+
+    # What is named
+
+    def under(self, prefix: str, *, after: str | None = None, limit: int | None = None) -> list[str]:
+        """List the entries that `prefix` covers, in order: those behind `after`, at most `limit` of them.
+
+        The order is that of keys by code points: first the prefix itself, then what lies below it. So a bust in batches
+        goes on behind the last key of the batch before, whether or not that is an entry still.
+        """
+        self.expire()
+        return list(islice(_covered(self._entries, prefix, after), limit))
+
+    def count_under(self, prefix: str) -> int:
+        """Tell how many entries `prefix` covers: O(log n), however many they are."""
+        self.expire()
+        bisect = self._entries.bisect_left
+        below = sum(bisect(end) - bisect(begin) for begin, end in ranges_of(prefix))
+        return below + (prefix[-1] not in SEPARATORS and prefix in self._entries)
+
+    def tagged(self, tag: str, *, after: str | None = None, limit: int | None = None) -> list[str]:
+        """List the entries with this tag, in order: those behind `after`, at most `limit` of them."""
+        self.expire()
+        begin, end = _range_of(tag)
+        pairs = self._tagged.irange(begin if after is None else (tag, after), end, inclusive=(after is None, False))
+        return [key for _, key in islice(pairs, limit)]
+
+    def count_tagged(self, tag: str) -> int:
+        """Tell how many entries have this tag: O(log n), however many they are."""
+        self.expire()
+        begin, end = _range_of(tag)
+        return self._tagged.bisect_left(end) - self._tagged.bisect_left(begin)
 
     def variants(self, key: str) -> list[str]:
         """List the entries that are variants of `key`, sorted: O(log n + m), m of them, whatever else begins alike."""
+        self.expire()
         found = []
         for encoding in _ENCODINGS:
             if key + encoding in self._entries:
                 found.append(key + encoding)
-            found += self._beginning_with(f"{key}{encoding}?")
-        return [*found, *self._beginning_with(f"{key}?")]
+            found += _covered(self._entries, f"{key}{encoding}?")
+        return [*found, *_covered(self._entries, f"{key}?")]
+
+    # What depends on what
 
     def dependents(self, key: str) -> list[str]:
         """List the entries that depend on `key`, also by way of others, sorted; never `key` itself."""
+        self.expire()
         found: set[str] = set()
         ahead = [key]
         while ahead:
@@ -117,16 +391,153 @@ class Index:
             ahead += new
         return sorted(found - {key})
 
-    def dependencies(self, key: str) -> tuple[str, ...]:
-        """List what the entry `key` was registered as depending on, in that order; empty if it is no entry."""
-        return self._entries.get(key, ())
+    def subjects(self) -> list[str]:
+        """List the names that entries depend on, in order; they need be no entries."""
+        self.expire()
+        return list(self._dependents)
 
-    def _beginning_with(self, prefix: str) -> Iterator[str]:
-        for key in self._entries.irange(minimum=prefix):
-            if not key.startswith(prefix):
-                return
-            yield key
+    def subjects_under(self, prefix: str) -> list[str]:
+        """List the names that entries depend on and `prefix` covers, in order; they need be no entries."""
+        self.expire()
+        return list(_covered(self._dependents, prefix))
+
+
+def _covered(names: SortedDict[str, Any], prefix: str, after: str | None = None) -> Iterator[str]:
+    """Go through those of the names that a prefix covers, in order, from behind `after`."""
+    if prefix[-1] not in SEPARATORS and prefix in names and (after is None or after < prefix):
+        yield prefix
+    for begin, end in ranges_of(prefix):
+        if after is None or after < begin:
+            yield from names.irange(begin, end, inclusive=(True, False))
+        elif after < end:
+            yield from names.irange(after, end, inclusive=(False, False))
+
+
+def _range_of(tag: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Tell from where, and up to but without what, the pairs of a tag lie."""
+    return (tag, ""), (tag + "\0", "")
 
 
 def _size_of(key: str) -> int:
     return len(key.encode("utf-8", "surrogatepass"))
+
+
+@final
+class Indexes:
+    """An index for each namespace, made on demand, with one counter of generations for all.
+
+    - `most`: how many namespaces may have entries; those without any cost nothing and do not count
+    - `clock`: as of `Index`
+
+    Not safe between threads.
+    """
+
+    def __init__(self, *, most: int = 1000, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most = most
+        self._clock = clock
+        self._generations = _Generations()
+        self._held: dict[str, Index] = {}
+        # An index without entries lives as long as somebody has it at hand, and what is added to it then is not lost.
+        self._empty: WeakValueDictionary[str, Index] = WeakValueDictionary()
+        self._shares: dict[str, _Share] = {}
+        self._due: SortedList[tuple[float, str]] = SortedList()
+        self._count = 0
+        self._size = 0
+        self._tell: Callable[[str, str, Entry | None], None] | None = None
+
+    def watch(self, tell: Callable[[str, str, Entry | None], None] | None) -> None:
+        """Have every change in any namespace told: the namespace, the key, and what was known of it before.
+
+        See `Index.watch`, which stays free for somebody else.
+        """
+        self._tell = tell
+
+    def of(self, namespace: str) -> Index:
+        """Tell the index of a namespace; there is one, though it may be empty.
+
+        Its `add` raises `TooManyNamespaces` if it is empty and there are `most` others that are not.
+        """
+        index = self._held.get(namespace)
+        if index is None:
+            index = self._empty.get(namespace)
+        if index is None:
+            house = _House(
+                self._generations,
+                lambda: self._admit(namespace),
+                lambda index, share: self._account(namespace, index, share),
+                lambda key, before: self._report(namespace, key, before),
+            )
+            index = self._empty[namespace] = Index(clock=self._clock, house=house)
+        return index
+
+    def peek(self, namespace: str) -> Index | None:
+        """Tell the index of a namespace; None if it has no entry."""
+        self.expire()
+        return self._held.get(namespace)
+
+    def __iter__(self) -> Iterator[tuple[str, Index]]:
+        """Go through the namespaces that have entries, in order, with their indexes."""
+        self.expire()
+        return iter(sorted(self._held.items()))
+
+    def __len__(self) -> int:
+        """How many entries there are in all namespaces."""
+        self.expire()
+        return self._count
+
+    def __repr__(self) -> str:
+        self.expire()
+        return f"Indexes({len(self._held)} namespaces, {self._count} entries, {self._size} bytes of keys)"
+
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes of UTF-8 the registered keys of all namespaces have together."""
+        self.expire()
+        return self._size
+
+    @property
+    def generation(self) -> int:
+        """The number of the generation that entries are born in now, in every namespace."""
+        return self._generations.current
+
+    def begin(self) -> int:
+        """Begin a generation in every namespace; tell its number. See `Index.begin`."""
+        self._generations.current += 1
+        return self._generations.current
+
+    def expire(self) -> int:
+        """Drop what has outlived its lifetime in any namespace; tell how many entries. O(1) if nothing has."""
+        if not self._due:
+            return 0
+        now, count = self._clock(), 0
+        while self._due and self._due[0][0] <= now:
+            count += self._held[self._due[0][1]].expire()
+        return count
+
+    def _admit(self, namespace: str) -> None:
+        if len(self._held) >= self._most:
+            self.expire()
+        if len(self._held) >= self._most and namespace not in self._held:
+            raise TooManyNamespaces(self._most)
+
+    def _account(self, namespace: str, index: Index, share: _Share) -> None:
+        before = self._shares.get(namespace, _Share())
+        self._count += share.entries - before.entries
+        self._size += share.size - before.size
+        if share.due != before.due:
+            if before.due is not None:
+                self._due.remove((before.due, namespace))
+            if share.due is not None:
+                self._due.add((share.due, namespace))
+        if share.entries:
+            self._shares[namespace] = share
+            if not before.entries:
+                self._held[namespace] = index
+                self._empty.pop(namespace, None)
+        elif before.entries:
+            self._empty[namespace] = index
+            del self._held[namespace], self._shares[namespace]
+
+    def _report(self, namespace: str, key: str, before: Entry | None) -> None:
+        if self._tell is not None:
+            self._tell(namespace, key, before)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, final, get_args
 
 from pydantic.json_schema import models_json_schema
 
@@ -29,6 +29,9 @@ from pybustcall.models import (
     ForgetRequest,
     HotSwapReply,
     HotSwapRequest,
+    JobReply,
+    JobsReply,
+    JobState,
     Problem,
     RegisterReply,
     RegisterRequest,
@@ -67,7 +70,7 @@ _PARAMETERS: Final[Mapping[str, tuple[str, dict[str, Any], str]]] = MappingProxy
             advertised_digest(),
         ),
         "Bustcall-Timeout-Ms": (
-            "Whole milliseconds that are left of the caller's deadline. The reference daemon does not read it.",
+            "Whole milliseconds that the caller still has. What takes longer than half of that is answered as a job.",
             {"type": "string"},
             "4200",
         ),
@@ -80,6 +83,31 @@ _PARAMETERS: Final[Mapping[str, tuple[str, dict[str, Any], str]]] = MappingProxy
             "The `ETag` of the document that the client has: if it is still in effect, the answer is 304.",
             {"type": "string"},
             f'"{advertised_digest()}"',
+        ),
+    }
+)
+
+# Parameters of paths and queries: where it stands, what it says, its schema, and an example.
+_PLACED: Final[Mapping[str, tuple[str, str, dict[str, Any], object]]] = MappingProxyType(
+    {
+        "job": ("path", "The name of a job.", {"type": "string"}, "0f5e1c9a6b7d4e3f8a9b0c1d2e3f4a5b"),
+        "limit": (
+            "query",
+            "How many are told.",
+            {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
+            20,
+        ),
+        "before": (
+            "query",
+            "Those that are older than this job, which is the last of the page before.",
+            {"type": "string"},
+            "0f5e1c9a6b7d4e3f8a9b0c1d2e3f4a5b",
+        ),
+        "state": (
+            "query",
+            "Only those in this state.",
+            {"type": "string", "enum": list(get_args(JobState))},
+            "waiting",
         ),
     }
 )
@@ -131,6 +159,10 @@ _REFUSALS: Final[Mapping[int, _Refusal]] = MappingProxyType(
             "Forbidden",
             "The capability is private, and this token, or none, does not open it; or a page of another origin asks.",
         ),
+        404: _Refusal(
+            "NotFound",
+            "There is no such job, any more or at all: `urn:bustcall:problem:no-such-job`. Jobs are each daemon's own.",
+        ),
         408: _Refusal("RequestTimeout", "The body did not arrive in time."),
         409: _Refusal(
             "Conflict",
@@ -158,9 +190,9 @@ _REFUSALS: Final[Mapping[int, _Refusal]] = MappingProxyType(
             "The daemon requires capabilities and does not know the client's: send the capability document to"
             " `POST /api/v1/capabilities`, then repeat the request. The type is `urn:bustcall:problem:advertise`.",
         ),
-        500: _Refusal("InternalServerError", "The cache or a file failed; `detail` tells what was done and what not."),
+        500: _Refusal("InternalServerError", "A cache or a file failed; `detail` tells what was done and what not."),
         503: _Refusal("ServiceUnavailable", "The daemon is stopping.", "Retry-After"),
-        507: _Refusal("InsufficientStorage", "The registry, or its disk, is full. Nothing was changed."),
+        507: _Refusal("InsufficientStorage", "The registry, or the disk, is full. Nothing was changed."),
     }
 )
 _ANY_ROUTE: Final = (400, 401, 403, 417, 421, 500, 503)
@@ -177,6 +209,8 @@ class _Operation:
     - `example`: of a request; `answer`: of its answer
     - `refusals`: beyond those of every route, and of every route with a body
     - `measured`: whether the client must fit what the daemon requires
+    - `placed`: its parameters in the path and the query
+    - `accepted`: an example of its answer with 202, if it may have one
     - `keyed`: whether it takes an idempotency key; `tagged`: whether the answer has an entity tag
     - `links`: the operations that may follow: their parameters and bodies, by name
     """
@@ -192,6 +226,8 @@ class _Operation:
     example: object = None
     refusals: tuple[int, ...] = ()
     measured: bool = True
+    placed: tuple[str, ...] = ()
+    accepted: object = None
     keyed: bool = False
     tagged: bool = False
     links: Mapping[str, dict[str, Any]] = field(default_factory=dict)
@@ -204,6 +240,28 @@ _DOCUMENT: Final[dict[str, Any]] = {
     "semverx": "1.stable.4.stable.0.stable",
     "capabilities": ["cache.bust", "daemon.capabilities", "daemon.status"],
     "requires": {"semverx": ">=0.1.0-0", "capabilities": ["cache.bust"]},
+}
+_JOB: Final[dict[str, Any]] = {
+    "job": "0f5e1c9a6b7d4e3f8a9b0c1d2e3f4a5b",
+    "state": "waiting",
+    "target": "product:7",
+    "kind": "tag",
+    "strategy": "dimensional",
+    "soft": False,
+    "who": "token",
+    "binding": BINDING,
+    "reason": "a price has changed",
+    "daemon": "cache-1 127.0.0.1:8989",
+    "at": "2026-03-02T08:15:39.723673826Z",
+    "removed": 2,
+    "attempts": 1,
+    "progress": {"done": 2, "total": 2},
+    "layers": [{"name": "redis", "ok": False, "removed": 0, "error": "it cannot be reached"}],
+}
+_SEE_JOB: Final[dict[str, Any]] = {
+    "operationId": "job",
+    "description": "How it stands, and what the audit knows of it.",
+    "parameters": {"path.job": "$response.body#/job"},
 }
 _DEPENDENCY: Final = {"name": "pricing-model", "current": "2.0.0", "versions": ["1.9.0", "2.0.0", "2.1.0"]}
 
@@ -226,7 +284,21 @@ def _operations() -> tuple[_Operation, ...]:
                 "fault_stage": 12,
                 "execution_time_ms": 1,
                 "removed": 2,
+                "layers": [{"name": "files", "ok": True, "removed": 2, "settle": 1.0}],
+                "job": _JOB["job"],
             },
+            accepted={
+                "status": "accepted",
+                "cache_key": cache_key_of("product:7"),
+                "delegate": "pybustcall-daemon",
+                "fault_stage": 7,
+                "execution_time_ms": 12,
+                "kind": "tag",
+                "removed": 2,
+                "layers": [{"name": "redis", "ok": False, "removed": 2, "error": "it cannot be reached"}],
+                "job": _JOB["job"],
+            },
+            refusals=(507,),
             keyed=True,
             links={
                 "repeat": {
@@ -236,7 +308,57 @@ def _operations() -> tuple[_Operation, ...]:
                     "requestBody": "$request.body",
                 },
                 "see": {"operationId": "status", "description": "How the daemon is after it."},
+                "job": _SEE_JOB,
             },
+        ),
+        _Operation(
+            method="get",
+            path="/api/v1/jobs",
+            name="jobs",
+            capability="cache.bust.jobs",
+            summary="Tell the busts in the journal, the newest first.",
+            reply=JobsReply,
+            answer={"jobs": [_JOB]},
+            placed=("limit", "before", "state"),
+            refusals=(422,),
+            links={
+                "job": {**_SEE_JOB, "parameters": {"path.job": "$response.body#/jobs/0/job"}},
+                "next": {
+                    "operationId": "jobs",
+                    "description": "What is older than the first of them.",
+                    "parameters": {"query.before": "$response.body#/jobs/0/job"},
+                },
+            },
+        ),
+        _Operation(
+            method="get",
+            path="/api/v1/jobs/{job}",
+            name="job",
+            capability="cache.bust.jobs",
+            summary="Tell how one bust stands.",
+            reply=JobReply,
+            answer=_JOB,
+            placed=("job",),
+            refusals=(404,),
+            links={
+                "cancel": {
+                    "operationId": "cancel",
+                    "description": "Do no more for it.",
+                    "parameters": {"path.job": "$response.body#/job"},
+                }
+            },
+        ),
+        _Operation(
+            method="delete",
+            path="/api/v1/jobs/{job}",
+            name="cancel",
+            capability="cache.bust.jobs",
+            summary="Do no more for a bust; what is removed stays removed, and what is over stays as it is.",
+            reply=JobReply,
+            answer={**_JOB, "state": "cancelled", "ended": "2026-03-02T08:16:02.000000000Z"},
+            placed=("job",),
+            refusals=(404,),
+            links={"job": _SEE_JOB},
         ),
         _Operation(
             method="post",
@@ -519,7 +641,7 @@ def openapi_document() -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": _schemas(operations),
-            "parameters": {name: _parameter(name) for name in _PARAMETERS},
+            "parameters": {name: _parameter(name) for name in (*_PARAMETERS, *_PLACED)},
             "headers": {name: _header(name) for name in _HEADERS},
             "responses": {refusal.name: _refused(refusal) for refusal in _REFUSALS.values()},
             "securitySchemes": {
@@ -557,6 +679,7 @@ def _schemas(operations: tuple[_Operation, ...]) -> dict[str, Any]:
 
 def _written(operation: _Operation) -> dict[str, Any]:
     parameters = [*_ON_EVERY, *((_KEY,) if operation.keyed else ())]
+    parameters += operation.placed
     parameters += [_KNOWN] if operation.tagged and operation.request is None else []
     refusals = {*_ANY_ROUTE, *operation.refusals, *(_MEASURED if operation.measured else ())}
     headers = [
@@ -572,7 +695,10 @@ def _written(operation: _Operation) -> dict[str, Any]:
     }
     if operation.links:
         done["links"] = operation.links
-    responses = {"200": done}
+    responses: dict[str, dict[str, Any]] = {"200": done}
+    if operation.accepted is not None:
+        told = {"application/json": {"schema": reply, "example": operation.accepted}}
+        responses["202"] = {**done, "description": "It is in the journal, and goes on as a job.", "content": told}
     if _KNOWN in parameters:
         responses["304"] = {
             "description": "The client has the document that is in effect.",
@@ -603,6 +729,10 @@ def _refer(kind: str, names: list[str]) -> dict[str, dict[str, str]]:
 
 
 def _parameter(name: str) -> dict[str, Any]:
+    if name in _PLACED:
+        place, description, schema, example = _PLACED[name]
+        return {"name": name, "in": place, "required": place == "path", "description": description, "schema": schema,
+                "example": example}  # fmt: skip
     description, schema, example = _PARAMETERS[name]
     return {"name": name, "in": "header", "required": False, "description": description, "schema": schema,
             "example": example}  # fmt: skip

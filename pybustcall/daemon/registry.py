@@ -5,11 +5,14 @@ an announcement, and whether a swap may be, `dependencies` decides; what is done
 
 Theory of operation. All that is known is held in memory, in the event loop; the file only follows, in a thread of its
 own. It is read once, at the start. Dependencies and swaps change in memory after they are written. Entries change in
-memory first, so that no bust overlooks one, and whoever changed them waits until that is written: the index tells of
+memory first, so that no bust overlooks one, and whoever changed them waits until that is written: the indexes tell of
 every change, the keys gather, and each commit takes all that have gathered, as they are then. While one commit is
 under way the next gathers. If it fails, the registrations in it are taken back, to what the file says of them, and so
 are those that gathered meanwhile, for they may stand on these; each is told. Removals are not taken back: what was
-busted is gone, and is written down with the next commit.
+busted is gone, and is written down with the next commit. So is what has outlived its lifetime, for which nobody waits.
+
+Lifetimes are measured by a clock that says nothing after a restart, so they begin anew with it: an entry that is kept
+for too long makes a bust reach too far, which costs a miss. Generations and stale marks are not kept.
 
 Entries are safe from a killed process; swaps and dependencies, of which a loss could not be noticed, are safe from a
 loss of power too.
@@ -23,12 +26,14 @@ import logging
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, final
 
+from pybustcall.daemon.backends import RefusedKey
 from pybustcall.daemon.database import (
     Damaged,
     Database,
@@ -40,14 +45,14 @@ from pybustcall.daemon.database import (
     transaction,
 )
 from pybustcall.daemon.dependencies import Change, Dependency, InUse, announced, restored, with_version
-from pybustcall.daemon.index import Index
+from pybustcall.daemon.index import Entry, Indexes
 from pybustcall.errors import ConfigurationError
+from pybustcall.models import check_namespace
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Iterable, Mapping
 
-    from pybustcall.daemon.engine import Engine
     from pybustcall.models import AnnounceRequest
 
 __all__ = ["MOST_SWAPS", "WINDOW", "Errands", "Phase", "Registry", "RegistryFailure", "Swap"]
@@ -59,14 +64,19 @@ WINDOW: Final = 600.0
 MOST_SWAPS: Final = 1000
 """How many swaps that are over are remembered; beyond that the oldest go."""
 
+_APART: Final = 20e-6  # seconds between the ends of lifetimes that begin anew: several times what ending one takes
 _PATIENCE: Final = 1.0  # seconds that closing, and a bust, wait for what is being written
+
+_ENTRIES: Final = """CREATE TABLE entries (
+    namespace TEXT, key TEXT, depends_on TEXT NOT NULL, tags TEXT NOT NULL, ttl REAL, PRIMARY KEY (namespace, key)
+) WITHOUT ROWID"""
 
 _KIND: Final = Kind(
     setting="registry",
     application=0x70625267,  # "pbRg"
-    version=1,
+    version=2,
     schema=(
-        "CREATE TABLE entries (key TEXT PRIMARY KEY, depends_on TEXT NOT NULL) WITHOUT ROWID",
+        _ENTRIES,
         """CREATE TABLE dependencies (
             name TEXT PRIMARY KEY, current TEXT NOT NULL, versions TEXT NOT NULL
         ) WITHOUT ROWID""",
@@ -75,6 +85,14 @@ _KIND: Final = Kind(
             changes TEXT NOT NULL, busted INTEGER NOT NULL, at REAL NOT NULL
         )""",
     ),
+    upgrades={
+        1: (  # which knew neither namespaces nor tags nor lifetimes
+            "ALTER TABLE entries RENAME TO entries_1",
+            _ENTRIES,
+            "INSERT INTO entries SELECT 'default', key, depends_on, '[]', NULL FROM entries_1",
+            "DROP TABLE entries_1",
+        ),
+    },
     loss="what it held beyond this daemon's memory is forgotten",
 )
 
@@ -130,7 +148,8 @@ class Swap:
 # In the thread
 
 
-_Entry = tuple[str, tuple[str, ...] | None]  # a key and what it depends on, None if it is no entry any more
+_Place = tuple[str, str]  # a namespace, and a key in it
+_Row = tuple[_Place, Entry | None]  # what is known of it, None if it is no entry any more
 
 
 @final
@@ -138,7 +157,7 @@ _Entry = tuple[str, tuple[str, ...] | None]  # a key and what it depends on, Non
 class _Writing:
     """What one transaction writes. `gone` are the ids of swaps to forget, `forgotten` the names of dependencies."""
 
-    entries: tuple[_Entry, ...] = ()
+    entries: tuple[_Row, ...] = ()
     dependencies: tuple[Dependency, ...] = ()
     swaps: tuple[Swap, ...] = ()
     gone: tuple[int, ...] = ()
@@ -148,9 +167,9 @@ class _Writing:
 @final
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What a file held when it was opened."""
+    """What a file held when it was opened: the entries by their namespaces."""
 
-    entries: dict[str, tuple[str, ...]]
+    entries: dict[str, dict[str, Entry]]
     dependencies: dict[str, Dependency]
     swaps: dict[int, Swap]
 
@@ -160,11 +179,16 @@ def _write(db: sqlite3.Connection, writings: tuple[_Writing, ...], *, durable: b
     with transaction(db):
         for writing in writings:
             db.executemany(
-                "INSERT OR REPLACE INTO entries VALUES (?, ?)",
-                ((key, json.dumps(names)) for key, names in writing.entries if names is not None),
+                "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?)",
+                (
+                    (*place, json.dumps(entry.depends_on), json.dumps(entry.tags), entry.ttl)
+                    for place, entry in writing.entries
+                    if entry is not None
+                ),
             )
             db.executemany(
-                "DELETE FROM entries WHERE key = ?", ((key,) for key, names in writing.entries if names is None)
+                "DELETE FROM entries WHERE namespace = ? AND key = ?",
+                (place for place, entry in writing.entries if entry is None),
             )
             db.executemany(
                 "INSERT OR REPLACE INTO dependencies VALUES (?, ?, ?)",
@@ -186,7 +210,7 @@ def _read(db: sqlite3.Connection) -> _Known:
     cursor = db.cursor()
     try:
         return _Known(
-            {_a(str, key): _texts(names) for key, names in cursor.execute("SELECT key, depends_on FROM entries")},
+            _entries(cursor.execute("SELECT namespace, key, depends_on, tags, ttl FROM entries")),
             {
                 name: restored(name, current, _texts(versions))
                 for name, current, versions in cursor.execute("SELECT name, current, versions FROM dependencies")
@@ -204,6 +228,24 @@ def _read(db: sqlite3.Connection) -> _Known:
         raise Damaged("a row has a text that is not UTF-8") from error  # of which SQLite itself knows nothing
     finally:
         cursor.close()  # or the file would stay open as long as the error is at hand
+
+
+def _entries(rows: Iterable[tuple[object, ...]]) -> dict[str, dict[str, Entry]]:
+    found: dict[str, dict[str, Entry]] = {}
+    for namespace, key, depends_on, tags, ttl in rows:
+        if (known := found.get(_a(str, namespace))) is None:
+            known = found[check_namespace(namespace)] = {}
+        known[_a(str, key)] = Entry(
+            depends_on=_texts(depends_on), tags=_texts(tags), ttl=None if ttl is None else _lifetime(ttl)
+        )
+    return found
+
+
+def _lifetime(written: object) -> float:
+    ttl = _a(float, written)
+    if not ttl > 0:
+        raise ValueError("an entry is kept for no time at all")
+    return ttl
 
 
 def _swap(*row: object) -> Swap:
@@ -234,6 +276,20 @@ def _a(kind: type[_T], value: object) -> _T:
     if not isinstance(value, kind):
         raise TypeError(f"there is {type(value).__name__} where {kind.__name__} should be")
     return value
+
+
+# What was and what is
+
+
+def _joined(held: Entry | None, known: Entry) -> Entry:
+    """Tell what an entry is that is registered already, and known from before: all of both, for the longer of both."""
+    if held is None:
+        return known
+    return Entry(
+        depends_on=(*held.depends_on, *known.depends_on),
+        tags=(*held.tags, *known.tags),
+        ttl=None if held.ttl is None or known.ttl is None else max(held.ttl, known.ttl),
+    )
 
 
 # On the event loop
@@ -295,7 +351,7 @@ class Registry:
     - `patience`: seconds that closing, and a bust that removed entries, wait for what is being written
     - `clock`: tells seconds since the Unix epoch
 
-    Belongs to one event loop and one index, between `open` and `close`.
+    Belongs to one event loop and the indexes of one daemon, between `open` and `close`.
     """
 
     def __init__(
@@ -317,9 +373,9 @@ class Registry:
         self._dependencies: dict[str, Dependency] = {}
         self._swaps: dict[int, Swap] = {}
         self._ids = 0
-        self._index = Index()
+        self._indexes = Indexes()
         self._writing = asyncio.Lock()  # held from a decision until what follows from it is in memory
-        self._unwritten: dict[str, tuple[str, ...] | None] = {}  # changed keys, and what the file says of them
+        self._unwritten: dict[_Place, Entry | None] = {}  # what has changed, and what the file says of it
         self._removed = False  # whether there are removals among them
         self._gathering: asyncio.Task[None] | None = None
         self._failures = 0
@@ -331,13 +387,17 @@ class Registry:
 
     # Life
 
-    async def open(self, engine: Engine) -> None:
-        """Read the file, tell the engine which entries it holds, and follow the engine's index from now on.
+    async def open(self, indexes: Indexes, check: Callable[[str, str], None]) -> None:
+        """Read the file, register the entries that it holds in these indexes, and follow them from now on.
+
+        They are joined with what is registered already, for to bust more costs a miss, and are not counted against how
+        many namespaces there may be. Left out are those for which `check`, told the namespace and the key, raises
+        `RefusedKey`: no cache could hold them any more. Their lifetimes begin anew.
 
         Raises `ConfigurationError` (setting "registry") if the file is another process's or another program's, or
         cannot be there or be written. A damaged one is renamed, and a new one begun.
         """
-        self._index = engine.index
+        self._indexes = indexes
         if self._path is None:
             return
         thread = ThreadPoolExecutor(1, thread_name_prefix="pybustcall-registry")
@@ -349,19 +409,29 @@ class Registry:
                 setting="registry",
             ) from error
         known, self._known = self._known, _Known({}, {}, {})
-        engine.restore(known.entries)
+        self._restore(known.entries, check)
         self._dependencies = known.dependencies
         self._swaps = known.swaps
         self._ids = max(known.swaps, default=0)
         self._thread = thread
-        self._index.watch(self._note)
+        indexes.watch(self._note)
+
+    def _restore(self, known: Mapping[str, Mapping[str, Entry]], check: Callable[[str, str], None]) -> None:
+        for namespace, entries in known.items():
+            index, sound = self._indexes.of(namespace), {}
+            for key, entry in entries.items():
+                with suppress(RefusedKey):
+                    check(namespace, key)
+                    sound[key] = _joined(index.entry(key), entry)
+            index.update(sound, apart=_APART)
 
     async def close(self) -> None:
         """Write what is not written yet, close the file, and end the thread. A second time it does nothing."""
         thread = self._thread
         if thread is None:
             return
-        self._index.watch(None)
+        self._indexes.expire()
+        self._indexes.watch(None)
         try:
             if self._unwritten:
                 self._gather()
@@ -397,9 +467,14 @@ class Registry:
         if why is not None:
             _log.warning("what was busted could not be noted, and may be taken as registered after a restart: %s", why)
 
-    def _note(self, key: str, before: tuple[str, ...] | None) -> None:
-        self._unwritten.setdefault(key, before)
-        self._removed = self._removed or key not in self._index
+    def _note(self, namespace: str, key: str, before: Entry | None) -> None:
+        self._unwritten.setdefault((namespace, key), before)
+        self._removed = self._removed or self._entry((namespace, key)) is None
+
+    def _entry(self, place: _Place) -> Entry | None:
+        namespace, key = place
+        index = self._indexes.peek(namespace)
+        return None if index is None else index.entry(key)
 
     def _gather(self) -> asyncio.Task[None]:
         """Tell the task that writes what has changed by the time it begins: whoever asks until then shares it."""
@@ -415,31 +490,32 @@ class Registry:
             batch, self._unwritten, self._removed = self._unwritten, {}, False
             if not batch:
                 return
-            index = self._index
-            entries = tuple((key, index.dependencies(key) if key in index else None) for key in batch)
+            entries = tuple((place, self._entry(place)) for place in batch)
             try:
                 await self._commit(_Writing(entries=entries), durable=False)
             except RegistryFailure as error:
                 self._failures += 1
                 self._failure = error
-                self._take_back({**self._unwritten, **batch})
+                self._unwritten |= batch  # of which the file still says what it said before
+                self._take_back()
                 raise
 
-    def _take_back(self, changed: Mapping[str, tuple[str, ...] | None]) -> None:
-        index = self._index
-        index.watch(None)
-        try:
-            for key in [key for key in changed if key in index]:
-                before = changed[key]
+    def _take_back(self) -> None:
+        """Make what has changed again what the file says of it, but for what is gone, which stays to be written.
+
+        All the while lifetimes may end, also that of what was just put back; that is noted as at any other time.
+        """
+        for place, before in list(self._unwritten.items()):
+            namespace, key = place
+            if self._entry(place) is not None:
+                index = self._indexes.of(namespace)
                 if before is None:
                     index.remove(key)
                 else:
-                    index.add(key, before)
-            self._unwritten = {
-                key: before for key, before in changed.items() if key not in index and before is not None
-            }
-        finally:
-            index.watch(self._note)
+                    index.put_back(key, before)
+            if before is None or self._entry(place) is not None:
+                del self._unwritten[place]
+        self._removed = bool(self._unwritten)
 
     # Dependencies
 
@@ -474,7 +550,7 @@ class Registry:
         async with self._writing:
             if name not in self._dependencies:
                 return
-            if count := len(self._index.dependents(name)):
+            if count := sum(len(index.dependents(name)) for _, index in self._indexes):
                 raise InUse(f"{count} registered entries depend on it; register them without it first")
             if self._at_stake(name):
                 raise InUse("a hot swap of it is not finished; ask again later")
@@ -582,7 +658,9 @@ class Registry:
 
     def _everything(self) -> _Writing:
         return _Writing(
-            entries=tuple((key, self._index.dependencies(key)) for key in self._index),
+            entries=tuple(
+                ((namespace, key), entry) for namespace, index in self._indexes for key, entry in index.items()
+            ),
             dependencies=tuple(self._dependencies.values()),
             swaps=tuple(self._swaps.values()),
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 from aiohttp import web
 
 from pybustcall.daemon.app import DAEMON, GRACE, Daemon, DaemonSettings, create_app
+from pybustcall.daemon.backends import BackendFailure
 from pybustcall.daemon.connections import Door
 from pybustcall.errors import ConfigurationError
 from pybustcall.topology import DaemonAddress
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["serve"]
 
+_log = logging.getLogger("pybustcall.daemon")
 _MAX_SOCKET_PATH: Final = 107  # bytes: sun_path of Linux is 108 with its closing NUL
 
 
@@ -41,17 +44,17 @@ async def serve(engine: Engine, settings: DaemonSettings, *, ready: Callable[[st
     signal ends that at once), then connections close. Cancellation does not wait for requests. No task outlives this.
 
     Signals are heard only in the main thread; elsewhere cancel. Raises `ConfigurationError`, naming the setting, if
-    the daemon cannot listen, and `BackendFailure` if the cache cannot be used.
+    the daemon cannot listen, and `BackendFailure` if a cache of this machine cannot be used. One beyond it may be away.
     """
     app = create_app(engine, settings)
     daemon = app[DAEMON]
-    await engine.check_ready()
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=GRACE)
     async with _listening(settings) as (sockets, url):
         servers: list[asyncio.AbstractServer] = []
         with _signals(daemon.stop):
             try:
                 await runner.setup()
+                await _check_ready(engine)
                 door = _door(runner, daemon, settings)
                 for listener in sockets:
                     servers.append(await _accept(door, listener))  # noqa: PERF401 - those begun are closed, too
@@ -64,6 +67,16 @@ async def serve(engine: Engine, settings: DaemonSettings, *, ready: Callable[[st
                 daemon.stop()
                 _close_all(servers)
                 await _uninterrupted(_clean_up(runner, daemon))
+
+
+async def _check_ready(engine: Engine) -> None:
+    for layer in engine.layers:
+        try:
+            await layer.backend.check_ready()
+        except BackendFailure as error:
+            if not layer.backend.traits.remote:
+                raise
+            _log.warning("the layer %s cannot be used yet: %s", layer.name, error)
 
 
 def _door(runner: web.AppRunner, daemon: Daemon, settings: DaemonSettings) -> Door:

@@ -128,7 +128,7 @@ class Swaps:
 
         What is owed a bust and cannot be busted yet is tried again in the background.
         """
-        await self.registry.open(self._engine)
+        await self.registry.open(self._engine.indexes, self._engine.check_key)
         try:
             for swap in self.registry.unfinished():
                 if swap.phase is Phase.PREPARED:

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 
 from pybustcall.capabilities import SEMVERX, VERSION, check_requirements, digest_of, unmet
 from pybustcall.errors import ConfigurationError, InvalidVersion
+from pybustcall.keys import covers
 from pybustcall.models import (
     MAX_TARGET_BYTES,
     STRATEGIES,
@@ -39,6 +40,10 @@ from pybustcall.models import (
     ForgetRequest,
     HotSwapReply,
     HotSwapRequest,
+    JobReply,
+    JobsReply,
+    JobState,
+    LayerReply,
     Problem,
     RegisterReply,
     RegisterRequest,
@@ -61,11 +66,17 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-__all__ = ["Answer", "FakeDaemon"]
+
+__all__ = ["Answer", "FakeDaemon", "Space"]
 
 _HISTORY: Final = 64
 _IDEMPOTENT: Final = "cache.bust.idempotent"
 _REGISTER: Final = "cache.register"
+_JOBS: Final = "cache.bust.jobs"
+_DEFAULT_NAMESPACE: Final = "default"
+_ACCEPTED: Final = 202
+_FLAGS: Final = ("soft", "namespace", "dry_run", "verify", "settle")
+_OVER: Final = frozenset({"done", "cancelled", "failed"})
 _KEY_HEADER: Final = "Idempotency-Key"
 _DIGEST_HEADER: Final = "Bustcall-Capabilities"
 _VERSION_HEADER: Final = "Bustcall-Version"
@@ -93,6 +104,8 @@ class Answer:
       connection is closed
     - `applies`: whether the bust has an effect, though its answer be late, lost or false; None: iff `status` is 200 and
       there is no `raw`, also if the answer is then lost
+    - `job`: the name of the job that a bust becomes which is answered with 202; one is made if it is empty
+    - `layers`: what the right answer to a bust says of the layers
 
     Everything can be said with the fields; the class methods save the writing of bodies.
     """
@@ -107,6 +120,13 @@ class Answer:
     raw: bytes | None = None
     miscount: int = 0
     applies: bool | None = None
+    job: str = ""
+    layers: tuple[LayerReply, ...] = ()
+
+    @classmethod
+    def accepted(cls, job: str = "", *, layers: Iterable[LayerReply] = ()) -> Answer:
+        """Make the answer that a bust is kept as a job: it has its effect once `FakeDaemon.finish` is called for it."""
+        return cls(status=202, job=job, layers=tuple(layers))
 
     @classmethod
     def problem(cls, status: int, detail: str = "as planned", *, retry_after: int | None = None) -> Answer:
@@ -148,6 +168,46 @@ class Answer:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Space:
+    """What the fake daemon holds in one namespace: entries and what they depend on, their tags, and which are stale."""
+
+    entries: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    tags: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    stale: set[str] = field(default_factory=set)
+
+    def covered(self, bust: BustRequest) -> set[str]:
+        """List what a bust names, and what depends on that, also by way of others, unless it is direct."""
+        match bust.kind:
+            case "prefix":
+                named = {key for key in self.entries if covers(bust.target, key)}
+            case "tag":
+                named = {key for key, tags in self.tags.items() if bust.target in tags}
+            case "all":
+                named = set(self.entries)
+            case _:
+                named = {bust.target}
+        return named if bust.strategy == "direct" else named | self.dependents(named | {bust.target})
+
+    def dependents(self, names: Iterable[str]) -> set[str]:
+        """List the entries that depend on any of these names, also by way of others."""
+        found: set[str] = set()
+        front = set(names)
+        while front:
+            front = {key for key, depends_on in self.entries.items() if front.intersection(depends_on)} - found
+            found |= front
+        return found
+
+    def drop(self, keys: Iterable[str]) -> int:
+        """Drop entries; tell how many there were."""
+        gone = [key for key in keys if self.entries.pop(key, None) is not None]
+        for key in gone:
+            self.tags.pop(key, None)
+            self.stale.discard(key)
+        return len(gone)
+
+
+@final
 class FakeDaemon:
     """Serves the base protocol on loopback (or on a Unix socket) while its `async with` block lasts.
 
@@ -158,15 +218,18 @@ class FakeDaemon:
     - `document`: whether it serves /api/v1/capabilities (otherwise only the route of the older daemons)
     - `capabilities`: names that it advertises besides those of the base protocol. It really has these:
       "cache.bust.idempotent" (a bust with the Idempotency-Key of one that succeeded is answered from memory, without
-      another effect), "cache.register", "cache.dependencies", "semver.resolve", "cache.hotswap" and "daemon.negotiate"
+      another effect), "cache.bust.tag", ".prefix", ".all", ".soft", ".namespace", ".dry_run", ".verify", ".settle" and
+      ".jobs", "cache.register", "cache.dependencies", "semver.resolve", "cache.hotswap" and "daemon.negotiate". Fields
+      of a bust whose capability it does not have it ignores, as an older daemon does
     - `advertises`: fields of its capability document that are to be others; it may be changed at any time, which shows
       in the digest that every answer carries. What its `requires` says of clients is asked of them
     - `probe_plan`: what the next questions for its capabilities get, on either route
 
     `requests` holds every bust that it could read, `headers` the headers of each, `applied` the busts and `swaps` the
-    hot swaps that had an effect, in order; `dependencies` and `entries` what it knows of them, which a test may set;
-    `advertised` every capability document that was sent to it. `connections` is how many connections were made to it,
-    `probes` how often it was asked for its capabilities. What is refused takes nothing from a plan.
+    hot swaps that had an effect, in order; `dependencies` and `entries` what it knows of them, which a test may set,
+    `space` the same of another namespace; `jobs` the busts that it answered with 202, the oldest first, which `finish`
+    moves on; `advertised` every capability document that was sent to it. `connections` is how many connections were
+    made to it, `probes` how often it was asked for its capabilities. What is refused takes nothing from a plan.
 
     `stop` and `start` play a restart: the URL stays, and so does what it counts and remembers.
     """
@@ -191,12 +254,14 @@ class FakeDaemon:
         self.applied: list[BustRequest] = []
         self.swaps: list[HotSwapRequest] = []
         self.dependencies: dict[str, DependencyReply] = {}
-        self.entries: dict[str, tuple[str, ...]] = {}
+        self.jobs: dict[str, JobReply] = {}
         self.advertised: list[CapabilityDocument] = []
         self.probes = 0
         self.advertises: dict[str, object] = dict(advertises or {})
         self.url = ""
         self._capabilities = tuple(capabilities)
+        self._spaces: dict[str, Space] = {}
+        self._accepted: dict[str, BustRequest] = {}
         self._history: deque[FaultRecord] = deque(maxlen=_HISTORY)
         self._memory: dict[tuple[str, str, str], _Remembered] = {}
         self._clients: dict[str, CapabilityDocument] = {}
@@ -213,6 +278,21 @@ class FakeDaemon:
     def connections(self) -> int:
         """How many connections brought a request so far."""
         return len(self._transports)
+
+    @property
+    def entries(self) -> dict[str, tuple[str, ...]]:
+        """The entries of the namespace "default", each with what it depends on."""
+        return self.space().entries
+
+    def space(self, namespace: str | None = None) -> Space:
+        """Tell what it holds in a namespace; None is "default"."""
+        return self._spaces.setdefault(namespace or _DEFAULT_NAMESPACE, Space())
+
+    def finish(self, job: str, state: JobState = "done") -> None:
+        """Move a job on; a bust has its effect when its job is "done"."""
+        ended = Timestamp.of_nanoseconds(time.time_ns()) if state in _OVER else None
+        removed = self._have_effect(self._accepted[job]) if state == "done" else 0
+        self.jobs[job] = self.jobs[job].model_copy(update={"state": state, "ended": ended, "removed": removed})
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -294,6 +374,11 @@ class FakeDaemon:
             ],
             "semver.resolve": [web.post("/api/v1/resolve", self._resolve)],
             "cache.hotswap": [web.post("/api/v1/hotswap", self._swap)],
+            _JOBS: [
+                web.get("/api/v1/jobs", self._list_jobs),
+                web.get("/api/v1/jobs/{job}", self._tell_job),
+                web.delete("/api/v1/jobs/{job}", self._cancel_job),
+            ],
         }
         for name, routes in extensions.items():
             if name in self._capabilities:
@@ -338,16 +423,87 @@ class FakeDaemon:
         self.requests.append(bust)
         self.headers.append(dict(request.headers))
         meaning = bust.model_dump(exclude={"binding", "fault_tolerance"})
-        return await self._once(request, key, _Asked(self.plan, meaning, partial(self._apply, bust)))
+        read = self._as_read(bust)
+        apply, finish = partial(self._apply, read), partial(self._word, read)
+        return await self._once(request, key, _Asked(self.plan, meaning, apply, finish))
+
+    def _as_read(self, bust: BustRequest) -> BustRequest:
+        """Leave out what this daemon does not know: it ignores such fields."""
+        told: dict[str, bool] = {
+            "kind": f"cache.bust.{bust.kind}" in self._capabilities,
+            **{name: f"cache.bust.{name}" in self._capabilities for name in _FLAGS},
+        }
+        ignored = {name: BustRequest.model_fields[name].default for name, known in told.items() if not known}
+        return bust.model_copy(update=ignored)
 
     def _apply(self, bust: BustRequest, effect: bool) -> bytes:
         """Tell the right answer to a bust, and have its effect if it is to have one."""
-        removed = 0
-        if effect:
-            self.applied.append(bust)
-            wide = [] if bust.strategy == "direct" else self._dependents([bust.target])
-            removed = self._drop([bust.target, *wide])
-        return _reply(bust, removed if _REGISTER in self._capabilities else None)
+        removed = self._have_effect(bust) if effect else 0
+        space = self.space(bust.namespace)
+        matched = len(space.covered(bust) & space.entries.keys()) if bust.dry_run else None
+        return _reply(bust, removed if _REGISTER in self._capabilities else None, matched)
+
+    def _have_effect(self, bust: BustRequest) -> int:
+        """Do what a bust asks; tell how many entries went or were marked."""
+        if bust.dry_run:
+            return 0
+        self.applied.append(bust)
+        space = self.space(bust.namespace)
+        covered = space.covered(bust)
+        if not bust.soft:
+            return space.drop(covered)
+        marked = covered & space.entries.keys()
+        space.stale.update(marked)
+        return len(marked)
+
+    def _word(self, bust: BustRequest, right: bytes, answer: Answer) -> bytes:
+        """Tell the right answer as the plan wants it: with layers, or as that of a bust that became a job."""
+        reply = BustReply.model_validate_json(right).model_copy(update={"layers": answer.layers})
+        if answer.status == _ACCEPTED:
+            job = answer.job or f"job-{len(self.jobs) + 1}"
+            self._accepted[job] = bust
+            state: JobState = "running" if all(layer.ok for layer in answer.layers) else "waiting"
+            self.jobs[job] = JobReply(
+                job=job,
+                state=state,
+                target=bust.target,
+                kind=bust.kind,
+                strategy=bust.strategy,
+                soft=bust.soft,
+                namespace=bust.namespace,
+                binding=bust.binding,
+                reason=bust.reason,
+                daemon="fake-daemon",
+                at=Timestamp.of_nanoseconds(time.time_ns()),
+                layers=answer.layers,
+            )
+            reply = reply.model_copy(update={"status": "accepted", "job": job, "verified": None})
+        return reply.model_dump_json(exclude_defaults=True).encode()
+
+    # Jobs
+
+    async def _list_jobs(self, request: web.Request) -> web.Response:
+        state, before = request.query.get("state"), request.query.get("before")
+        jobs = list(reversed(self.jobs.values()))
+        if before is not None:
+            jobs = jobs[[job.job for job in jobs].index(before) + 1 :] if before in self.jobs else []
+        wanted = [job for job in jobs if state in {None, job.state}]
+        return _ok(JobsReply(jobs=tuple(wanted[: int(request.query.get("limit", "100"))])))
+
+    async def _tell_job(self, request: web.Request) -> web.Response:
+        return _ok(self._job_of(request))
+
+    async def _cancel_job(self, request: web.Request) -> web.Response:
+        job = self._job_of(request)
+        if job.state not in _OVER:
+            self.finish(job.job, "cancelled")
+        return _ok(self.jobs[job.job])
+
+    def _job_of(self, request: web.Request) -> JobReply:
+        job = self.jobs.get(request.match_info["job"])
+        if job is None:
+            raise _Refused(404, "there is no such job", kind="urn:bustcall:problem:no-such-job")
+        return job
 
     async def _swap(self, request: web.Request) -> web.StreamResponse:
         swap = await self._read(request, HotSwapRequest)
@@ -364,7 +520,7 @@ class FakeDaemon:
                 versions = _sorted({*known.versions, swap.to})
                 self.dependencies[swap.name] = known.model_copy(update={"current": swap.to, "versions": versions})
             self.swaps.append(asked)
-            busted = self._drop(self._dependents(swap.name for swap in swaps))
+            busted = self.space().drop(self.space().dependents(swap.name for swap in swaps))
         return _dump(HotSwapReply(committed=True, busted=busted, swaps=swaps))
 
     def _judge(self, asked: HotSwapRequest) -> tuple[Swapped, ...]:
@@ -402,6 +558,8 @@ class FakeDaemon:
             if known.reply is not None:
                 answer = self._next(asked.plan)
                 await self._work(answer)
+                if answer.status == 200 and answer.body is None:
+                    answer = replace(answer, status=known.status)
                 return await self._answer(request, known.reply, answer, replayed=True)
             await known.ended.wait()
             if stopped.is_set():
@@ -414,10 +572,13 @@ class FakeDaemon:
         try:
             reply = asked.act(False)  # which refuses what takes nothing from the plan
             answer = self._next(asked.plan)
-            if await self._work(answer) and answer.has_effect:
-                reply = asked.act(True)
-                if known is not None:
+            if await self._work(answer):
+                reply = asked.act(answer.has_effect)
+                if answer.body is None:
+                    reply = asked.word(reply, answer)
+                if known is not None and (answer.has_effect or answer.status == _ACCEPTED):
                     known.reply = reply
+                    known.status = _ACCEPTED if answer.status == _ACCEPTED else 200
         finally:
             if known is not None:
                 self._settle(known)
@@ -458,7 +619,7 @@ class FakeDaemon:
             return web.Response()
         body = right if answer.body is None else answer.body
         headers = {"Content-Type": "application/json", **answer.headers}
-        if replayed and answer.status == 200 and answer.body is None:
+        if replayed and answer.status in {200, _ACCEPTED} and answer.body is None:
             headers["Idempotency-Replayed"] = "true"
         if answer.cut is None and not answer.miscount:
             return web.Response(status=answer.status, body=body, headers=headers)
@@ -475,21 +636,10 @@ class FakeDaemon:
 
     async def _register(self, request: web.Request) -> web.Response:
         asked = await self._read(request, RegisterRequest)
-        self.entries[asked.key] = asked.depends_on
+        space = self.space(asked.namespace if "cache.bust.namespace" in self._capabilities else None)
+        space.entries[asked.key] = asked.depends_on
+        space.tags[asked.key] = asked.tags
         return _ok(RegisterReply(cache_key=cache_key_of(asked.key)))
-
-    def _dependents(self, names: Iterable[str]) -> set[str]:
-        """List the entries that depend on any of these names, also by way of others."""
-        found: set[str] = set()
-        front = set(names)
-        while front:
-            front = {key for key, depends_on in self.entries.items() if front.intersection(depends_on)} - found
-            found |= front
-        return found
-
-    def _drop(self, keys: Iterable[str]) -> int:
-        """Drop entries; tell how many there were."""
-        return len([key for key in keys if self.entries.pop(key, None) is not None])
 
     async def _announce(self, request: web.Request) -> web.Response:
         asked = await self._read(request, AnnounceRequest)
@@ -511,7 +661,7 @@ class FakeDaemon:
     async def _forget(self, request: web.Request) -> web.Response:
         asked = await self._read(request, ForgetRequest)
         _check_name(asked.name)
-        if asked.name in self.dependencies and self._dependents([asked.name]):
+        if asked.name in self.dependencies and self.space().dependents([asked.name]):
             raise _Refused(409, "registered entries depend on it", field="name")
         self.dependencies.pop(asked.name, None)
         return _ok(ForgetReply(name=asked.name))
@@ -657,11 +807,13 @@ class _Asked:
     - `meaning`: what makes two requests the same one
     - `act`: tells the right answer's body, and has the effect if called with true; may raise a refusal, and does so
       before there is any effect
+    - `word`: makes of that body what the plan wants
     """
 
     plan: deque[Answer]
     meaning: dict[str, object]
     act: Callable[[bool], bytes]
+    word: Callable[[bytes, Answer], bytes] = lambda right, _: right
 
 
 @final
@@ -672,6 +824,7 @@ class _Remembered:
     name: tuple[str, str, str]  # the route, whose it is, and the key itself
     meaning: dict[str, object]
     reply: bytes | None = None
+    status: int = 200
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -715,17 +868,22 @@ def _sorted(versions: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(versions, key=lambda version: (SemverX.parse(version), version)))
 
 
-def _reply(bust: BustRequest, removed: int | None = None) -> bytes:
-    return _dump(
-        BustReply(
-            status="success",
-            cache_key=cache_key_of(bust.target),
-            delegate="fake-daemon",
-            fault_stage=bust.fault_tolerance,
-            execution_time_ms=0,
-            removed=removed,
-        )
+def _reply(bust: BustRequest, removed: int | None = None, matched: int | None = None) -> bytes:
+    reply = BustReply(
+        status="success",
+        cache_key=cache_key_of(bust.target),
+        delegate="fake-daemon",
+        fault_stage=bust.fault_tolerance,
+        execution_time_ms=0,
+        removed=removed,
+        kind=bust.kind if bust.kind != "key" else None,
+        namespace=bust.namespace,
+        soft=bust.soft or None,
+        dry_run=bust.dry_run or None,
+        matched=matched,
+        verified=(bust.verify and not bust.dry_run) or None,
     )
+    return reply.model_dump_json(exclude_defaults=True).encode()
 
 
 def _dump(model: BaseModel) -> bytes:

@@ -7,6 +7,7 @@ from typing import assert_type
 import pybustcall
 from pybustcall import (
     BustcallClient,
+    BustJob,
     BustReport,
     BustResult,
     ClientStatistics,
@@ -17,6 +18,7 @@ from pybustcall import (
     Failback,
     FailedOver,
     FleetView,
+    LayerResult,
     Outbox,
     OutboxCounts,
     Pool,
@@ -47,6 +49,15 @@ async def use() -> None:
         assert_type(await same.bust("a", delivery="all", write_ahead=True, idempotency_key="k"), BustResult)
         assert_type(await same.outbox.replay(), ReplayReport)
         assert_type(await same.outbox.counts(), OutboxCounts)
+        found = await same.bust("sale", kind="tag", soft=True, namespace="shop", settle=1, reason="price")
+        assert_type(found.layers, tuple[LayerResult, ...])
+        assert_type((await same.bust("a", kind="prefix", dry_run=True)).matched, int | None)
+        assert_type(await same.bust("*", kind="all", confirm=True, allow_wider=False, verify=True), BustResult)
+        assert_type(await same.bust_many(["sale"], kind="tag", allow_wider=True), BustReport)
+        assert_type(await same.jobs(state="running", limit=10), tuple[BustJob, ...])
+        assert_type(await same.job("j1", daemon=found.daemon), BustJob)
+        assert_type(await same.wait_job("j1", timeout=60), BustJob)
+        assert_type((await same.cancel_job("j1")).is_over, bool)
         assert_type(same.topology(), FleetView)
         assert_type(same.statistics(), ClientStatistics)
         assert_type(await same.supports("cache.hotswap"), bool)
@@ -55,7 +66,7 @@ async def use() -> None:
         assert_type(await same.forget("pricing-model"), str)
         assert_type(await same.resolve("pricing-model@^2.0.0"), Resolution)
         assert_type(await same.hot_swap([Swap("pricing-model", to="2.2.0", migrate=True)]), SwapResult)
-        assert_type(await same.register("products/7.html", depends_on=["pricing-model"]), str)
+        assert_type(await same.register("products/7.html", depends_on=["pricing-model"], tags=["sale"], ttl=60), str)
         same.on_event(hook)()
         same.reset()
     BustcallClient(requires=Requirements(semverx=">=0.1", capabilities=("cache.hotswap",)))

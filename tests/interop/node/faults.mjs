@@ -20,6 +20,7 @@ export const TABLE = {
   token_refused: { stage: 3, next: true, incident: true },
   not_allowed: { stage: 3, next: false, incident: false },
   incompatible: { stage: 3, next: true, incident: false },
+  unsupported: { stage: 3, next: true, incident: false },
   certificate: { stage: 1, next: false, incident: true },
 };
 

@@ -1,0 +1,178 @@
+"""What can be found out about a configuration without serving, and without changing anything.
+
+This module decides what is looked at before a daemon is started: the settings, the files that it would keep, what it
+would read, and whether each cache answers. It tells all that it finds, not only the first. What may stand in the file
+is `configuration`'s to decide. Whether the address is free is not asked: the daemon that runs now has it.
+
+Files are looked at from outside, by their first bytes. To open one with SQLite would make files beside it, and would
+wait for the daemon that has it locked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, final
+
+from pybustcall.daemon.backends import BackendFailure
+from pybustcall.daemon.engine import Engine, Layer, read_registrations
+from pybustcall.daemon.index import Indexes
+from pybustcall.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from pybustcall.daemon.backends import Backend
+    from pybustcall.daemon.configuration import Configuration, Finding
+    from pybustcall.daemon.settings import DaemonSettings
+
+__all__ = ["Checked", "check", "look_at_database", "look_at_socket"]
+
+_MAGIC: Final = b"SQLite format 3\0"
+_HEAD_BYTES: Final = 100  # SQLite's own header: what follows differs from database to database
+_COOKIE: Final = slice(40, 44)  # changes with the schema, 0 where there never was one
+_APPLICATION: Final = slice(68, 72)
+_OURS: Final = {"state": b"pbId", "registry": b"pbRg", "journal": b"pbJn"}
+_NONE: Final = bytes(4)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a check found: everything that is wrong, and the layers that could be made, inside out."""
+
+    findings: tuple[Finding, ...]
+    layers: tuple[Layer, ...]
+
+
+async def check(
+    configuration: Configuration,
+    environ: Mapping[str, str],
+    *,
+    register: str | os.PathLike[str] | None = None,
+    patience: float = 5.0,
+    **given: Any,
+) -> Checked:
+    """Find out what would keep a daemon from serving with this, as far as that can be told.
+
+    - `register`: the file with entries that an option names instead
+    - `patience`: seconds that a cache may take to answer
+    - `given`: as of `Configuration.settings`
+    """
+    settings, findings = configuration.draft(environ, **given)
+    for setting, text in await asyncio.to_thread(lambda: [*_look_at_files(settings)]):
+        findings.append(configuration.finding(setting, text, given))
+    indexes = Indexes(most=max(settings.max_namespaces, 1))
+    made, unmade = configuration.draft_layers(indexes, environ)
+    findings += unmade
+    if file := register or configuration.register:
+        try:
+            if unmade:
+                read_registrations(file)
+            else:
+                Engine(list(made.values()), indexes).load_registrations(file)
+        except ConfigurationError as error:
+            findings.append(configuration.finding(error.setting, str(error), () if register is None else {"entries"}))
+    async with asyncio.TaskGroup() as group:
+        asked = {key: group.create_task(_answer(layer.backend, patience)) for key, layer in made.items()}
+    for key, layer in made.items():
+        if (answer := asked[key].result()) is not None:
+            findings.append(configuration.finding(key, f"the layer {layer.name} cannot be used now: {answer}"))
+    return Checked(tuple(findings), tuple(sorted(made.values(), key=lambda layer: layer.number)))
+
+
+async def _answer(backend: Backend, patience: float) -> str | None:
+    """Ask a cache whether it can be used; tell why not, None if it can."""
+    try:
+        async with asyncio.timeout(patience):
+            await backend.open()
+            await backend.check_ready()
+    except BackendFailure as error:
+        return str(error)
+    except TimeoutError:
+        return f"it did not answer within {patience:g} s"
+    finally:
+        await backend.close()
+    return None
+
+
+def _look_at_files(settings: DaemonSettings) -> Iterator[tuple[str, str]]:
+    for setting in _OURS:
+        path = getattr(settings, setting)
+        if path is not None and (why := look_at_database(path, setting)) is not None:
+            yield setting, f"the {setting} file {os.fspath(path)!r} {why}"
+    if settings.socket is not None and (why := look_at_socket(settings.socket)) is not None:
+        yield "socket", f"the socket {os.fspath(settings.socket)!r} {why}"
+
+
+def look_at_database(path: str | os.PathLike[str], setting: str) -> str | None:
+    """Tell why the daemon could not keep its `setting` (state, registry, journal) there; None if it can.
+
+    Nothing is made or changed. A file of ours that is damaged is none of this: the daemon sets it aside.
+    """
+    file = Path(path)
+    try:
+        why = _look_at_directory(file) or _look_at_mode(file, file.stat())
+        if why is not None:
+            return why
+        with file.open("rb") as opened:
+            head = opened.read(_HEAD_BYTES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"cannot be used: {error.strerror}"
+    return _judge(head, setting, is_settled=not _size_of(Path(f"{file}-wal")))
+
+
+def _look_at_mode(file: Path, found: os.stat_result) -> str | None:
+    if not stat.S_ISREG(found.st_mode):
+        return "is not a regular file; choose another path"
+    if not os.access(file, os.R_OK | os.W_OK):
+        return "may not be read and written by this user; choose another path, or change its mode"
+    if stat.S_IMODE(found.st_mode) != 0o600 and os.geteuid() not in {0, found.st_uid}:
+        return "belongs to another user, so that its mode cannot be made 0600; choose another path"
+    return None
+
+
+def _judge(head: bytes, setting: str, *, is_settled: bool) -> str | None:
+    """Judge a file by its first bytes. What is not `is_settled` has newer pages beside it, which may say otherwise."""
+    if not head.startswith(_MAGIC):
+        return "is a text and no database; choose another path" if head and b"\0" not in head else None
+    application = head[_APPLICATION]
+    if application == _OURS[setting]:
+        return None
+    if application == _NONE and (not is_settled or head[_COOKIE] == _NONE):
+        return None  # nothing is in it yet, or not in this file
+    other = next((name for name, mark in _OURS.items() if mark == application), None)
+    return f"is a database of {'something else' if other is None else f'the {other}'}; choose another path"
+
+
+def look_at_socket(path: str | os.PathLike[str]) -> str | None:
+    """Tell why the daemon could not listen there, but for another that does; None if it can."""
+    file = Path(path)
+    if (why := _look_at_directory(file)) is not None:
+        return why
+    try:
+        mode = file.lstat().st_mode
+    except FileNotFoundError:
+        return None
+    return None if stat.S_ISSOCK(mode) else "is a file of another kind, which is not removed; choose another path"
+
+
+def _look_at_directory(file: Path) -> str | None:
+    directory = file.absolute().parent
+    if not directory.is_dir():
+        return "is in a directory that does not exist; make it first"
+    if not os.access(directory, os.W_OK | os.X_OK):
+        return "is in a directory that this user may not write to; choose another path"
+    return None
+
+
+def _size_of(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0

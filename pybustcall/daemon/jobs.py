@@ -1,0 +1,474 @@
+"""When a bust is done: written down first, answered soon, tried again where a layer failed, settled, and audited.
+
+This module decides the life of each bust from its wish to its end: when it is answered and with what, which layers owe
+it, when they are tried again, what a restart takes up. What a bust covers and how a layer is busted is the
+`engine`'s to decide, how it is kept the `journal`'s, how it is asked for the `app`'s.
+
+Theory of operation. A bust is written to the journal, and only then begun. Its task does not belong to the request: a
+client that goes away breaks nothing off. It goes through the layers inside out. Where one fails, those outside of it
+are busted all the same, but stay owed: they may be filled again from the one that still has the old value.
+
+With a journal that lasts, the answer comes when everything is done, when the direct part of a hybrid bust is, or when
+its time is over, whichever is first; what is not done then is a job. Without one the answer waits for the end, and a
+layer that fails is an error.
+
+Busts that lack a layer wait in one queue, in the order of the journal. A layer that cannot be reached is *down*: what
+comes is not tried there, but joins the queue. One task works the queue off, bust by bust; in each of its rounds a layer
+that is down is tried once, by the first that needs it, and when nothing waits for it any more it is no longer down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final, final
+from uuid import uuid4
+
+from pybustcall.daemon.backends import BackendFailure, RefusedKey
+from pybustcall.daemon.journal import Entry
+from pybustcall.daemon.registry import Errands
+from pybustcall.models import LayerReply, Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pybustcall.daemon.engine import Bust, Engine, Layer, Part
+    from pybustcall.daemon.journal import Journal, Wish
+    from pybustcall.models import JobState
+
+__all__ = ["OVER", "Answer", "BustFailed", "Jobs", "NoSuchJob", "pause_before"]
+
+OVER: Final[frozenset[JobState]] = frozenset({"done", "cancelled", "failed"})
+"""The states of a bust for which nothing more is done."""
+
+_PATIENCE: Final = 1.0  # seconds that closing waits for what is under way; a journal that lasts ends the rest later
+_FIRST_PAUSE: Final = 0.5
+_LONGEST_PAUSE: Final = 30.0
+
+_log = logging.getLogger("pybustcall.daemon")
+
+
+class NoSuchJob(LookupError):
+    """The journal knows no such job, any more or at all."""
+
+    def __init__(self) -> None:
+        super().__init__("there is no such job; jobs are each daemon's own, and what is over is forgotten one day")
+
+
+class BustFailed(Exception):
+    """A bust is not done, and nothing will try again: there is no journal that lasts. `entry` tells each layer."""
+
+    def __init__(self, why: str, entry: Entry) -> None:
+        super().__init__(why)
+        self.entry = entry
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a bust came to by the time of its answer. `accepted`: it goes on as a job; else it is applied."""
+
+    entry: Entry
+    accepted: bool
+
+
+def pause_before(attempt: int) -> float:
+    """Tell how many seconds to wait before the queue is worked off again: 0.5, doubling to 30."""
+    return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(attempt, 10))
+
+
+@final
+@dataclass(slots=True, eq=False)
+class _Run:
+    """A bust that is not over: what of it is owed, and who waits for it.
+
+    - `owed`: the names of the layers at which it is not done
+    - `settling`: whether it is applied, and what is owed is the second bust
+    - `answerable`: set once all that must come before an answer is done, or has failed
+    """
+
+    entry: Entry
+    bust: Bust
+    owed: set[str]
+    settling: bool = False
+    answerable: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+    timer: asyncio.TimerHandle | None = None
+    errors: dict[str, str] = field(default_factory=dict)
+    refusal: RefusedKey | None = None
+
+
+@final
+class Jobs:
+    """Has busts done, and answers for them.
+
+    - `engine`, `journal`: opened and closed with this
+    - `daemon`: the name under which this daemon stands in the audit
+    - `answer_within`: seconds after which a bust that goes on is answered
+    - `step`: is told each step once it is done: "journaled", "applied", "settled", "over"
+    - `pause`: tells how many seconds to wait before the n-th round of the queue, from 0
+    - `patience`: seconds that closing waits for what is under way
+
+    Belongs to one event loop, between `open` and `close`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        journal: Journal,
+        *,
+        daemon: str = "",
+        answer_within: float = 1.0,
+        step: Callable[[str], None] = lambda _step: None,
+        pause: Callable[[int], float] = pause_before,
+        patience: float = _PATIENCE,
+    ) -> None:
+        self.engine = engine
+        self.journal = journal
+        self.daemon = daemon
+        self._answer_within = answer_within
+        self._step = step
+        self._pause = pause
+        self._patience = patience
+        self._errands = Errands()
+        self._runs: dict[str, _Run] = {}
+        self._queue: dict[int, _Run] = {}
+        self._down: dict[str, str] = {}  # layers that cannot be reached, and why
+        self._trouble = asyncio.Event()
+        self._mending: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        down = f", down: {', '.join(self._down)}" if self._down else ""
+        return f"Jobs({len(self._runs)} under way, {len(self._queue)} waiting{down})"
+
+    async def open(self) -> None:
+        """Open layers and journal, and take up what a process before this one left. Raises as `Journal.open` does."""
+        await self.engine.open()
+        try:
+            unfinished = await self.journal.open()
+        except BaseException:
+            await self.engine.close()
+            raise
+        for entry in unfinished:
+            self._take_up(entry)
+        self._mending = asyncio.create_task(self._mend())
+
+    async def close(self) -> None:
+        """Finish what is under way within `patience` seconds, and close all. A second time it does nothing."""
+        mending, self._mending = self._mending, None
+        if mending is None:
+            return
+        try:
+            mending.cancel()
+            await asyncio.wait({mending})
+            for run in list(self._runs.values()):
+                if run.timer is not None:
+                    run.timer.cancel()
+                    if not self.journal.durable:  # nobody else will: early is better than never
+                        self._settle(run)
+            await self._errands.end(self._patience)
+        finally:
+            try:
+                await self.journal.close()
+            finally:
+                await self.engine.close()
+
+    # Asking
+
+    async def bust(
+        self,
+        wish: Wish,
+        *,
+        who: str = "anonymous",
+        binding: str = "unknown",
+        reason: str | None = None,
+        within: float | None = None,
+    ) -> Answer:
+        """Have a bust done; return what it came to, at the latest after `within` seconds if it can go on as a job.
+
+        Raises `Unsupported` or `RefusedKey`, and nothing is removed; `JournalFailure`, and nothing is promised; and
+        `BustFailed` where there is no journal to finish it. A caller that is cancelled breaks nothing off.
+        """
+        self.engine.check(wish)
+        at = time.time_ns()
+        entry = Entry(
+            job=uuid4().hex, wish=wish, who=who, binding=binding, reason=reason, daemon=self.daemon, at=at,
+            state="running",
+        )  # fmt: skip
+        return await self._errands.run(self._begin(entry, within))
+
+    async def _begin(self, entry: Entry, within: float | None) -> Answer:
+        entry = await self.journal.begin(entry)
+        self._step("journaled")
+        run = self._start(entry)
+        run.task = self._errands.begin(self._work(run))
+        if self.journal.durable:
+            patience = self._answer_within if within is None else min(within, self._answer_within)
+            await self._wait_answerable(run, patience)
+        else:
+            await asyncio.wait({run.task})
+        if run.task.done() and not run.task.cancelled():
+            run.task.result()  # what nobody expected is told
+        if run.refusal is not None:
+            raise run.refusal
+        if run.entry.state == "failed":
+            raise BustFailed("; ".join(run.errors.values()), run.entry)
+        return Answer(run.entry, accepted=run.entry.state not in {"done", "settling"})
+
+    async def _wait_answerable(self, run: _Run, patience: float) -> None:
+        assert run.task is not None  # noqa: S101 - for the type checker
+        answerable = asyncio.ensure_future(run.answerable.wait())
+        try:
+            await asyncio.wait({run.task, answerable}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            answerable.cancel()
+
+    async def count(self, wish: Wish) -> dict[str, int]:
+        """Tell for each layer how many entries a bust would remove or mark. Raises as `bust` does."""
+        self.engine.check(wish)
+        try:
+            return await self.engine.count(wish)
+        except BackendFailure as error:
+            entry = Entry(job="", wish=wish, at=0, state="failed")
+            raise BustFailed(f"it cannot be counted: {error}", entry) from error
+
+    async def find(self, job: str) -> tuple[Entry, Progress]:
+        """Tell how a bust stands. Raises `NoSuchJob`."""
+        if (run := self._runs.get(job)) is not None:
+            return run.entry, Progress(done=run.bust.done, total=run.bust.total)
+        found = await self.journal.find(job)
+        if found is None:
+            raise NoSuchJob
+        return found, Progress()
+
+    async def recent(
+        self, *, before: str | None = None, limit: int = 100, state: JobState | None = None
+    ) -> list[tuple[Entry, Progress]]:
+        """List busts, the newest first; those older than the job `before`. Raises `NoSuchJob` if there is no such."""
+        number = None if before is None else (await self.find(before))[0].number
+        found = await self.journal.recent(before=number, limit=limit, state=state)
+        return [(entry, self._progress(entry)) for entry in found]
+
+    def _progress(self, entry: Entry) -> Progress:
+        run = self._runs.get(entry.job)
+        return Progress() if run is None else Progress(done=run.bust.done, total=run.bust.total)
+
+    async def cancel(self, job: str) -> Entry:
+        """Do no more for a bust; what is removed stays removed. One that is over stays as it is. Raises `NoSuchJob`."""
+        run = self._runs.get(job)
+        if run is None:
+            return (await self.find(job))[0]
+        self._over(run, "cancelled")
+        if run.task is not None and not run.task.done():
+            run.task.cancel()
+            await asyncio.wait({run.task})
+        await run.bust.abandon()
+        return run.entry
+
+    # Doing
+
+    def _start(self, entry: Entry, *, settling: bool = False) -> _Run:
+        run = _Run(entry, self.engine.bust(entry.wish), self._owed_at_first(entry.wish, settling=settling), settling)
+        self._runs[entry.job] = run
+        return run
+
+    def _owed_at_first(self, wish: Wish, *, settling: bool) -> set[str]:
+        return {layer.name for layer in self.engine.layers if not settling or layer.settles_after(wish.settle) > 0}
+
+    def _take_up(self, entry: Entry) -> None:
+        """Go on with what a process before this one began: from its beginning, since nobody knows how far it came."""
+        run = self._start(entry, settling=entry.state == "settling")
+        run.answerable.set()
+        if run.settling and run.owed:
+            self._settle_later(run)
+        elif run.settling:
+            self._over(run, "done")
+        else:
+            self._enqueue(run)
+
+    async def _work(self, run: _Run) -> None:
+        """Do a bust for the first time, or for the second (settling)."""
+        try:
+            if run.entry.wish.strategy == "hybrid" and self.journal.durable and not run.settling:
+                await self._attempt(run, "first")
+                if not run.errors:
+                    run.answerable.set()
+            await self._attempt(run, "whole")
+        except RefusedKey as error:
+            run.refusal = error
+            run.errors["layer"] = str(error)
+            self._over(run, "failed")
+            return
+        finally:
+            run.answerable.set()
+        self._conclude(run)
+
+    async def _attempt(self, run: _Run, part: Part = "whole", down: dict[str, str] | None = None) -> None:
+        """Go once through the layers that are owed, inside out; what fails stays owed, and what lies outside of it.
+
+        `down` are the layers that are not tried: by default all that are known to be down.
+        """
+        run.errors.clear()
+        known = self._down if down is None else down
+        failed_inside = False
+        for group in self.engine.groups:
+            owed = [layer for layer in group if layer.name in run.owed]
+            refused = await asyncio.gather(*(self._visit(run, layer, part, known) for layer in owed))
+            done = {layer.name for layer in owed if layer.name not in run.errors}
+            if part != "first" and not failed_inside:
+                run.owed -= done
+            failed_inside = failed_inside or bool(owed and len(done) < len(owed))
+            if any(refused) and not run.errors and len(self.engine.layers) == 1:
+                raise next(error for error in refused if error is not None)
+        if part != "first":
+            run.entry = replace(run.entry, attempts=run.entry.attempts + 1)
+        self._note(run)
+
+    async def _visit(self, run: _Run, layer: Layer, part: Part, down: dict[str, str]) -> RefusedKey | None:
+        """Bust at one layer, and note why it failed; tell why the key cannot be there, if that is so."""
+        if layer.name in down:
+            run.errors[layer.name] = f"{down[layer.name]}; it waits until that layer is back"
+            return None
+        try:
+            await run.bust.visit(layer, part)
+        except RefusedKey as error:
+            return error
+        except BackendFailure as error:
+            run.errors[layer.name] = str(error)
+            if error.unreachable and self.journal.durable:
+                self._is_down(layer, str(error), down)
+        except Exception:  # noqa: BLE001 - logged in full, and the layer counts as failed
+            _log.exception("unexpected error while busting at the layer %s", layer.name)
+            run.errors[layer.name] = "the daemon failed there; its log says why"
+        return None
+
+    def _is_down(self, layer: Layer, why: str, round_: dict[str, str]) -> None:
+        if layer.name not in self._down:
+            _log.error("the layer %s is down: %s", layer.name, why)
+        self._down[layer.name] = round_[layer.name] = why
+
+    def _note(self, run: _Run) -> None:
+        """Write down how a bust stands."""
+        layers = []
+        for layer in self.engine.layers:
+            settle = layer.settles_after(run.entry.wish.settle)
+            error = run.errors.get(layer.name)
+            owed = error is None and layer.name in run.owed and bool(run.errors) and not run.settling
+            if owed:
+                error = "it will be busted again once the layers inside of it are"
+            layers.append(
+                LayerReply(
+                    name=layer.name,
+                    ok=error is None,
+                    removed=run.bust.removed[layer.name],
+                    error=error,
+                    settle=settle if settle > 0 and not run.settling else None,
+                )
+            )
+        run.entry = replace(run.entry, layers=tuple(layers), removed=sum(run.bust.removed.values()))
+
+    def _conclude(self, run: _Run) -> None:
+        """Decide what comes after an attempt: the end, the second bust, or the queue."""
+        if run.entry.state in OVER:
+            return
+        if run.errors and not self.journal.durable:
+            _log.error("a bust was not applied in full: %s", "; ".join(run.errors.values()))
+            self._over(run, "failed")
+        elif run.owed:
+            self._enqueue(run)
+        elif run.settling or not self._owed_at_first(run.entry.wish, settling=True):
+            self._step("settled" if run.settling else "applied")
+            self._over(run, "done")
+        else:
+            self._step("applied")
+            self._put(run, "settling")
+            run.settling = True
+            run.owed = self._owed_at_first(run.entry.wish, settling=True)
+            self._settle_later(run)
+
+    def _settle_later(self, run: _Run) -> None:
+        wish = run.entry.wish
+        seconds = max(layer.settles_after(wish.settle) for layer in self.engine.layers)
+        run.timer = asyncio.get_running_loop().call_later(seconds, self._settle, run)
+
+    def _settle(self, run: _Run) -> None:
+        run.timer = None
+        removed = dict(run.bust.removed)
+        run.bust = self.engine.bust(run.entry.wish)
+        run.bust.removed.update(removed)
+        run.task = self._errands.begin(self._work(run))
+
+    def _put(self, run: _Run, state: JobState) -> None:
+        run.entry = replace(run.entry, state=state)
+        self.journal.put(run.entry)
+
+    def _over(self, run: _Run, state: JobState) -> None:
+        if run.timer is not None:
+            run.timer.cancel()
+        self._runs.pop(run.entry.job, None)
+        self._queue.pop(run.entry.number, None)
+        run.entry = replace(run.entry, ended=time.time_ns())
+        self._put(run, state)
+        self._step("over")
+
+    # The queue
+
+    def _enqueue(self, run: _Run) -> None:
+        if run.entry.state != "settling":
+            self._put(run, "waiting")
+        self._queue[run.entry.number] = run
+        self._trouble.set()
+
+    async def _mend(self) -> None:
+        """Work the queue off, as often as it takes."""
+        attempt = 0
+        hasty = bool(self._queue)  # what an earlier process left waits for nothing
+        while True:
+            await self._trouble.wait()
+            if not hasty:
+                await asyncio.sleep(self._pause(attempt))
+            hasty = False
+            before = len(self._queue)
+            await self._round()
+            attempt = 0 if len(self._queue) < before else attempt + 1
+            if not self._queue:
+                self._trouble.clear()
+                attempt = 0
+
+    async def _round(self) -> None:
+        """Try every bust that waits, in order; those that come meanwhile are tried in this round, too."""
+        down: dict[str, str] = {}
+        tried = 0
+        while (number := min((it for it in self._queue if it > tried), default=None)) is not None:
+            tried = number
+            run = self._queue[number]
+            if run.owed <= down.keys():
+                continue
+            working = asyncio.create_task(self._again(run, down))
+            run.task = working
+            try:
+                await asyncio.wait({working})
+            except asyncio.CancelledError:
+                working.cancel()
+                await asyncio.wait({working})
+                raise
+        for name in [name for name in self._down if name not in down]:
+            if not any(name in run.owed for run in self._queue.values()):
+                _log.warning("the layer %s is back", name)
+                del self._down[name]
+
+    async def _again(self, run: _Run, down: dict[str, str]) -> None:
+        try:
+            await self._attempt(run, down=down)
+        except RefusedKey as error:
+            run.errors["layer"] = str(error)
+            self._over(run, "failed")
+            return
+        if not run.owed:
+            self._queue.pop(run.entry.number, None)
+            self._conclude(run)
+        else:
+            self.journal.put(run.entry)
+            await asyncio.sleep(0)

@@ -1,0 +1,229 @@
+"""Connections to one Redis server: a pool for each event loop, a limit for each call, one kind of error.
+
+This module decides how a script gets to the server and its answer back. What scripts do is said by `redis_layout`. It
+needs the extra "redis".
+
+Theory of operation. Of redis-py its client and its pool are used, and neither its timeouts of single reads and writes
+nor its retries. One limit lies over the whole of a call, the wait for a connection included: what is cut off by it, or
+by its caller, leaves redis-py at a moment where that closes the connection, so that no answer is left unread on one
+that somebody else gets. A limit to each write would not do: `asyncio.wait_for` of Python 3.11 can lose a cancellation.
+Who repeats a call is decided by those who made it.
+
+redis-py's pool refuses where all connections are taken. So a semaphore in front of it lets callers wait, which is
+released without waiting, even by a call that is cancelled twice.
+
+Connections belong to the event loop in which they were opened. They are closed by `aclose`, or, if the loop ends first,
+with the loop: an asynchronous generator stands guard, which `asyncio.run` closes before it closes the loop. After a
+fork the child keeps what it inherited, untouched, and opens its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING, Any, Final, final
+from urllib.parse import parse_qs, urlsplit
+from weakref import WeakSet
+
+from pybustcall.errors import BustcallError, ConfigurationError
+
+try:
+    from redis.asyncio import Redis
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+    from redis.client import NEVER_DECODE
+    from redis.exceptions import NoScriptError, RedisError, ResponseError
+    from redis.exceptions import TimeoutError as RedisTimeout
+except ModuleNotFoundError as missing:
+    if missing.name != "redis":
+        raise
+    raise ModuleNotFoundError(
+        "Redis needs an extra; install it with: pip install 'pybustcall[redis]'", name="redis"
+    ) from None
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from pybustcall.redis_layout import Call
+
+__all__ = ["RedisServer", "RedisUnavailable", "shown_url"]
+
+# Answers that say something of one command, and nothing of the server. All others do, such as LOADING and OOM.
+_OF_THE_COMMAND: Final = frozenset({"ERR", "WRONGTYPE", "EXECABORT"})
+
+
+class RedisUnavailable(BustcallError):
+    """Redis did not do what it was asked, and whether it was done is unknown.
+
+    `whole`: the server as a whole cannot be used now; otherwise it refused this one command. The text names the server
+    without credentials.
+    """
+
+    def __init__(self, message: str, *, whole: bool = True) -> None:
+        super().__init__(message, applied="maybe")
+        self.whole = whole
+
+
+@final
+class _LoopState:
+    """What belongs to one event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, client: Redis, most: int) -> None:
+        self.loop = loop
+        self.client = client
+        self.slots = asyncio.Semaphore(most)
+        self.guard = self._stand_guard()
+
+    async def _stand_guard(self) -> AsyncGenerator[None, None]:
+        try:
+            yield
+        finally:
+            await self.client.aclose()
+
+
+@final
+class RedisServer:
+    """Runs scripts and commands at one server.
+
+    - `url`: redis://HOST:PORT/DB, rediss://... or unix://PATH?db=DB, as redis-py takes it; or None with a `client`
+    - `client`: a client of redis-py to use instead; it belongs to one event loop, and is never closed here
+    - `timeout`: seconds that the server has to answer
+    - `connect_timeout`: seconds more, where a connection is to be opened first
+    - `connections`: how many are open at most, in each event loop; further calls wait
+
+    Raises `ConfigurationError` if a setting cannot be used. Nothing is opened before the first call.
+    """
+
+    def __init__(
+        self,
+        url: str | None,
+        *,
+        client: Redis | None = None,
+        timeout: float = 1.0,
+        connect_timeout: float = 1.0,
+        connections: int = 50,
+    ) -> None:
+        for name, value in {"timeout": timeout, "connect_timeout": connect_timeout, "connections": connections}.items():
+            if not value > 0:
+                raise ConfigurationError(f"{name} must be more than 0, not {value!r}", setting=name)
+        if (url is None) is (client is None):
+            raise ConfigurationError("give either the URL of a Redis server or a client of redis-py", setting="url")
+        self._url = url
+        self._given = client
+        self._connect_timeout = connect_timeout
+        self._limit = timeout + connect_timeout
+        self._most = connections
+        self._states: dict[asyncio.AbstractEventLoop, _LoopState] = {}
+        self.where = "Redis" if url is None else shown_url(url)
+        if url is not None:
+            self._open()
+        _SERVERS.add(self)
+
+    def __repr__(self) -> str:
+        return f"RedisServer({self.where})"
+
+    async def run(self, call: Call) -> Any:
+        """Run a script; tell its answer, of which texts are bytes. Raises `RedisUnavailable`."""
+        try:
+            return await self._execute("EVALSHA", call.script.digest, len(call.keys), *call.keys, *call.arguments)
+        except NoScriptError:  # the server is a new one
+            return await self.execute("EVAL", call.script.source, len(call.keys), *call.keys, *call.arguments)
+
+    async def execute(self, *command: str | bytes | int) -> Any:
+        """Run a command; tell its answer, of which texts are bytes. Raises `RedisUnavailable`."""
+        try:
+            return await self._execute(*command)
+        except NoScriptError as error:  # only EVALSHA and a server that is odd
+            raise RedisUnavailable(f"{self.where}: {error}") from error
+
+    async def aclose(self) -> None:
+        """Close what was opened in the running loop. It is opened anew by the next call."""
+        state = self._states.pop(asyncio.get_running_loop(), None)
+        if state is not None:
+            await state.guard.aclose()
+
+    async def _execute(self, *command: str | bytes | int) -> Any:
+        state = await self._state()
+        task = asyncio.current_task()
+        cancelled = task.cancelling() if task else 0
+        try:
+            async with asyncio.timeout(self._limit):
+                async with state.slots:
+                    answer = await state.client.execute_command(  # type: ignore[no-untyped-call]
+                        *command, **{NEVER_DECODE: True}
+                    )
+                if task and task.cancelling() > cancelled:
+                    raise asyncio.CancelledError  # it came with the answer, and a client that was given has lost it
+                return answer
+        except NoScriptError:
+            raise
+        except (TimeoutError, RedisTimeout) as error:
+            raise RedisUnavailable(f"{self.where} did not answer within {self._limit:g} s") from error
+        except RedisError as error:
+            raise self._failure(error) from error
+        except OSError as error:
+            raise RedisUnavailable(f"{self.where} cannot be reached: {error.strerror or error}") from error
+
+    def _failure(self, error: RedisError) -> RedisUnavailable:
+        text = " ".join(str(error).split())
+        code = error.status_code or text.partition(" ")[0]
+        of_the_command = isinstance(error, ResponseError) and (code in _OF_THE_COMMAND or not code.isupper())
+        return RedisUnavailable(f"{self.where}: {text}", whole=not of_the_command)
+
+    async def _state(self) -> _LoopState:
+        loop = asyncio.get_running_loop()
+        state = self._states.get(loop)
+        if state is None:
+            for other in [it for it in self._states if it.is_closed()]:
+                del self._states[other]
+            state = self._states[loop] = _LoopState(loop, self._given or self._open(), self._most)
+            if self._given is None:
+                await anext(state.guard)  # never suspends; from here on the loop knows the guard
+        return state
+
+    def _open(self) -> Redis:
+        try:
+            client = Redis.from_url(
+                self._url or "",
+                socket_timeout=None,
+                socket_connect_timeout=self._connect_timeout,
+                retry=Retry(NoBackoff(), 0),
+                max_connections=self._most,
+                protocol=2,  # what each server speaks, without a greeting
+            )
+            # It opens nothing yet, and refuses options that there are not.
+            client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+        except (ValueError, TypeError) as error:
+            raise ConfigurationError(f"{self.where} is no URL of a Redis server: {error}", setting="url") from None
+        return client
+
+    def forget_parent(self) -> None:
+        """Begin anew in a forked child: keep what was inherited alive and untouched, for as long as the child lives."""
+        _INHERITED.append(self._states)
+        self._states = {}
+
+
+_SERVERS: WeakSet[RedisServer] = WeakSet()
+_INHERITED: list[object] = []
+"""What a forked child must neither use nor close, nor let the garbage collector close."""
+
+
+def _after_fork() -> None:
+    for server in list(_SERVERS):
+        server.forget_parent()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def shown_url(url: str) -> str:
+    """Write a server's URL without what opens it: user, password, and options but the number of the database."""
+    try:
+        parts = urlsplit(url)
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
+        port = f":{parts.port}" if parts.port is not None else ""
+        database = parse_qs(parts.query).get("db", [])
+    except ValueError:
+        return "the URL"
+    number = f"?db={database[0]}" if database else ""
+    return f"{parts.scheme}://{host}{port}{parts.path}{number}"
