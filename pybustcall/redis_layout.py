@@ -142,7 +142,7 @@ local function check_tag(tag)
     local T = P .. ':t:' .. tag
     local there, expected = call('ZCARD', T), call('HGET', N, tag)
     if not expected then
-        if there > 0 then call('UNLINK', T) end -- of an index that was lost
+        -- of an index that was lost
     elseif there ~= tonumber(expected) then
         begin_anew(seq, true)
     end
