@@ -142,7 +142,7 @@ local function check_tag(tag)
     local T = P .. ':t:' .. tag
     local there, expected = call('ZCARD', T), call('HGET', N, tag)
     if not expected then
-        -- of an index that was lost
+        if there > 0 then call('UNLINK', T) end -- of an index that was lost
     elseif there ~= tonumber(expected) then
         begin_anew(seq, true)
     end
@@ -201,7 +201,7 @@ local function trim_fences(most)
     local surplus = call('ZCARD', F) - most
     if surplus > 0 then
         local gone = call('ZPOPMIN', F, surplus)
-        local floor = math.max(tonumber(gone[#gone]), tonumber(call('HGET', M, 'floor')))
+        local floor = tonumber(call('HGET', M, 'floor'))
         call('HSET', M, 'floor', string.format('%.0f', floor))
     end
     call('HSET', M, 'fences', call('ZCARD', F))

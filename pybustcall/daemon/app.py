@@ -343,7 +343,12 @@ class Daemon:
                 "fault_stage": reply.fault_stage,
                 "execution_time_ms": int((time.monotonic() - started) * 1000),
                 **echo_of(asked),
-                **reply.model_dump(mode="json", exclude={"status", "cache_key", "fault_stage"}, exclude_defaults=True),
+                **reply.model_dump(
+                    mode="json",
+                    exclude={"status", "cache_key", "fault_stage"},
+                    exclude_unset=True,
+                    exclude_none=True,
+                ),
             }
         ).encode()
 

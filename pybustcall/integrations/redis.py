@@ -173,7 +173,7 @@ class RedisCache:
         - `ttl`: seconds until the entry ends by itself; None is never
 
         If the entry is stale, one reader makes it anew, and all others get the stale value at once. Whatever `make`
-        raises is raised here. Of several calls at a time with one key, one `make` runs; without Redis each call runs its
+        raises is raised here. Of several calls at a time with one key, one `make` runs; without Redis each runs its
         own. Raises `InvalidRequest` for
         arguments that cannot be, and with on_error="raise" `RedisUnavailable`.
         """
