@@ -1,0 +1,132 @@
+"""The whole way with a real Redis: an application's cache, a client, a daemon with a journal, a server that dies."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from pybustcall import BustcallClient
+from pybustcall.daemon import DaemonSettings, Engine, Indexes, Layer, create_app
+from pybustcall.daemon.backends.redis import RedisBackend
+from pybustcall.integrations.redis import RedisCache
+from tests.conftest import eventually
+from tests.engines import RedisProcess
+
+
+@asynccontextmanager
+async def daemon(url: str, journal: Path, **settings: Any) -> AsyncIterator[BustcallClient]:
+    """Serve one Redis layer with a journal; tell a client of that daemon."""
+    engine = Engine([Layer(name="redis", number=0, backend=RedisBackend(url, timeout=0.5))], Indexes())
+    runner = web.AppRunner(create_app(engine, DaemonSettings(journal=journal, **settings)), access_log=None)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        async with BustcallClient(f"http://127.0.0.1:{runner.addresses[0][1]}", probes=None) as client:
+            yield client
+    finally:
+        await runner.cleanup()
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Any:
+    with RedisProcess(tmp_path) as server:
+        yield server
+
+
+@pytest.mark.requirement("REL-04")
+async def test_no_reader_sees_the_old_version_after_the_bust_has_returned(redis: RedisProcess, tmp_path: Path) -> None:
+    """200 readers, one write, one bust; and a slow fill that began before it is not stored after it."""
+    version = 1
+    cache = RedisCache(redis.url)
+    seen: list[tuple[float, int]] = []
+    stop = asyncio.Event()
+    now = asyncio.get_running_loop().time
+
+    async def render() -> bytes:
+        told = version
+        await asyncio.sleep(0)
+        return b"%d" % told
+
+    async def read() -> None:
+        while not stop.is_set():
+            begun = now()
+            value = await cache.get_or_set("products/7", render, tags=["product:7"], ttl=60.0)
+            seen.append((begun, int(value)))
+
+    async with daemon(redis.url, tmp_path / "journal") as client:
+        looked = await cache.lookup("products/7")
+        assert looked.found is None
+        readers = [asyncio.create_task(read()) for _ in range(200)]
+        await eventually(lambda: len(seen) > 1000)
+        version = 2
+        result = await client.bust("product:7", kind="tag", reason="a price has changed")
+        returned = now()
+        assert result.ok
+        assert not await cache.store("products/7", b"1", token=looked.token, tags=["product:7"], ttl=60.0)
+        after = len(seen)
+        await eventually(lambda: len(seen) > after + 2000)
+        stop.set()
+        await asyncio.gather(*readers)
+        [job] = await client.jobs()
+        assert (job.reason, job.state) == ("a price has changed", "done")
+    assert {value for begun, value in seen if begun > returned} == {2}
+    assert {value for _, value in seen} == {1, 2}
+    await cache.aclose()
+
+
+@pytest.mark.requirement("REL-04")
+async def test_busts_go_on_while_redis_is_dead_and_are_applied_when_it_is_back(
+    redis: RedisProcess, tmp_path: Path
+) -> None:
+    """All 100, each once in the audit; calls meanwhile are answered soon, naming the layer."""
+    cache = RedisCache(redis.url)
+    async with daemon(redis.url, tmp_path / "journal", answer_within=1.0) as client:
+        statuses = []
+        for number in range(100):
+            if number == 30:
+                redis.kill()
+            if number == 60:
+                redis.start()
+                for key in range(10):
+                    await cache.set(f"page/{key}", b"old", tags=["shop"], ttl=600.0)
+            result = await client.bust(f"page/{number % 10}", reason=str(number))
+            assert result.status in {"busted", "accepted", "partial"}
+            assert result.elapsed < 2.0
+            statuses.append(result.status)
+            if result.status == "partial":
+                assert [layer.name for layer in result.layers if not layer.ok] == ["redis"]
+        assert statuses[:30] == ["busted"] * 30
+        assert statuses[30] in {"partial", "accepted"}
+        audit = await client.jobs(limit=1000)
+        assert sorted(int(job.reason or -1) for job in audit) == list(range(100))
+        for job in audit:
+            done = await client.wait_job(job.job, timeout=30.0)
+            assert done.state == "done"
+        assert [await cache.get(f"page/{key}") for key in range(10)] == [None] * 10
+    await cache.aclose()
+
+
+async def test_a_dry_run_tells_the_number_that_the_real_bust_then_removes(redis: RedisProcess, tmp_path: Path) -> None:
+    """And removes nothing; whole segments, with characters that globs know; other tenants are not reached."""
+    ours, theirs = RedisCache(redis.url, namespace="ours"), RedisCache(redis.url, namespace="theirs")
+    keys = ["users", "users/1", "users:2", "users?*", "users/[a]", "usersAbc:1", "u*", "other"]
+    for cache, key in itertools.product((ours, theirs), keys):
+        await cache.set(key, b"v", tags=[], ttl=60.0)
+    async with daemon(redis.url, tmp_path / "journal") as client:
+        told = await client.bust("users", kind="prefix", namespace="ours", dry_run=True)
+        assert (told.status, told.matched, told.removed or 0) == ("dry_run", 5, 0)
+        assert (await client.bust("users", kind="prefix", namespace="ours")).removed == 5
+        left = [key for key in keys if await ours.get(key) is not None]
+        assert left == ["usersAbc:1", "u*", "other"]
+        assert [key for key in keys if await theirs.get(key) is not None] == keys
+        assert (await client.bust("*", kind="all", confirm=True, namespace="ours")).removed == 3
+    await ours.aclose()
+    await theirs.aclose()
