@@ -235,7 +235,7 @@ local function is_covered(zset, key, tags, since)
         local before = string.sub(key, 1, place - 1)
         if is_newer('p:' .. string.sub(key, 1, place)) then return true end
         if place > 1 then
-
+            if is_newer('p:' .. before) then return true end
             if string.sub(key, place, place) == '?' and is_newer_variant(before) then return true end
         end
         place = string.find(key, '[@MARKS@]', place + 1)

@@ -1,8 +1,8 @@
 """The reference daemon, for tests that end it between two steps of a hot swap or of a bust, as a kernel would.
 
 `python -m tests.stepwise_daemon --root DIRECTORY [--registry FILE] [--journal FILE] [--break-at STEP] [--kill-at STEP]
-[--times N]` serves as `pybustcall daemon` does, from the same parts, until it comes to a step (for the N-th time): at the one
-its cache is gone, its root being renamed to DIRECTORY.away; at the other it kills itself.
+[--times N]` serves as `pybustcall daemon` does, from the same parts, until it comes to a step (for the N-th time): at
+the one its cache is gone, its root being renamed to DIRECTORY.away; at the other it kills itself.
 """
 
 from __future__ import annotations

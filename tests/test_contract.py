@@ -81,7 +81,13 @@ def route_of(asked: str, url: str) -> str:
     return re.sub(r"(?<=^/api/v1/jobs/).*", "{job}", path)
 
 
-def run(location: str, url: str, tmp_path: Path, *options: str, token: str = "none") -> Counter[tuple[str, int]]:
+LEFT_OUT = ("use_after_free",)
+"""A job that is cancelled stays in the audit, where a resource that is deleted should be gone."""
+
+
+def run(
+    location: str, url: str, tmp_path: Path, *options: str, token: str = "none", left_out: tuple[str, ...] = ()
+) -> Counter[tuple[str, int]]:
     """Have schemathesis run; fail with what it found. Tell how often each operation was answered with each status."""
     har = tmp_path / "run.har"
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("BUSTCALL_", "COVERAGE_"))}
@@ -89,7 +95,7 @@ def run(location: str, url: str, tmp_path: Path, *options: str, token: str = "no
         [
             str(Path(sys.executable).parent / "schemathesis"), "--config-file", str(ROOT / "tests/schemathesis.toml"),
             "run", location, "--url", url, "--no-color", "--generation-deterministic", "--checks", "all",
-            "--report-har-path", str(har), *options,
+            "--report-har-path", str(har), "--exclude-checks", ",".join((*LEFT_OUT, *left_out)), *options,
         ],
         cwd=tmp_path,  # where it leaves its notes
         env={**inherited, "PYTHONPATH": str(ROOT), "COLUMNS": "120", "NO_PROXY": "*", "BUSTCALL_TOKEN": token},
@@ -158,9 +164,7 @@ def test_a_daemon_that_lets_nobody_in_refuses_by_the_contract(
     contract = tmp_path / "openapi.json"
     contract.write_text(json.dumps(openapi_document()))
     with daemon(*options, env=env) as url:
-        answered = run(
-            str(contract), url, tmp_path, "--phases", "examples", "--exclude-checks", "positive_data_acceptance"
-        )
+        answered = run(str(contract), url, tmp_path, "--phases", "examples", left_out=("positive_data_acceptance",))
     refused = {name for name, operation in OPERATIONS.items() if answered[operation, status]}
     assert refused == ({"bust", "hotswap"} if spared is None else set(OPERATIONS) - spared)
     assert not any(answered[OPERATIONS[name], 200] for name in refused)
@@ -208,9 +212,9 @@ def test_a_contract_that_is_not_kept_is_told(
 
 
 def test_every_departure_from_the_defaults_is_explained() -> None:
-    """No check is switched off but one, and each table of the settings stands below a comment."""
+    """No check is switched off there, and each table of the settings stands below a comment."""
     text = (ROOT / "tests/schemathesis.toml").read_text(encoding="utf-8")
-    assert text.count("enabled") == text.count("[checks.use_after_free]\nenabled = false") == 1
+    assert "enabled" not in text
     blocks = text.strip().split("\n\n")
     assert len(blocks) > 3
     assert [block for block in blocks if not re.match("# ", block)] == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -288,7 +288,7 @@ def test_what_depends_is_fenced_with_its_variants(table: Table) -> None:
     table.fence("page", "list", generation=generation)
     assert not table.store("list.gz", token=token)
     assert table.store("list", token=during)
-    assert not table.store("page", token=during)
+    assert not table.store("page.gz", token=during)
     table.fence("other", generation=newer + 1000)
     assert table.store("other", token=table.token()), "a generation of an epoch that is over lies ahead"
 
@@ -324,7 +324,11 @@ def test_fences_are_kept_up_to_a_number(table: Table) -> None:
 def test_fences_that_are_lost_refuse_all_fills_so_far(table: Table) -> None:
     """And none after that."""
     table.store("kept")
-    for heal in (lambda: table.store("x", token=table.token()), lambda: table.begin("key", "y")):
+    heals: list[Callable[[], object]] = [
+        lambda: table.store("x", token=table.token()),
+        lambda: table.begin("key", "y"),
+    ]
+    for heal in heals:
         token = table.token()
         table.begin("key", "k")
         table.client.delete(table.name("f"))
@@ -507,11 +511,12 @@ def test_what_is_stored_after_a_loss_is_no_part_of_what_was_lost(table: Table) -
     assert table.get("k/0") == table.get("bystander") == b"v"
     assert table.remove("k/1", generation=1000) == b"0"
     assert table.bust("tag", "t") == 1
+    table.store("k/1", tags=("t",))
     table.client.delete(table.name("m"))
     table.store("bystander")
-    table.store("k/3", tags=("u",))
+    table.store("k/1", tags=("u",))
     assert table.bust("tag", "t") == 0
-    assert table.get("bystander") == b"v"
+    assert table.get("k/1") == table.get("bystander") == b"v"
 
 
 def test_an_entry_is_found_by_its_newest_tags_only(table: Table) -> None:
@@ -526,25 +531,26 @@ def test_an_entry_is_found_by_its_newest_tags_only(table: Table) -> None:
 
 
 def test_a_server_that_went_back_is_taken_for_empty(table: Table) -> None:
-    """Busts were lost with what was after its snapshot; whoever knows how far it was tells it so."""
+    """Busts were lost with what was after its snapshot; whoever knows how far it was tells it so, each time."""
     table.store("old")
-    client, names = table.client, cast("list[bytes]", table.client.keys())
-    snapshot = {name: cast("bytes", client.dump(name)) for name in names}
+    client = table.client
+    snapshot = {cast("bytes", name): cast("bytes", client.dump(name)) for name in client.scan_iter()}
     table.store("gone", tags=("t",))
     for number in range(5):
         table.begin("key", f"k{number}")
-    token = table.token()
-    client.flushall()
-    for name, content in snapshot.items():
-        client.restore(name, 0, content)
-    naive = Table(client)
-    assert naive.get("old") == b"v", "a client that is new cannot tell"
-    assert table.get("old") is None
-    assert naive.get("old") is None, "now it is known to all"
-    assert not table.store("k0", token=token)
-    assert table.begin("key", "x") > token.generation
-    assert table.store("k0", token=table.token())
-    assert table.select("all") == ["k0"]
+    for _ in range(3):
+        token = table.token()
+        client.flushall()
+        for name, content in snapshot.items():
+            client.restore(name, 0, content)
+        naive = Table(client)
+        assert naive.get("old") == b"v", "a client that is new cannot tell"
+        assert table.get("old") is None
+        assert naive.get("old") is None, "now it is known to all"
+        assert not table.store("k0", token=token)
+        assert table.begin("key", "x") > token.generation
+        assert table.store("k0", token=table.token())
+        assert table.select("all") == ["k0"]
 
 
 def test_a_bust_works_on_a_server_that_is_full(table: Table) -> None:
