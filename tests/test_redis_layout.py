@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import hypothesis.strategies as st
@@ -29,6 +30,8 @@ from pybustcall.redis_layout import (
     ranges_of_variants,
     unlink,
 )
+from tests.conftest import wait_until
+from tests.engines import RedisProcess
 from tests.redis_harness import shared_redis
 
 
@@ -163,6 +166,19 @@ def test_all_names_of_a_namespace_lie_in_one_slot(table: Table) -> None:
     names = cast("list[bytes]", table.client.keys())
     assert len(names) > 10
     assert all(name.startswith(b"bustcall:{shop}:") for name in names)
+
+
+def test_a_cluster_runs_the_scripts(tmp_path: Path) -> None:
+    """It would refuse keys of another slot than that of the key that is declared."""
+    with RedisProcess(tmp_path, **{"cluster-enabled": "yes"}) as node, redis.Redis(port=node.port) as client:
+        client.execute_command("CLUSTER ADDSLOTSRANGE 0 16383")
+        table = Table(client)
+        wait_until(lambda: b"cluster_state:ok" in node.ask("CLUSTER", "INFO"), "the cluster is well")
+        for key in ("a", "{b}", "}{"):
+            assert table.store(key, tags=("{t}",), ttl=60.0)
+        table.bust("prefix", "a", soft=True)
+        assert table.lookup("a", lease=1.0)[0] == Entry(b"v", stale=True, refresh=True)
+        assert table.bust("tag", "{t}") == 3
 
 
 @given(st.text("ab/:?#.gzé", min_size=1, max_size=6), st.text("ab/:?#.gzé", min_size=1, max_size=9))

@@ -115,6 +115,7 @@ pub enum Kind {
     TokenRefused,
     NotAllowed,
     Incompatible,
+    Unsupported,
     Certificate,
 }
 
@@ -164,6 +165,7 @@ impl Kind {
             Kind::NotThisService | Kind::TokenRefused => (3, true, true),
             Kind::NotAllowed => (3, false, false),
             Kind::Incompatible => (3, true, false),
+            Kind::Unsupported => (3, true, false),
             Kind::Certificate => (1, false, true),
         };
         Row {
