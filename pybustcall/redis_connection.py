@@ -35,7 +35,7 @@ try:
     from redis.exceptions import NoScriptError, RedisError, ResponseError
     from redis.exceptions import TimeoutError as RedisTimeout
 except ModuleNotFoundError as missing:
-    if missing.name != "redis":
+    if (missing.name or "").partition(".")[0] != "redis":
         raise
     raise ModuleNotFoundError(
         "Redis needs an extra; install it with: pip install 'pybustcall[redis]'", name="redis"

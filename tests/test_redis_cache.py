@@ -1,0 +1,560 @@
+"""The readers' half of a cache in Redis: who makes a value, who waits for it, and that no bust is ever undone."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis.asyncio
+import uvloop
+
+from pybustcall.daemon.backends import Scope
+from pybustcall.daemon.backends.redis import RedisBackend
+from pybustcall.errors import ClientClosed, ConfigurationError, InvalidRequest
+from pybustcall.integrations.redis import Found, RedisCache, RedisUnavailable
+from pybustcall.models import Kind
+from tests.conftest import eventually
+from tests.engines import RedisProcess, free_port
+from tests.redis_harness import shared_redis
+
+SHOP = "shop"
+
+
+@pytest.fixture
+def engine() -> RedisProcess:
+    """An empty server."""
+    server = shared_redis()
+    server.ask("FLUSHALL")
+    return server
+
+
+@pytest.fixture
+async def cache(engine: RedisProcess) -> AsyncIterator[RedisCache]:
+    """A cache in it."""
+    async with RedisCache(engine.url, namespace=SHOP, timeout=10.0) as cache:
+        yield cache
+
+
+@pytest.fixture
+async def backend(engine: RedisProcess) -> AsyncIterator[RedisBackend]:
+    """The daemon's half."""
+    backend = RedisBackend(engine.url)
+    yield backend
+    await backend.close()
+
+
+@pytest.fixture
+def dead() -> Iterator[str]:
+    """The URL of a server that is not there."""
+    return iter([f"redis://127.0.0.1:{free_port()}/0"])
+
+
+async def bust(backend: RedisBackend, kind: Kind, target: str = "*", *, soft: bool = False) -> None:
+    """Bust as the engine does."""
+    scope = Scope(SHOP, kind, target)
+    generation = await backend.begin(scope, soft=soft)
+    async for keys in backend.select(scope):
+        await backend.remove(SHOP, keys, generation=generation, soft=soft)
+    await backend.end(scope, generation)
+
+
+class Maker:
+    """Makes values as slowly as the test wants, and counts."""
+
+    def __init__(self, value: bytes = b"v") -> None:
+        self.value = value
+        self.calls = 0
+        self.cancelled = 0
+        self.go = asyncio.Event()
+
+    async def __call__(self) -> bytes:
+        self.calls += 1
+        value = self.value
+        try:
+            await self.go.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return value
+
+
+async def quick() -> bytes:
+    """Make a value at once."""
+    return b"v"
+
+
+async def never() -> bytes:
+    """Be not called."""
+    raise AssertionError("it was called")
+
+
+def start(cache: RedisCache, key: str, make: Maker, **more: Any) -> asyncio.Task[bytes]:
+    """Ask for a value in a task."""
+    return asyncio.create_task(cache.get_or_set(key, make, ttl=60.0, **more))
+
+
+def waiting(cache: RedisCache, key: str) -> int:
+    """Tell how many wait for a value."""
+    return sum(flights[key].waiting for flights in cache._flights.values() if key in flights)
+
+
+# Values
+
+
+async def test_a_value_is_made_once(cache: RedisCache) -> None:
+    """And found from then on."""
+    assert await cache.get_or_set("k", quick, tags=["t"], ttl=60.0) == b"v"
+    assert await cache.get_or_set("k", never, tags=["t"], ttl=60.0) == b"v"
+    assert await cache.get("k") == Found(b"v", stale=False)
+    assert await cache.get("other") is None
+
+
+async def test_a_plain_function_may_make_it(cache: RedisCache) -> None:
+    """If it does not block."""
+    assert await cache.get_or_set("k", lambda: b"plain", ttl=None) == b"plain"
+    assert await cache.get("k") == Found(b"plain", stale=False)
+
+
+async def test_an_entry_ends_with_its_ttl(cache: RedisCache) -> None:
+    """A fraction of a millisecond is one."""
+    await cache.set("k", b"v", ttl=0.0001)
+    async with asyncio.timeout(10):
+        while await cache.get("k") is not None:
+            pass
+
+
+async def test_what_is_no_value_is_refused(cache: RedisCache) -> None:
+    """And nothing is stored."""
+    with pytest.raises(TypeError, match="must return bytes, not str"):
+        await cache.get_or_set("k", lambda: "text", ttl=None)  # type: ignore[arg-type, return-value]
+    with pytest.raises(InvalidRequest, match="value must be bytes, not str"):
+        await cache.set("k", "text", ttl=None)  # type: ignore[arg-type]
+    assert await cache.get("k") is None
+
+
+@pytest.mark.parametrize(
+    ("field", "arguments"),
+    [
+        ("key", {"key": ""}),
+        ("key", {"key": "a\n"}),
+        ("key", {"key": "\ud800"}),
+        ("key", {"key": 7}),
+        ("tag", {"tags": [""]}),
+        ("tag", {"tags": ["a\nb"]}),
+        ("tags", {"tags": "product:7"}),
+        ("tags", {"tags": [f"{number}" for number in range(257)]}),
+        ("ttl", {"ttl": 0}),
+        ("ttl", {"ttl": -1.0}),
+        ("ttl", {"ttl": float("nan")}),
+        ("ttl", {"ttl": float("inf")}),
+        ("ttl", {"ttl": True}),
+        ("ttl", {"ttl": "60"}),
+    ],
+)
+async def test_arguments_that_cannot_be_are_refused(cache: RedisCache, field: str, arguments: dict[str, Any]) -> None:
+    """Before anything is made or sent."""
+    said = {"key": "k", "tags": ["t"], "ttl": 60.0, **arguments}
+    key = said.pop("key")
+    for call in (cache.get_or_set(key, never, **said), cache.set(key, b"v", **said)):
+        with pytest.raises(InvalidRequest) as caught:
+            await call
+        assert caught.value.field == field
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    """At once."""
+    for settings in (
+        {},
+        {"url": "redis://h", "client": redis.asyncio.Redis()},
+        {"url": "http://h"},
+        {"url": "redis://h", "prefix": "{"},
+        {"url": "redis://h", "lease": 0},
+        {"url": "redis://h", "timeout": -1},
+        {"url": "redis://h", "on_error": "ignore"},
+    ):
+        with pytest.raises(ConfigurationError):
+            RedisCache(**settings)
+    with pytest.raises(InvalidRequest):
+        RedisCache("redis://h", namespace="a/b")
+
+
+# Busts
+
+
+@pytest.mark.parametrize(("kind", "target"), [("key", "p/1"), ("prefix", "p"), ("tag", "t"), ("all", "*")])
+@pytest.mark.parametrize("soft", [False, True])
+async def test_a_slow_fill_is_not_stored_after_a_bust(
+    cache: RedisCache, backend: RedisBackend, kind: Kind, target: str, soft: bool
+) -> None:
+    """Whoever asked before it gets the value, and whoever asks after it makes a new one."""
+    old, new = Maker(b"old"), Maker(b"new")
+    before = start(cache, "p/1", old, tags=["t"])
+    await eventually(lambda: old.calls)
+    await bust(backend, kind, target, soft=soft)
+    after = start(cache, "p/1", new, tags=["t"])
+    await eventually(lambda: new.calls)
+    new.go.set()
+    assert await after == b"new"
+    old.go.set()
+    assert await before == b"old"
+    assert await cache.get("p/1") == Found(b"new", stale=False)
+
+
+async def test_a_slow_fill_is_stored_after_an_unrelated_bust(cache: RedisCache, backend: RedisBackend) -> None:
+    """To refuse it would cost a miss for nothing."""
+    make = Maker()
+    task = start(cache, "p/1", make, tags=["t"])
+    await eventually(lambda: make.calls)
+    await bust(backend, "prefix", "p/10")
+    await bust(backend, "tag", "u")
+    make.go.set()
+    await task
+    assert await cache.get("p/1") == Found(b"v", stale=False)
+
+
+async def test_a_stale_value_is_served_while_one_makes_it_anew(cache: RedisCache, backend: RedisBackend) -> None:
+    """The others get it at once."""
+    await cache.set("k", b"old", ttl=60.0)
+    await bust(backend, "key", "k", soft=True)
+    make = Maker(b"new")
+    one = start(cache, "k", make)
+    await eventually(lambda: make.calls)
+    assert await asyncio.gather(*(cache.get_or_set("k", never, ttl=60.0) for _ in range(10))) == [b"old"] * 10
+    assert await cache.get("k") == Found(b"old", stale=True)
+    make.go.set()
+    assert await one == b"new"
+    assert await cache.get("k") == Found(b"new", stale=False)
+
+
+async def test_a_lease_that_ends_chooses_another(engine: RedisProcess, backend: RedisBackend) -> None:
+    """If the one who was chosen has failed."""
+    async with RedisCache(engine.url, namespace=SHOP, lease=0.05) as cache:
+        await cache.set("k", b"old", ttl=60.0)
+        await bust(backend, "key", "k", soft=True)
+
+        async def fail() -> bytes:
+            raise LookupError("the database is down")
+
+        with pytest.raises(LookupError):
+            await cache.get_or_set("k", fail, ttl=60.0)
+        async with asyncio.timeout(10):
+            while (value := await cache.get_or_set("k", lambda: b"new", ttl=60.0)) != b"new":
+                assert value == b"old"
+
+
+async def test_it_can_be_done_by_hand(cache: RedisCache, backend: RedisBackend) -> None:
+    """Look up, make, store."""
+    looked = await cache.lookup("k")
+    assert (looked.found, looked.refresh) == (None, False)
+    assert await cache.store("k", b"1", token=looked.token, tags=["t"], ttl=None)
+    assert (await cache.lookup("k")).found == Found(b"1", stale=False)
+    await bust(backend, "tag", "t", soft=True)
+    assert not await cache.store("k", b"2", token=looked.token, ttl=None)
+    looked = await cache.lookup("k")
+    assert (looked.found, looked.refresh) == (Found(b"1", stale=True), True)
+    assert not (await cache.lookup("k")).refresh
+    assert await cache.set("k", b"3", ttl=None)
+    assert await cache.get("k") == Found(b"3", stale=False)
+
+
+# Flights
+
+
+async def test_many_who_miss_at_once_make_it_once(cache: RedisCache) -> None:
+    """All get the same."""
+    make = Maker()
+    tasks = [start(cache, "k", make) for _ in range(50)]
+    await eventually(lambda: waiting(cache, "k") == 50)
+    make.go.set()
+    assert await asyncio.gather(*tasks) == [b"v"] * 50
+    assert make.calls == 1
+
+
+async def test_nobody_joins_a_flight_from_before_a_bust(cache: RedisCache, backend: RedisBackend) -> None:
+    """Not even of something else: the token tells only that something was busted."""
+    first, second = Maker(b"1"), Maker(b"2")
+    one = start(cache, "k", first)
+    await eventually(lambda: first.calls)
+    await cache.set("x", b"v", ttl=None)
+    await bust(backend, "key", "k")
+    two = [start(cache, "k", second) for _ in range(3)]
+    await eventually(lambda: second.calls)
+    first.go.set()
+    second.go.set()
+    assert await one == b"1"
+    assert await asyncio.gather(*two) == [b"2"] * 3
+    assert (first.calls, second.calls) == (1, 1)
+    assert await cache.get("k") == Found(b"2", stale=False)
+
+
+async def test_what_fails_is_raised_by_all_who_wait(cache: RedisCache) -> None:
+    """And the next call tries again."""
+    calls = 0
+
+    async def fail() -> bytes:
+        nonlocal calls
+        calls += 1
+        await asyncio.sleep(0.01)
+        raise LookupError("no such product")
+
+    found = await asyncio.gather(*(cache.get_or_set("k", fail, ttl=60.0) for _ in range(5)), return_exceptions=True)
+    assert all(isinstance(it, LookupError) for it in found)
+    assert calls >= 1
+    assert await cache.get_or_set("k", quick, ttl=60.0) == b"v"
+
+
+async def test_a_flight_goes_on_if_the_one_who_began_it_is_cancelled(cache: RedisCache) -> None:
+    """While others wait for it."""
+    make = Maker()
+    first = start(cache, "k", make)
+    await eventually(lambda: make.calls)
+    second = start(cache, "k", make)
+    await eventually(lambda: waiting(cache, "k") == 2)
+    first.cancel()
+    await asyncio.wait({first})
+    assert first.cancelled()
+    make.go.set()
+    assert await second == b"v"
+    assert (make.calls, make.cancelled) == (1, 0)
+
+
+async def test_a_flight_ends_if_nobody_waits_any_more(cache: RedisCache) -> None:
+    """At once, and the next call begins a new one."""
+    make = Maker()
+    tasks = [start(cache, "k", make) for _ in range(3)]
+    await eventually(lambda: make.calls and waiting(cache, "k") == 3)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    assert all(task.cancelled() for task in tasks)
+    assert make.cancelled == 1
+    assert await cache.get_or_set("k", quick, ttl=60.0) == b"v"
+
+
+async def test_a_call_that_is_cancelled_anywhere_leaves_nothing_behind(cache: RedisCache) -> None:
+    """After any number of turns of the loop, and the cache goes on as before."""
+    for turns in range(40):
+        task = asyncio.create_task(cache.get_or_set(f"k/{turns}", quick, ttl=60.0))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task})
+        assert task.cancelled() or task.result() == b"v"
+        assert await cache.get_or_set(f"k/{turns}", quick, ttl=60.0) == b"v"
+        assert await cache.get("missing") is None
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_closing_breaks_off_what_is_made(engine: RedisProcess) -> None:
+    """Whoever waits is told; a later call opens anew."""
+    cache = RedisCache(engine.url)
+    make = Maker()
+    task = start(cache, "k", make)
+    await eventually(lambda: make.calls)
+    await cache.aclose()
+    await cache.aclose()
+    with pytest.raises(ClientClosed):
+        await task
+    assert make.cancelled == 1
+    assert await cache.get_or_set("k", quick, ttl=60.0) == b"v"
+    await cache.aclose()
+
+
+# Trouble
+
+
+async def test_without_redis_values_are_made_all_the_same(
+    dead: Iterator[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged once in a while, not for each."""
+    async with RedisCache(next(dead)) as cache:
+        with caplog.at_level(logging.WARNING):
+            for _ in range(5):
+                assert await cache.get_or_set("k", quick, ttl=60.0) == b"v"
+    assert len(caplog.records) == 1
+    assert "without a cache" in caplog.text
+
+
+async def test_it_can_be_told_to_raise(dead: Iterator[str]) -> None:
+    """As all calls but `get_or_set` do."""
+    async with RedisCache(next(dead), on_error="raise") as cache:
+        for call in (
+            cache.get_or_set("k", never, ttl=60.0),
+            cache.get("k"),
+            cache.lookup("k"),
+            cache.set("k", b"v", ttl=60.0),
+        ):
+            with pytest.raises(RedisUnavailable) as caught:
+                await call
+            assert caught.value.whole
+            assert caught.value.applied == "maybe"
+
+
+@pytest.mark.parametrize("on_error", ["fill", "raise"])
+async def test_a_server_that_dies_meanwhile_does_not_lose_the_value(tmp_path: Path, on_error: Any) -> None:
+    """Unless it is to be told; and it is used again when it is back."""
+    with RedisProcess(tmp_path) as server:
+        async with RedisCache(server.url, on_error=on_error) as cache:
+            make = Maker()
+            task = start(cache, "k", make)
+            await eventually(lambda: make.calls)
+            server.kill()
+            make.go.set()
+            if on_error == "fill":
+                assert await task == b"v"
+            else:
+                with pytest.raises(RedisUnavailable):
+                    await task
+            server.start()
+            assert await cache.get_or_set("k", quick, ttl=60.0) == b"v"
+            assert await cache.get("k") == Found(b"v", stale=False)
+
+
+async def test_a_full_server_does_not_keep_values_from_being_made(tmp_path: Path) -> None:
+    """They are not cached."""
+    with RedisProcess(tmp_path) as server:
+        async with RedisCache(server.url) as cache:
+            await cache.set("kept", b"v", ttl=None)
+            server.ask("CONFIG", "SET", "maxmemory", "1")
+            assert await cache.get_or_set("kept", never, ttl=None) == b"v"
+            assert await cache.get_or_set("k", quick, ttl=None) == b"v"
+            assert await cache.get("k") is None
+
+
+async def test_few_connections_serve_many_readers(engine: RedisProcess) -> None:
+    """They wait for their turn."""
+    async with RedisCache(engine.url, connections=2, timeout=20.0) as cache:
+        keys = [f"k/{number}" for number in range(300)]
+        values = await asyncio.gather(*(cache.get_or_set(key, key.encode, ttl=60.0) for key in keys))
+        assert values == [key.encode() for key in keys]
+        assert b"connected_clients:3" in engine.ask("INFO", "clients")
+
+
+# Clients, loops and processes
+
+
+@pytest.mark.parametrize("decode", [False, True])
+async def test_a_client_of_redis_py_may_be_given(engine: RedisProcess, decode: bool) -> None:
+    """Whatever it decodes; it is not closed."""
+    client = redis.asyncio.Redis.from_url(engine.url, decode_responses=decode)
+    async with RedisCache(client=client, namespace=SHOP) as cache:
+        assert await cache.get_or_set("k", lambda: b"\xff\0", tags=["é"], ttl=60.0) == b"\xff\0"
+        assert await cache.get("k") == Found(b"\xff\0", stale=False)
+        assert repr(cache) == "RedisCache(Redis, namespace='shop')"
+    assert await client.ping()
+    await client.aclose()
+
+
+async def test_a_socket_serves_as_well(engine: RedisProcess) -> None:
+    """As a server on the same machine has it."""
+    async with RedisCache(f"unix://{engine.socket}?db=1") as cache:
+        assert await cache.set("k", b"v", ttl=None)
+    async with RedisCache(engine.url) as other:
+        assert await other.get("k") is None
+
+
+@pytest.mark.parametrize("factory", [None, uvloop.new_event_loop])
+def test_one_cache_serves_many_loops(
+    engine: RedisProcess, factory: Callable[[], asyncio.AbstractEventLoop] | None
+) -> None:
+    """One after the other; each closes its connections at its end, also if nobody asked for it."""
+    cache = RedisCache(engine.url)
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(asyncio.sleep(0))  # what the first loop of its kind opens for all of them
+    before = len(os.listdir("/proc/self/fd"))
+
+    async def use(number: int) -> None:
+        make = Maker(b"%d" % number)
+        make.go.set()
+        assert (
+            await asyncio.gather(*(cache.get_or_set(f"{number}", make, ttl=60.0) for _ in range(5)))
+            == [b"%d" % number] * 5
+        )
+        if number % 2:
+            await cache.aclose()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(20):
+            with asyncio.Runner(loop_factory=factory) as runner:
+                runner.run(use(number))
+        gc.collect()
+    assert [str(it.message) for it in caught] == []
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(cache._server._states) <= 1
+
+
+def test_a_loop_that_ends_in_the_midst_leaves_nothing(engine: RedisProcess) -> None:
+    """What was being made is cancelled with it."""
+    cache = RedisCache(engine.url)
+    before = len(os.listdir("/proc/self/fd"))
+
+    async def use() -> None:
+        make = Maker()
+        start(cache, "k", make)
+        await eventually(lambda: make.calls)
+
+    for _ in range(3):
+        asyncio.run(use())
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_forked_child_opens_its_own_connections(engine: RedisProcess) -> None:
+    """And neither uses nor closes what it inherited."""
+    code = """
+    import asyncio, os, sys
+    from pybustcall.integrations.redis import RedisCache
+
+    cache = RedisCache(sys.argv[1])
+
+    async def use(name):
+        keys = [f"{name}/{it}" for it in range(9)]
+        return await asyncio.gather(*(cache.get_or_set(key, key.encode, ttl=9) for key in keys))
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(use("parent"))
+    child = os.fork()
+    if not child:
+        asyncio.run(use("child"))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert loop.run_until_complete(use("parent"))[3] == b"parent/3"
+    loop.run_until_complete(cache.aclose())
+    loop.close()
+    print("well")
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), engine.url],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("well\n", "")
+
+
+def test_without_the_extra_it_says_so() -> None:
+    """What to install."""
+    code = """
+    import sys
+    sys.modules["redis"] = None
+    try:
+        import pybustcall.integrations.redis
+    except ModuleNotFoundError as error:
+        print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "pip install 'pybustcall[redis]'" in done.stdout, done.stderr
