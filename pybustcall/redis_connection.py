@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, final
 from urllib.parse import parse_qs, urlsplit
 from weakref import WeakSet
@@ -35,14 +36,12 @@ try:
     from redis.exceptions import NoScriptError, RedisError, ResponseError
     from redis.exceptions import TimeoutError as RedisTimeout
 except ModuleNotFoundError as missing:
-    if (missing.name or "").partition(".")[0] != "redis":
-        raise
     raise ModuleNotFoundError(
-        "Redis needs an extra; install it with: pip install 'pybustcall[redis]'", name="redis"
-    ) from None
+        "Redis needs an extra; install it with: pip install 'pybustcall[redis]'", name=missing.name
+    ) from missing
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Iterator
 
     from pybustcall.redis_layout import Call
 
@@ -124,17 +123,17 @@ class RedisServer:
 
     async def run(self, call: Call) -> Any:
         """Run a script; tell its answer, of which texts are bytes. Raises `RedisUnavailable`."""
-        try:
-            return await self._execute("EVALSHA", call.script.digest, len(call.keys), *call.keys, *call.arguments)
-        except NoScriptError:  # the server is a new one
-            return await self.execute("EVAL", call.script.source, len(call.keys), *call.keys, *call.arguments)
+        words = (len(call.keys), *call.keys, *call.arguments)
+        with self._translated():
+            try:
+                return await self._execute("EVALSHA", call.script.digest, *words)
+            except NoScriptError:  # the server is a new one
+                return await self._execute("EVAL", call.script.source, *words)
 
     async def execute(self, *command: str | bytes | int) -> Any:
         """Run a command; tell its answer, of which texts are bytes. Raises `RedisUnavailable`."""
-        try:
+        with self._translated():
             return await self._execute(*command)
-        except NoScriptError as error:  # only EVALSHA and a server that is odd
-            raise RedisUnavailable(f"{self.where}: {error}") from error
 
     async def aclose(self) -> None:
         """Close what was opened in the running loop. It is opened anew by the next call."""
@@ -146,29 +145,26 @@ class RedisServer:
         state = await self._state()
         task = asyncio.current_task()
         cancelled = task.cancelling() if task else 0
+        async with asyncio.timeout(self._limit):
+            async with state.slots:
+                answer = await state.client.execute_command(  # type: ignore[no-untyped-call]
+                    *command, **{NEVER_DECODE: True}
+                )
+            if task and task.cancelling() > cancelled:
+                raise asyncio.CancelledError  # it came with the answer, and a client that was given has lost it
+            return answer
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
         try:
-            async with asyncio.timeout(self._limit):
-                async with state.slots:
-                    answer = await state.client.execute_command(  # type: ignore[no-untyped-call]
-                        *command, **{NEVER_DECODE: True}
-                    )
-                if task and task.cancelling() > cancelled:
-                    raise asyncio.CancelledError  # it came with the answer, and a client that was given has lost it
-                return answer
-        except NoScriptError:
-            raise
+            yield
         except (TimeoutError, RedisTimeout) as error:
             raise RedisUnavailable(f"{self.where} did not answer within {self._limit:g} s") from error
-        except RedisError as error:
-            raise self._failure(error) from error
-        except OSError as error:
-            raise RedisUnavailable(f"{self.where} cannot be reached: {error.strerror or error}") from error
-
-    def _failure(self, error: RedisError) -> RedisUnavailable:
-        text = " ".join(str(error).split())
-        code = error.status_code or text.partition(" ")[0]
-        of_the_command = isinstance(error, ResponseError) and (code in _OF_THE_COMMAND or not code.isupper())
-        return RedisUnavailable(f"{self.where}: {text}", whole=not of_the_command)
+        except (RedisError, OSError) as error:
+            text = " ".join(str(error).split())
+            code = getattr(error, "status_code", None) or text.partition(" ")[0]
+            of_the_command = isinstance(error, ResponseError) and (code in _OF_THE_COMMAND or not code.isupper())
+            raise RedisUnavailable(f"{self.where}: {text}", whole=not of_the_command) from error
 
     async def _state(self) -> _LoopState:
         loop = asyncio.get_running_loop()

@@ -231,12 +231,12 @@ async def test_one_entry_that_is_broken_does_not_make_the_server_unreachable(eng
     async with opened(engine.url) as backend, RedisCache(engine.url) as cache:
         keys = [f"k{number:03}" for number in range(250)]
         await asyncio.gather(*(cache.set(key, b"v", ttl=None) for key in keys))
-        engine.ask("SET", "bustcall:{default}:e:k150", "no entry")
+        engine.ask("SET", "bustcall:{default}:e:k100", "no entry")
         generation = await backend.begin(Scope(HERE, "all", "*"), soft=False)
         with pytest.raises(BackendFailure, match="WRONGTYPE") as caught:
             await backend.remove(HERE, [*keys, "\ud800"], generation=generation, soft=False)
         assert (caught.value.removed, caught.value.failed, caught.value.unreachable) == (100, 151, False)
-        assert "k150" not in str(caught.value)
+        assert "k100" not in str(caught.value)
 
 
 async def test_a_script_that_the_server_has_forgotten_is_sent_again(engine: RedisProcess) -> None:
@@ -286,7 +286,7 @@ async def test_many_keys_are_removed_in_small_steps(engine: RedisProcess) -> Non
         generation = await backend.begin(Scope(HERE, "all", "*"), soft=False)
         engine.ask("CONFIG", "RESETSTAT")
         assert await backend.remove(HERE, keys, generation=generation, soft=False) == 500
-        assert b"cmdstat_evalsha:calls=5" in engine.ask("INFO", "commandstats")
+        assert b"cmdstat_evalsha:calls=10," in engine.ask("INFO", "commandstats")
 
 
 async def test_variants_come_in_pages(engine: RedisProcess) -> None:

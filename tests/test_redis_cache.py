@@ -455,6 +455,28 @@ async def test_a_client_of_redis_py_may_be_given(engine: RedisProcess, decode: b
     await client.aclose()
 
 
+class Careless(redis.asyncio.Redis):
+    """A client that loses a cancellation which comes with the answer, as one with a timeout of its own may."""
+
+    async def execute_command(self, *command: Any, **options: Any) -> Any:
+        task = asyncio.ensure_future(super().execute_command(*command, **options))  # type: ignore[no-untyped-call]
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            return await task
+
+
+async def test_a_cancellation_that_a_client_loses_is_not_lost(engine: RedisProcess) -> None:
+    """Whoever cancels a call can rely on it."""
+    async with Careless.from_url(engine.url) as client, RedisCache(client=client) as cache:
+        task = asyncio.create_task(cache.get("k"))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task})
+        assert task.cancelled()
+
+
 async def test_a_socket_serves_as_well(engine: RedisProcess) -> None:
     """As a server on the same machine has it."""
     async with RedisCache(f"unix://{engine.socket}?db=1") as cache:

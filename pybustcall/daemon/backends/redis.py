@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["RedisBackend"]
 
 _BATCH: Final = 500  # keys that one script looks at
-_REMOVED: Final = 100  # entries that one script removes, each in some ten steps
+_REMOVED: Final = 50  # entries that one script removes, each in ten steps and two for each tag
 _WITH_VARIANTS: Final = 50  # keys whose variants one script looks for, each in nine ranges
 _FENCED: Final = 250  # keys that one script puts up fences for
 _YES: Final = ord("1")  # as scripts tell it of each key
