@@ -67,6 +67,11 @@ schema: $(READY)
 	$(BIN)/python -c "import json; from pybustcall.capabilities import capability_schema; \
 	    print(json.dumps(capability_schema(), indent=2))" > docs/reference/capabilities.schema.json
 
+# Write the page of the daemon's settings anew after a change of the model.
+settings: $(READY)
+	$(BIN)/python -c "from pybustcall.daemon.settings_page import settings_page; \
+	    print(settings_page(), end='')" > docs/reference/daemon-settings.md
+
 # Pin anew what the lock names. Run by hand, with a network; commit the result.
 lock:
 	$(PYTHON) -m venv --clear .venv-lock

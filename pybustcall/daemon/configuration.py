@@ -41,6 +41,7 @@ from pybustcall.daemon.engine import Layer
 from pybustcall.daemon.settings import DaemonSettings
 from pybustcall.errors import ConfigurationError, InvalidRequest
 from pybustcall.models import MAX_SETTLE, Access, Requirements, check_namespace
+from pybustcall.redis_layout import DEFAULT_PREFIX, MAX_FENCES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -63,6 +64,7 @@ __all__ = [
 ]
 
 _TOKENS: Final = {"token": "BUSTCALL_TOKEN", "operator_token": "BUSTCALL_OPERATOR_TOKEN"}
+_STAND_INS: Final = {"token": "unread", "operator_token": "likewise-unread"}  # never served with
 _LAYER_NAME: Final = re.compile(r"[a-z0-9._-]{1,64}")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _URLS: Final = frozenset({"url", "url_file", "url_env"})  # what stands there by mistake may be a secret
@@ -132,7 +134,7 @@ def _is_namespace(name: str) -> str:
         return check_namespace(name)
     except InvalidRequest:
         raise ValueError(
-            "expected 1 to 64 ASCII letters, digits, dots, dashes and underscores, beginning with a letter or a digit"
+            "expected 1 to 64 ASCII letters, digits, dots, dashes and underscores, no mark at the beginning"
         ) from None
 
 
@@ -329,12 +331,20 @@ class RedisLayer(_LayerTable):
     url_env: Annotated[str, AfterValidator(_is_variable)] | None = Field(
         None, description="instead: the variable with the URL, which may have a password"
     )
-    prefix: _Text = Field("bustcall", description="what the names of the keys in Redis begin with")
+    prefix: _Text = Field(
+        DEFAULT_PREFIX, description="what the names of our keys in Redis begin with; `RedisCache` has the same"
+    )
     foreign: _Text | None = Field(
-        None, description="the pattern of other programs' keys that are busted, too, such as `shop:{namespace}:{key}`"
+        None,
+        description="what the keys of other programs look like that are busted, too, such as `shop:{namespace}:{key}`;"
+        " nothing can be marked as stale then",
     )
     timeout: _Positive = Field(1.0, description="seconds that the server may take to answer")
     connect_timeout: _Positive = Field(1.0, description="seconds that a connection to the server may take")
+    connections: int = Field(16, ge=1, description="connections that are open at most")
+    fences: int = Field(
+        MAX_FENCES, ge=1, description="busted things that are remembered in each namespace, to refuse late fills"
+    )
 
     @model_validator(mode="after")
     def _has_one_url(self) -> RedisLayer:
@@ -343,18 +353,22 @@ class RedisLayer(_LayerTable):
             raise ValueError(f"expected one of url, url_file and url_env; found {' and '.join(said) or 'none'}")
         return self
 
+    @property
+    def url_key(self) -> str:
+        """Which of the three keys says the URL."""
+        return next(name for name in ("url", "url_file", "url_env") if getattr(self, name) is not None)
+
     def find_url(self, environ: Mapping[str, str]) -> str:
         """Tell the server's URL, wherever it is kept. Raises `ConfigurationError` if it is not there."""
         if self.url_file is not None:
             return read_secret(self.url_file, "url_file")
-        if self.url_env is None:
-            return self.url or ""
-        if not environ.get(self.url_env):
+        if self.url_env is not None and not environ.get(self.url_env):
             raise ConfigurationError(f"the variable {self.url_env} is not set", setting="url_env")
-        return environ[self.url_env]
+        return environ[self.url_env] if self.url_env is not None else self.url or ""
 
 
-AnyLayer = Annotated[MemoryLayer | FilesLayer | RedisLayer, Field(discriminator="backend")]
+_KINDS: Final[Mapping[str, type[_LayerTable]]] = {"memory": MemoryLayer, "files": FilesLayer, "redis": RedisLayer}
+_AnyLayer = Annotated[MemoryLayer | FilesLayer | RedisLayer, Field(discriminator="backend")]
 
 
 @final
@@ -368,7 +382,7 @@ class Document(_Table):
     files: FilesTable = FilesTable()
     journal: JournalTable = JournalTable()
     namespaces: NamespacesTable = NamespacesTable()
-    layers: Annotated[tuple[AnyLayer, ...], BeforeValidator(_as_tuple)] = Field(
+    layers: Annotated[tuple[_AnyLayer, ...], BeforeValidator(_as_tuple)] = Field(
         (), description="the caches, one behind the other; none is one layer in memory"
     )
 
@@ -452,11 +466,13 @@ class Configuration:
             path = given.pop(place, None)
             by_option = path is not None
             path = path or getattr(document.access, place)
+            if name in given:
+                continue
             try:
                 said[name] = environ.get(variable) or None if path is None else read_secret(path, name)
             except ConfigurationError as error:
                 findings.append(self.finding(name, str(error), {name} if by_option else ()))
-                said[name] = f"unread-{name}"  # there is one: that none is set is not what is wrong
+                said[name] = _STAND_INS[name]  # there is one: that none is set is not what is wrong
         settings = DaemonSettings(**(said | given))
         return settings, findings + [self.finding(error.setting, str(error), given) for error in _all_wrong(settings)]
 
@@ -512,12 +528,9 @@ class Configuration:
 
 
 def _all_wrong(settings: DaemonSettings) -> list[ConfigurationError]:
-    """Tell all that `check_settings` has against them: what it names is set back to its default, and it is asked again.
-
-    What it names twice follows from the first time: without the token that cannot be one, there is none.
-    """
+    """Tell all that `check_settings` has against them: what it names is set to what is harmless, and it asked again."""
     defaults = DaemonSettings()
-    known = {each.name for each in fields(defaults)}
+    harmless = {each.name: getattr(defaults, each.name) for each in fields(defaults)} | _STAND_INS
     wrong: dict[str, ConfigurationError] = {}
     while True:
         try:
@@ -527,9 +540,7 @@ def _all_wrong(settings: DaemonSettings) -> list[ConfigurationError]:
             if setting in wrong:
                 return list(wrong.values())
             wrong[setting] = error
-            if setting not in known:
-                return list(wrong.values())
-            settings = replace(settings, **{setting: getattr(defaults, setting)})
+            settings = replace(settings, **({setting: harmless[setting]} if setting in harmless else {}))
         else:
             return list(wrong.values())
 
@@ -540,20 +551,26 @@ def _backend_of(table: MemoryLayer | FilesLayer | RedisLayer, indexes: Indexes, 
             return MemoryBackend(indexes)
         case FilesLayer():
             return FilesBackend(table.root)
-        case RedisLayer():
+        case _:
             try:
                 from pybustcall.daemon.backends.redis import RedisBackend  # noqa: PLC0415 - needs an extra
             except ImportError as error:
-                raise ConfigurationError(
-                    "a redis layer needs an extra: pip install 'pybustcall[redis]'", setting="backend"
-                ) from error
-            return RedisBackend(
-                table.find_url(environ),
-                prefix=table.prefix,
-                foreign=table.foreign,
-                timeout=table.timeout,
-                connect_timeout=table.connect_timeout,
-            )
+                raise ConfigurationError(str(error), setting="backend") from error
+            url = table.find_url(environ)
+            try:
+                return RedisBackend(
+                    url,
+                    prefix=table.prefix,
+                    foreign=table.foreign,
+                    timeout=table.timeout,
+                    connect_timeout=table.connect_timeout,
+                    connections=table.connections,
+                    fences=table.fences,
+                )
+            except ConfigurationError as error:
+                if error.setting != "url":
+                    raise
+                raise ConfigurationError(str(error), setting=table.url_key) from None
 
 
 def read_secret(path: str | os.PathLike[str], setting: str) -> str:
@@ -698,11 +715,13 @@ def _unknown(document: dict[str, Any], place: list[int | str]) -> str:
     here = _keys_at(document, place)
     if alike := get_close_matches(name, here, n=1):
         return f"is no setting; did you mean {alike[0]}?"
-    elsewhere = {
-        key.rpartition(".")[2]: key for key in (*_PLACES.values(), "layers.0.root", "layers.0.url") if "." in key
-    }
-    if alike := get_close_matches(name, elsewhere, n=1, cutoff=0.75):
-        return f"is no setting here; did you mean {elsewhere[alike[0]]}?"
+    if place[0] == "layers":
+        owners = [kind for kind, model in _KINDS.items() if name in model.model_fields]
+        of = f" of this kind of layer, but of {owners[0]}" if owners else ""
+        return f"is no setting{of}; there are {', '.join(here)}"
+    known = {**{key.rpartition(".")[2]: key for key in _PLACES.values()}, **_PLACES}  # by either of its names
+    if alike := get_close_matches(name, known, n=1, cutoff=0.75):
+        return f"is no setting here; did you mean {known[alike[0]]}?"
     return f"is no setting; there are {', '.join(here)}"
 
 
@@ -711,8 +730,7 @@ def _keys_at(document: dict[str, Any], place: list[int | str]) -> list[str]:
     if len(place) == 1:
         model: type[_Table] = Document
     elif place[0] == "layers":
-        kinds: dict[str, type[_Table]] = {"memory": MemoryLayer, "files": FilesLayer, "redis": RedisLayer}
-        model = kinds[document["layers"][place[1]]["backend"]]
+        model = _KINDS[document["layers"][place[1]]["backend"]]
     else:
         model = type(getattr(Document(), str(place[0])))
     return [told.alias or name for name, told in model.model_fields.items()]

@@ -63,9 +63,11 @@ url_env = "REDIS_URL"                   # the URL has a password
 # url_file = "secrets/redis-url"        # likewise
 # url = "redis://cache.internal/0"      # a URL without one
 prefix = "shop"
-# foreign = "page:*"
+# foreign = "pages:{namespace}:{key}"   # keys that another program stores
 timeout = 1
 connect_timeout = 1
+connections = 16
+fences = 10_000
 
 [[layers]]
 name = "pages"
@@ -164,7 +166,7 @@ def _bounds(found: dict[str, Any]) -> Iterator[str]:
         yield f"{least:g} to {most:g}"
     elif least is not None:
         yield f"{least:g} or more"
-    elif above is not None:
+    else:
         yield f"above {above:g}"
 
 

@@ -1,0 +1,228 @@
+"""What is found out about a configuration without serving, and that nothing is changed by it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pybustcall.daemon import idempotency, journal, registry
+from pybustcall.daemon.checking import Checked, check, look_at_database, look_at_socket
+from pybustcall.daemon.configuration import Configuration, load
+from pybustcall.daemon.database import Database, Kind, transaction
+from tests.redis_harness import shared_redis
+
+KINDS = {"state": idempotency._KIND, "registry": registry._KIND, "journal": journal._KIND}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test has a directory of its own."""
+    monkeypatch.chdir(tmp_path)
+
+
+def written(text: str) -> Configuration:
+    """Load a file that says this."""
+    Path("bustcall.toml").write_text(text, encoding="utf-8")
+    return load("bustcall.toml")
+
+
+def run_check(configuration: Configuration, environ: dict[str, str], **more: Any) -> Checked:
+    """Check as the command line does."""
+    return asyncio.run(check(configuration, environ, **more))
+
+
+def make(kind: Kind, path: Path) -> None:
+    """Make a database as the daemon does."""
+    database = Database(kind, path, lambda _db: None)
+    database.open()
+    database.close()
+
+
+def seen() -> dict[str, tuple[int, int, int]]:
+    """Tell what there is in the directory: sizes, modes and times."""
+    return {
+        str(path): (status.st_size, status.st_mode, status.st_mtime_ns)
+        for path in Path().rglob("*")
+        for status in [path.lstat()]
+    }
+
+
+def test_what_is_in_order_has_no_findings_and_is_not_changed() -> None:
+    """All files are looked at, those that there are and those that are still to be made; Redis answers."""
+    Path("pages").mkdir()
+    Path("token").write_text("s3cret")
+    Path("entries.json").write_text('{"index.html": ["product.html"]}')
+    make(KINDS["state"], Path("state.db"))
+    make(KINDS["journal"], Path("journal.db"))
+    configuration = written(
+        "[access]\ntoken_file = 'token'\n[listen]\nsocket = 'b.sock'\n[journal]\npath = 'journal.db'\n"
+        "[files]\nstate = 'state.db'\nregistry = 'registry.db'\nregister = 'entries.json'\n"
+        f"[[layers]]\nbackend = 'files'\nroot = 'pages'\nnumber = 2\n"
+        f"[[layers]]\nbackend = 'redis'\nurl = '{shared_redis().url}'\n"
+    )
+    before = seen()
+    checked = run_check(configuration, {})
+    assert checked.findings == ()
+    assert [layer.name for layer in checked.layers] == ["redis", "files"]
+    assert seen() == before
+
+
+def test_no_file_is_in_order() -> None:
+    """As are the defaults."""
+    checked = run_check(Configuration(), {})
+    assert (checked.findings, [layer.name for layer in checked.layers]) == ((), ["memory"])
+
+
+def test_everything_that_is_wrong_is_told() -> None:
+    """At its key, whatever room it is of."""
+    Path("state.db").write_text("no database")
+    make(KINDS["journal"], Path("registry.db"))
+    configuration = written(
+        "[access]\ntoken_file = 'token'\n[listen]\nhost = '0.0.0.0'\n[limits]\nmax_entries = 1\n"
+        "[files]\nstate = 'state.db'\nregistry = 'registry.db'\nregister = 'entries.json'\n"
+        "[journal]\npath = 'missing/journal.db'\n"
+        "[[layers]]\nbackend = 'files'\nroot = 'pages'\n"
+        "[[layers]]\nbackend = 'redis'\nurl = 'redis://127.0.0.1:1/0'\n"
+    )
+    checked = run_check(configuration, {}, max_entries=-1)
+    told = [(finding.key, finding.text) for finding in checked.findings]
+    assert [key for key, _ in told] == [
+        "access.token_file", "", "files.state", "files.registry", "journal.path", "layers.0.root", "files.register",
+        "layers.1",
+    ]  # fmt: skip
+    assert told[2][1].endswith("state.db' is a text and no database; choose another path")
+    assert told[3][1].endswith("registry.db' is a database of the journal; choose another path")
+    assert told[4][1].endswith("journal.db' is in a directory that does not exist; make it first")
+    assert told[7][1].startswith("the layer redis cannot be used now: ")
+    assert [layer.name for layer in checked.layers] == ["redis"]
+
+
+def test_a_cache_that_hangs_is_told_in_time() -> None:
+    """The server accepts, and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        configuration = written(
+            f"[[layers]]\nbackend = 'redis'\nurl = 'redis://127.0.0.1:{listener.getsockname()[1]}/0'\ntimeout = 60\n"
+        )
+        checked = run_check(configuration, {}, patience=0.1)
+    (finding,) = checked.findings
+    assert str(finding) == (
+        "bustcall.toml: layers.0: the layer redis cannot be used now: it did not answer within 0.1 s"
+    )
+
+
+def test_entries_are_read_and_their_keys_judged_by_the_layers() -> None:
+    """What an option names is told without the file's name; only read if there are not all layers."""
+    Path("pages").mkdir()
+    Path("entries.json").write_text('{"/etc/passwd": []}')
+    Path("other.json").write_text("[]")
+    files = "[[layers]]\nbackend = 'files'\nroot = '{}'\n[files]\nregister = 'entries.json'\n"
+    (finding,) = run_check(written(files.format("pages")), {}).findings
+    assert (finding.file, finding.key) == ("bustcall.toml", "files.register")
+    assert "is an absolute path" in finding.text
+    (finding,) = run_check(written(files.format("pages")), {}, register="other.json").findings
+    assert (finding.file, finding.key) == ("", "")
+    assert "expected an object of lists" in finding.text
+    (finding,) = run_check(written(files.format("missing")), {}).findings
+    assert finding.key == "layers.0.root"
+
+
+@pytest.mark.parametrize("setting", KINDS)
+def test_a_file_of_ours_is_known_by_its_mark(setting: str) -> None:
+    """And for one of another of ours."""
+    for name, kind in KINDS.items():
+        make(kind, Path(f"{name}.db"))
+        why = look_at_database(f"{name}.db", setting)
+        assert why == (None if name == setting else f"is a database of the {name}; choose another path")
+
+
+def test_a_database_of_something_else_is_refused() -> None:
+    """Whether it has a mark of its own or none; an empty one may be taken."""
+    for name, statements in {
+        "marked": ["PRAGMA application_id = 7"],
+        "unmarked": ["CREATE TABLE t (x)"],
+        "empty": ["PRAGMA user_version = 1"],
+    }.items():
+        with sqlite3.connect(f"{name}.db") as db:
+            for statement in statements:
+                db.execute(statement)
+        db.close()
+    other = "is a database of something else; choose another path"
+    assert look_at_database("marked.db", "state") == other
+    assert look_at_database("unmarked.db", "state") == other
+    assert look_at_database("empty.db", "state") is None
+
+
+def test_a_file_that_a_daemon_has_just_made_is_ours() -> None:
+    """As long as it runs, or was killed, its mark may be in the log beside the file only."""
+    path = Path("state.db")
+    db = sqlite3.connect(path, isolation_level=None)
+    db.execute("PRAGMA journal_mode = WAL")
+    with transaction(db):
+        for statement in KINDS["state"].schema:
+            db.execute(statement)
+        db.execute(f"PRAGMA application_id = {KINDS['state'].application}")
+    assert path.with_name("state.db-wal").stat().st_size
+    assert look_at_database(path, "state") is None
+    db.close()
+    assert look_at_database(path, "state") is None
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\xff damaged", b"SQLite format 3\0"])
+def test_a_file_that_is_empty_or_damaged_is_the_daemons_to_mend(content: bytes) -> None:
+    """It makes a new one, and sets the damaged one aside."""
+    Path("state.db").write_bytes(content + bytes(100) * bool(content))
+    assert look_at_database("state.db", "state") is None
+
+
+def test_what_is_no_file_is_refused() -> None:
+    """A directory, a pipe (which is not opened), a name that is too long, a file as a directory."""
+    Path("directory").mkdir()
+    os.mkfifo("pipe")
+    Path("file").touch()
+    assert look_at_database("directory", "state") == "is not a regular file; choose another path"
+    assert look_at_database("pipe", "state") == "is not a regular file; choose another path"
+    assert look_at_database("x" * 300, "state") == "cannot be used: File name too long"
+    assert look_at_database("file/state.db", "state") == "is in a directory that does not exist; make it first"
+
+
+def test_what_this_user_may_not_write_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory, too: SQLite has files beside its own."""
+    Path("state.db").touch(0o600)
+    monkeypatch.setattr(os, "access", lambda path, _mode: Path(path).is_dir())
+    assert look_at_database("state.db", "state") == (
+        "may not be read and written by this user; choose another path, or change its mode"
+    )
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)
+    assert look_at_database("state.db", "state") == (
+        "is in a directory that this user may not write to; choose another path"
+    )
+
+
+def test_a_file_of_another_user_must_be_private_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Since its mode cannot be changed."""
+    Path("state.db").touch(0o600)
+    monkeypatch.setattr(os, "geteuid", lambda: Path("state.db").stat().st_uid + 1)
+    assert look_at_database("state.db", "state") is None
+    Path("state.db").chmod(0o644)
+    assert look_at_database("state.db", "state") == (
+        "belongs to another user, so that its mode cannot be made 0600; choose another path"
+    )
+
+
+def test_a_socket_may_be_in_use_but_nothing_else_may_be_there() -> None:
+    """Whether another daemon listens is not asked."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("used.sock")
+        assert look_at_socket("used.sock") is None
+    assert look_at_socket("new.sock") is None
+    assert look_at_socket("missing/b.sock") == "is in a directory that does not exist; make it first"
+    Path("file").touch()
+    (finding,) = run_check(written("[listen]\nsocket = 'file'\n"), {}).findings
+    assert finding.key == "listen.socket"
+    assert finding.text.endswith("file' is a file of another kind, which is not removed; choose another path")
