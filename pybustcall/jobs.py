@@ -12,20 +12,17 @@ from typing import TYPE_CHECKING, Final, final, get_args
 from urllib.parse import urlencode
 
 from pybustcall.errors import InvalidRequest
-from pybustcall.models import JobState, redact
+from pybustcall.models import OVER, JobState, redact
 from pybustcall.results import LayerResult
 
 if TYPE_CHECKING:
     from pybustcall.models import JobReply, JobsReply, Kind, Timestamp
 
-__all__ = ["JOBS", "MAX_JOBS", "OVER", "BustJob", "check_job", "doubt_job", "doubt_jobs", "job_path", "jobs_path"]
+__all__ = ["JOBS", "MAX_JOBS", "BustJob", "check_job", "doubt_job", "doubt_jobs", "job_path", "jobs_path"]
 
 JOBS: Final = "/api/v1/jobs"
 MAX_JOBS: Final = 1000
 """How many jobs may be listed at once."""
-
-OVER: Final[frozenset[JobState]] = frozenset({"done", "cancelled", "failed"})
-"""The states in which a job stays."""
 
 _STATES: Final = get_args(JobState)
 _JOB: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._~-]{0,127}")

@@ -31,6 +31,7 @@ from pybustcall.errors import InvalidRequest
 
 __all__ = [
     "BINDING",
+    "DEFAULT_NAMESPACE",
     "DEFAULT_STRATEGY",
     "DEFAULT_TOLERANCE",
     "EVERYTHING",
@@ -40,6 +41,7 @@ __all__ = [
     "MAX_SETTLE",
     "MAX_SWAPS",
     "MAX_TARGET_BYTES",
+    "OVER",
     "STRATEGIES",
     "Access",
     "AnnounceRequest",
@@ -97,6 +99,8 @@ MAX_SWAPS: Final = 64
 Kind = Literal["key", "prefix", "tag", "all"]
 """What a target names: one key, every key in that branch, every entry with that tag, or everything there is."""
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+DEFAULT_NAMESPACE: Final = "default"
+"""Whose entries our daemon takes to be meant where nothing is said."""
 EVERYTHING: Final = "*"
 """The target of a bust of the kind "all"."""
 MAX_SETTLE: Final = 3600.0
@@ -489,6 +493,8 @@ class BustReply(_Reply):
 
 
 JobState = Literal["waiting", "running", "settling", "done", "cancelled", "failed"]
+OVER: Final[frozenset[JobState]] = frozenset({"done", "cancelled", "failed"})
+"""The states in which a job stays: nothing more is done for it."""
 
 
 class Progress(_Reply):

@@ -49,7 +49,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, final
 
 from pybustcall.errors import ConfigurationError
-from pybustcall.keys import SEPARATORS, ranges_of
+from pybustcall.keys import ENCODINGS, SEPARATORS, ranges_of
 from pybustcall.models import Kind, check_namespace
 
 if TYPE_CHECKING:
@@ -78,7 +78,6 @@ MAX_FENCES: Final = 10_000
 """How many fences are kept in a namespace. Each takes about 100 bytes."""
 
 _PREFIX: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-_ENCODINGS: Final = (".br", ".deflate", ".gz", ".zst")
 _MOST_MARKS: Final = 128  # marks in a key, above which any fence is taken to cover it: looking each up would take long
 _SWEPT: Final = 4  # keys of the index that each store looks after
 
@@ -440,7 +439,7 @@ class Script:
 def _script(body: str) -> Script:
     source = (_SHARED + body).strip() + "\n"
     for name, value in {
-        "@ENCODINGS@": ", ".join(f"'{it}'" for it in _ENCODINGS),
+        "@ENCODINGS@": ", ".join(f"'{it}'" for it in ENCODINGS),
         "@MARKS@": SEPARATORS,
         "@MOST_MARKS@": str(_MOST_MARKS),
         "@SWEPT@": str(_SWEPT),
@@ -660,7 +659,7 @@ def ranges_of_prefix(prefix: str) -> tuple[Range, ...]:
 
 def ranges_of_variants(key: str) -> tuple[Range, ...]:
     """List the ranges of keys that are variants of `key`: in another encoding, with a query, or both."""
-    encoded = [key + ending for ending in _ENCODINGS]
+    encoded = [key + ending for ending in ENCODINGS]
     queries = [(b"[" + f"{it}?".encode(), b"(" + f"{it}@".encode()) for it in (key, *encoded)]  # @ is next to ?
     return (*(_only(it) for it in encoded), *queries)
 

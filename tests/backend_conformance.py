@@ -15,10 +15,9 @@ from typing import Final, Literal, Protocol, cast, final
 
 import pytest
 
-from pybustcall.daemon.backends import DEFAULT_NAMESPACE, Backend, BackendFailure, RefusedKey, Scope
-from pybustcall.daemon.index import is_variant
-from pybustcall.keys import covers
-from pybustcall.models import EVERYTHING, Kind
+from pybustcall.daemon.backends import Backend, BackendFailure, RefusedKey, Scope
+from pybustcall.keys import covers, is_variant
+from pybustcall.models import DEFAULT_NAMESPACE, EVERYTHING, Kind
 
 __all__ = ["CHECKS", "Check", "Fill", "Harness", "Seen"]
 

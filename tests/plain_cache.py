@@ -8,9 +8,10 @@ from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 from pybustcall.daemon import Backend, Engine, Indexes, Layer
-from pybustcall.daemon.backends import DEFAULT_NAMESPACE, BackendFailure, RefusedKey, Scope, Traits
+from pybustcall.daemon.backends import BackendFailure, RefusedKey, Scope, Traits
 from pybustcall.daemon.index import Index
 from pybustcall.daemon.journal import Wish
+from pybustcall.models import DEFAULT_NAMESPACE
 
 
 class PlainCache(Protocol):

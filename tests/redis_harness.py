@@ -14,9 +14,10 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import cache
 from pathlib import Path
 
-from pybustcall.daemon.backends import DEFAULT_NAMESPACE, Backend
+from pybustcall.daemon.backends import Backend
 from pybustcall.daemon.backends.redis import RedisBackend
 from pybustcall.integrations.redis import RedisCache
+from pybustcall.models import DEFAULT_NAMESPACE
 from pybustcall.redis_connection import RedisServer
 from tests.backend_conformance import Fill, Harness, Seen
 from tests.engines import RedisProcess

@@ -1,8 +1,8 @@
 """The reference daemon, for tests that end it between two steps of a hot swap or of a bust, as a kernel would.
 
 `python -m tests.stepwise_daemon --root DIRECTORY [--registry FILE] [--journal FILE] [--break-at STEP] [--kill-at STEP]
-[--times N]` serves as `pybustcall daemon` does, from the same parts, until it comes to a step (for the N-th time): at
-the one its cache is gone, its root being renamed to DIRECTORY.away; at the other it kills itself.
+[--times N]` serves as `pybustcall daemon` does, from the same parts, until it comes to a step: at the one its cache is
+gone, its root being renamed to DIRECTORY.away; at the other, for the N-th time, it kills itself.
 """
 
 from __future__ import annotations
@@ -38,12 +38,10 @@ async def main(
 
     def step(name: str) -> None:
         nonlocal times
-        times -= name in {break_at, kill_at}
-        if times != 0:
-            return
         if name == break_at:
             root.rename(f"{root}.away")
-        if name == kill_at:
+        times -= name == kill_at
+        if name == kill_at and times == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
     engine = Engine([Layer(name="files", number=0, backend=FilesBackend(root), settle=0)], Indexes(), step=step)

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from pybustcall.daemon.backends import DEFAULT_NAMESPACE as HERE
 from pybustcall.daemon.backends import Backend, Scope
 from pybustcall.daemon.backends.files import FilesBackend
 from pybustcall.daemon.backends.memory import MemoryBackend
 from pybustcall.daemon.index import Indexes
+from pybustcall.models import DEFAULT_NAMESPACE as HERE
 from tests.backend_conformance import CHECKS, Check, Fill, Harness, Seen
 from tests.redis_harness import opened_foreign, opened_redis
 

@@ -28,11 +28,12 @@ from pybustcall.daemon import (
     TooManyNamespaces,
     Unsupported,
 )
-from pybustcall.daemon.backends import DEFAULT_NAMESPACE, Scope, Traits
+from pybustcall.daemon.backends import Scope, Traits
 from pybustcall.daemon.engine import SLICE, format_size
 from pybustcall.daemon.journal import Wish
 from pybustcall.errors import ConfigurationError
 from pybustcall.keys import covers, is_variant
+from pybustcall.models import DEFAULT_NAMESPACE
 from tests.plain_cache import Plain, busted, engine_over, index_of, opened
 
 if TYPE_CHECKING:
@@ -495,6 +496,10 @@ async def test_what_depends_on_swapped_names_goes_in_every_layer() -> None:
         await engine.bust_dependents(["model"])
     shelf.linked = ()
     assert (await engine.bust_dependents(["model"])).count == 2
+    told.clear()
+    engine.register("other", ["model"])
+    assert (await engine.bust_dependents(["model"])).count == 2
+    assert told == ["begin key other wide", "fence page", "remove other,page", "end 7"]
 
 
 # Files, and failures

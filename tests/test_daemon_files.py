@@ -18,12 +18,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pybustcall.daemon.backends import DEFAULT_NAMESPACE, BackendFailure, RefusedKey, Scope, files
+from pybustcall.daemon.backends import BackendFailure, RefusedKey, Scope, files
 from pybustcall.daemon.backends.files import FilesBackend, check_path
-from pybustcall.daemon.index import is_variant
 from pybustcall.errors import ConfigurationError
-from pybustcall.keys import covers
-from pybustcall.models import EVERYTHING, Kind
+from pybustcall.keys import covers, is_variant
+from pybustcall.models import DEFAULT_NAMESPACE, EVERYTHING, Kind
 from tests.conftest import PATIENCE, eventually
 
 HERE = DEFAULT_NAMESPACE

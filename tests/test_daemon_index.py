@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pybustcall.daemon.index import Entry, Index, Indexes, TooManyNamespaces, is_variant
-from pybustcall.keys import covers
+from pybustcall.daemon.index import Entry, Index, Indexes, TooManyNamespaces
+from pybustcall.keys import covers, is_variant
 from tests.counting import OPERATIONS, SIZES, Counted, Fit, Steps, branch, entries, filled, fit_of, scan, steps_per
 from tests.test_bench import check_plot, check_table, run_bench
 

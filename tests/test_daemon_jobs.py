@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from pybustcall.daemon import BackendFailure, Engine, Indexes, Jobs, Journal, Layer, MemoryBackend, RefusedKey
-from pybustcall.daemon.backends import DEFAULT_NAMESPACE, Scope, Traits
+from pybustcall.daemon.backends import Scope, Traits
 from pybustcall.daemon.jobs import Answer, BustFailed, NoSuchJob, pause_before
 from pybustcall.daemon.journal import Wish
+from pybustcall.models import DEFAULT_NAMESPACE
 from tests.conftest import eventually
 
 

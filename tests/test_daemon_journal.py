@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 
 from pybustcall.daemon import journal as module
 from pybustcall.daemon.history import Fault
-from pybustcall.daemon.journal import OVER, Entry, Journal, JournalFailure, Wish
+from pybustcall.daemon.journal import Entry, Journal, JournalFailure, Wish
 from pybustcall.errors import ConfigurationError
-from pybustcall.models import KINDS, JobState, LayerReply
+from pybustcall.models import KINDS, OVER, JobState, LayerReply
 from tests.conftest import PATIENCE, eventually
 from tests.test_bench import check_table, run_bench
 from tests.test_daemon_idempotency import (

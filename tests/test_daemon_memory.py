@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from pybustcall.daemon.backends import DEFAULT_NAMESPACE, Scope
+from pybustcall.daemon.backends import Scope
 from pybustcall.daemon.backends.memory import MemoryBackend
 from pybustcall.daemon.index import Indexes
-from pybustcall.models import EVERYTHING, KINDS
+from pybustcall.models import DEFAULT_NAMESPACE, EVERYTHING, KINDS
 
 HERE = DEFAULT_NAMESPACE
 

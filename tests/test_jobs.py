@@ -19,8 +19,8 @@ from pybustcall.errors import (
     InvalidRequest,
     ProtocolViolation,
 )
-from pybustcall.jobs import OVER, check_job, doubt_job, doubt_jobs, job_path, jobs_path
-from pybustcall.models import JobReply, JobsReply, LayerReply, Progress, Timestamp
+from pybustcall.jobs import check_job, doubt_job, doubt_jobs, job_path, jobs_path
+from pybustcall.models import OVER, JobReply, JobsReply, LayerReply, Progress, Timestamp
 from pybustcall.testing import Answer, FakeDaemon
 from tests.conftest import eventually
 

@@ -18,9 +18,9 @@ import pytest
 
 from pybustcall.daemon.backends import BackendFailure, RefusedKey, Scope
 from pybustcall.daemon.backends.redis import RedisBackend
-from pybustcall.daemon.index import is_variant
 from pybustcall.errors import ConfigurationError
 from pybustcall.integrations.redis import RedisCache
+from pybustcall.keys import is_variant
 from pybustcall.models import Kind
 from pybustcall.redis_connection import RedisServer
 from tests.engines import RedisProcess, free_port

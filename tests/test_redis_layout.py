@@ -14,9 +14,8 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from pybustcall.daemon.index import is_variant
 from pybustcall.errors import ConfigurationError, InvalidRequest
-from pybustcall.keys import covers
+from pybustcall.keys import covers, is_variant
 from pybustcall.models import KINDS, Kind
 from pybustcall.redis_layout import (
     EVERY,
@@ -657,13 +656,11 @@ class Machine(RuleBasedStateMachine):
 
     def seen(self, key: str, entry: Entry | None) -> None:
         """Check what a reader got."""
-        raise NotImplementedError
 
     def stored(
         self, key: str, tags: frozenset[str], made: int, taken: bool, value: bytes, refusing: list[Bust]
     ) -> None:
         """Check and note what became of a store; `refusing` are the busts after `made`."""
-        raise NotImplementedError
 
     def swept(self, bust: Bust, keys: list[str], told: bytes) -> None:
         """Check and note what was found and removed."""

@@ -39,7 +39,7 @@ from pybustcall.daemon.access import (
     said_binding,
     tiers_of,
 )
-from pybustcall.daemon.backends import DEFAULT_NAMESPACE, BackendFailure, RefusedKey
+from pybustcall.daemon.backends import BackendFailure, RefusedKey
 from pybustcall.daemon.connections import Connection
 from pybustcall.daemon.dependencies import (
     InUse,
@@ -75,6 +75,7 @@ from pybustcall.daemon.swaps import SwapFailed, Swaps
 from pybustcall.faults import TABLE, FaultKind
 from pybustcall.models import (
     BINDING,
+    DEFAULT_NAMESPACE,
     KINDS,
     MAX_TARGET_BYTES,
     STRATEGIES,
@@ -91,7 +92,6 @@ from pybustcall.models import (
     HotSwapRequest,
     JobsReply,
     JobState,
-    Progress,
     RegisterReply,
     RegisterRequest,
     ResolveReply,
@@ -117,6 +117,7 @@ _UNRESOLVED: Final = "urn:bustcall:problem:unresolved"
 _SWAP_REFUSED: Final = "urn:bustcall:problem:swap-refused"
 _NO_SUCH_JOB: Final = "urn:bustcall:problem:no-such-job"
 _IDEMPOTENT: Final = "cache.bust.idempotent"  # a header of busts and hot swaps, not a route
+_ACCEPTED: Final = b'{"status": "accepted"'  # how the body of a bust that is a job begins: see `_bust`
 _TIMEOUT_HEADER: Final = "Bustcall-Timeout-Ms"
 _OF_KINDS: Final[Mapping[str, str]] = {f"cache.bust.{kind}": kind for kind in KINDS if kind != "key"}
 _FOLLOWING: Final = (
@@ -405,7 +406,8 @@ class Daemon:
     async def cancel(self, request: web.Request) -> web.Response:
         """DELETE /api/v1/jobs/{job}: do no more for it. One that is over is told as it is."""
         try:
-            return _json(job_reply(await self._jobs.cancel(request.match_info["job"]), Progress()))
+            await self._jobs.cancel(request.match_info["job"])
+            return _json(job_reply(*await self._jobs.find(request.match_info["job"])))
         except NoSuchJob as error:
             raise Refusal(404, str(error), kind=_NO_SUCH_JOB) from None
         except JournalFailure as error:
@@ -657,7 +659,7 @@ def _within(request: web.Request) -> float | None:
 def _answered(body: bytes, headers: Mapping[str, str] | None = None) -> web.Response:
     """Answer a bust: 200 if it is applied, 202 if it is a job, which the body tells, also of a replay."""
     response = _ok(body, headers)
-    if json.loads(body)["status"] == "accepted":
+    if body.startswith(_ACCEPTED):
         response.set_status(202)
     return response
 

@@ -21,9 +21,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, final
 
-from pybustcall.daemon.backends import DEFAULT_NAMESPACE, BackendFailure, RefusedKey, Scope
+from pybustcall.daemon.backends import BackendFailure, RefusedKey, Scope
 from pybustcall.errors import ConfigurationError, InvalidRequest
-from pybustcall.models import KINDS, STRATEGIES, check_target
+from pybustcall.models import DEFAULT_NAMESPACE, KINDS, STRATEGIES, check_target
 
 if TYPE_CHECKING:
     import os
@@ -283,15 +283,14 @@ class Engine:
 
     async def _remove_each(self, layer: Layer, keys: Sequence[str]) -> int:
         backend, removed = layer.backend, 0
-        scopes = [Scope(DEFAULT_NAMESPACE, "key", key) for key in _holdable(layer, DEFAULT_NAMESPACE, keys)]
-        for some in _slices(scopes):
-            begun = [await backend.begin(scope, soft=False, wide=True) for scope in some]
-            named = [scope.target for scope in some]
-            named += await backend.variants(DEFAULT_NAMESPACE, named)
-            for slice_ in _slices(named):
-                removed += await _told(backend.remove(DEFAULT_NAMESPACE, slice_, generation=max(begun), soft=False))
-            for scope, generation in zip(some, begun, strict=True):
-                await backend.end(scope, generation)
+        for some in _slices(_holdable(layer, DEFAULT_NAMESPACE, keys)):
+            scope = Scope(DEFAULT_NAMESPACE, "key", some[0])
+            generation = await backend.begin(scope, soft=False, wide=True)
+            if more := some[1:]:
+                await backend.fence(DEFAULT_NAMESPACE, more, generation=generation)
+            for named in _slices([*some, *await backend.variants(DEFAULT_NAMESPACE, some)]):
+                removed += await _told(backend.remove(DEFAULT_NAMESPACE, named, generation=generation, soft=False))
+            await backend.end(scope, generation)
             await asyncio.sleep(0)
         return removed
 
@@ -354,22 +353,36 @@ class Engine:
 
 @final
 class Bust:
-    """One bust, layer by layer. `done` counts keys that were looked at; `total` is about how many there are, if known.
+    """One bust, layer by layer.
 
-    `removed` tells for each layer how many entries went, over all its visits.
+    - `removed`: how many entries went at each layer, over all its visits
+    - `done`: how many keys the visit of each layer has looked at; `total`: about how many there are at the layers that
+      were begun, None if one cannot tell
     """
 
     def __init__(self, engine: Engine, wish: Wish) -> None:
         self.wish = wish
         self.scope = Scope(wish.namespace, wish.kind, wish.target)
         self.removed: dict[str, int] = {layer.name: 0 for layer in engine.layers}
-        self.done = 0
-        self.total: int | None = 0
+        self._looked_at: dict[str, int] = {}
+        self._estimates: dict[str, int | None] = {}
         self._engine = engine
         self._step = engine.step
         self._begun: dict[str, tuple[Layer, int]] = {}
+        self._broken: set[str] = set()  # begun, and to be begun anew: what failed there may know nothing of it any more
         self._looked_up: tuple[list[str], list[str]] | None = None
         self._wide = wish.strategy != "direct"
+
+    @property
+    def done(self) -> int:
+        """How many keys were looked at."""
+        return sum(self._looked_at.values())
+
+    @property
+    def total(self) -> int | None:
+        """About how many keys there are to look at, never fewer than were; None while that is unknown."""
+        told = [it for it in self._estimates.values() if it is not None]
+        return None if len(told) < len(self._estimates) or not told else max(sum(told), self.done)
 
     @property
     def _index(self) -> Index | None:
@@ -383,15 +396,19 @@ class Bust:
         - "rest": what is left after that
         - "whole": both
         """
-        generation = await self._begin(layer)
-        if part == "first":
-            if not (layer.backend.traits.fences and self.wish.kind != "key" and not self.wish.soft):
-                await self._sweep(layer, generation, wide=False)
-            return
-        await self._sweep(layer, generation, wide=self._wide)
-        if self.wish.verify:
-            await self._verify(layer, generation)
-        await layer.backend.end(self.scope, generation)
+        try:
+            generation = await self._begin(layer)
+            if part == "first":
+                if not (layer.backend.traits.fences and self.wish.kind != "key" and not self.wish.soft):
+                    await self._sweep(layer, generation, wide=False)
+                return
+            await self._sweep(layer, generation, wide=self._wide)
+            if self.wish.verify:
+                await self._verify(layer, generation)
+            await layer.backend.end(self.scope, generation)
+        except BackendFailure:
+            self._broken.add(layer.name)
+            raise
         self._begun.pop(layer.name, None)
         self._step(f"ended {layer.name}")
 
@@ -410,26 +427,26 @@ class Bust:
         async with aclosing(self._covered(layer, wide=self._wide)) as covered:
             async for keys in covered:
                 found.update(await layer.backend.held(self.wish.namespace, keys, stale=not self.wish.soft))
-                self.done += len(keys)
                 await asyncio.sleep(0)
         return len(found)
 
     async def _begin(self, layer: Layer) -> int:
         begun = self._begun.get(layer.name)
-        if begun is not None:
+        if begun is not None and layer.name not in self._broken:
             return begun[1]
         await self._look_up()
         backend = layer.backend
         generation = await backend.begin(self.scope, soft=self.wish.soft, wide=self._wide)
         self._begun[layer.name] = (layer, generation)
+        self._broken.discard(layer.name)
         self._step(f"begun {layer.name}")
-        estimate = await backend.estimate(self.scope)
-        self.total = None if self.total is None or estimate is None else self.total + estimate
+        self._estimates[layer.name] = await backend.estimate(self.scope)
         return generation
 
     async def _sweep(self, layer: Layer, generation: int, *, wide: bool) -> None:
         backend, wish = layer.backend, self.wish
         failures: list[BackendFailure] = []
+        self._looked_at[layer.name] = 0
         async with aclosing(self._covered(layer, wide=wide, fenced=generation)) as covered:
             async for keys in covered:
                 try:
@@ -444,7 +461,7 @@ class Bust:
                     if error.unreachable:
                         raise
                     failures.append(error)
-                self.done += len(keys)
+                self._looked_at[layer.name] += len(keys)
                 self._step(f"swept {layer.name}")
                 await asyncio.sleep(0)
         if failures:

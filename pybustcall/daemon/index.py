@@ -14,7 +14,6 @@ docs/explanation/complexity.md counts the steps.
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -23,25 +22,14 @@ from weakref import WeakValueDictionary
 
 from sortedcontainers import SortedDict, SortedList
 
-from pybustcall.keys import SEPARATORS, ranges_of
+from pybustcall.keys import ENCODINGS, SEPARATORS, ranges_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-__all__ = ["Entry", "Index", "Indexes", "TooManyNamespaces", "is_variant"]
+__all__ = ["Entry", "Index", "Indexes", "TooManyNamespaces"]
 
-_ENCODINGS: Final = (".br", ".deflate", ".gz", ".zst")
-_REST_OF_VARIANT: Final = re.compile(r"(?:\.(?:br|deflate|gz|zst))?(?:\?.*)?", re.DOTALL)
 _BATCH: Final = 500  # keys that going through all of them looks up at a time
-
-
-def is_variant(key: str, other: str) -> bool:
-    """Tell whether `other` is `key` in another encoding, with a query, or both, in either order.
-
-    `main.css.gz`, `main.css?v=2`, `main.css.gz?v=2` and `main.css?v=2.gz` are variants of `main.css`; `main.css`
-    itself, `main.css.map` and `main.css2` are not.
-    """
-    return len(other) > len(key) and other.startswith(key) and bool(_REST_OF_VARIANT.fullmatch(other, len(key)))
 
 
 class TooManyNamespaces(Exception):
@@ -372,7 +360,7 @@ class Index:
         """List the entries that are variants of `key`, sorted: O(log n + m), m of them, whatever else begins alike."""
         self.expire()
         found = []
-        for encoding in _ENCODINGS:
+        for encoding in ENCODINGS:
             if key + encoding in self._entries:
                 found.append(key + encoding)
             found += _covered(self._entries, f"{key}{encoding}?")

@@ -29,7 +29,7 @@ from uuid import uuid4
 from pybustcall.daemon.backends import BackendFailure, RefusedKey
 from pybustcall.daemon.journal import Entry
 from pybustcall.daemon.registry import Errands
-from pybustcall.models import LayerReply, Progress
+from pybustcall.models import OVER, LayerReply, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,10 +38,7 @@ if TYPE_CHECKING:
     from pybustcall.daemon.journal import Journal, Wish
     from pybustcall.models import JobState
 
-__all__ = ["OVER", "Answer", "BustFailed", "Jobs", "NoSuchJob", "pause_before"]
-
-OVER: Final[frozenset[JobState]] = frozenset({"done", "cancelled", "failed"})
-"""The states of a bust for which nothing more is done."""
+__all__ = ["Answer", "BustFailed", "Jobs", "NoSuchJob", "pause_before"]
 
 _PATIENCE: Final = 1.0  # seconds that closing waits for what is under way; a journal that lasts ends the rest later
 _FIRST_PAUSE: Final = 0.5
@@ -236,12 +233,11 @@ class Jobs:
 
     async def find(self, job: str) -> tuple[Entry, Progress]:
         """Tell how a bust stands. Raises `NoSuchJob`."""
-        if (run := self._runs.get(job)) is not None:
-            return run.entry, Progress(done=run.bust.done, total=run.bust.total)
-        found = await self.journal.find(job)
+        run = self._runs.get(job)
+        found = await self.journal.find(job) if run is None else run.entry
         if found is None:
             raise NoSuchJob
-        return found, Progress()
+        return found, self._progress(found)
 
     async def recent(
         self, *, before: str | None = None, limit: int = 100, state: JobState | None = None
@@ -252,8 +248,10 @@ class Jobs:
         return [(entry, self._progress(entry)) for entry in found]
 
     def _progress(self, entry: Entry) -> Progress:
-        run = self._runs.get(entry.job)
-        return Progress() if run is None else Progress(done=run.bust.done, total=run.bust.total)
+        """Tell how far a bust came: of one that is done, that nothing is left of what it removed."""
+        if (run := self._runs.get(entry.job)) is not None:
+            return Progress(done=run.bust.done, total=run.bust.total)
+        return Progress(done=entry.removed, total=entry.removed if entry.state == "done" else None)
 
     async def cancel(self, job: str) -> Entry:
         """Do no more for a bust; what is removed stays removed. One that is over stays as it is. Raises `NoSuchJob`."""

@@ -53,7 +53,7 @@ from pybustcall.daemon.database import (
 )
 from pybustcall.daemon.history import Fault
 from pybustcall.errors import ConfigurationError
-from pybustcall.models import KINDS, JobState, LayerReply
+from pybustcall.models import KINDS, OVER, JobState, LayerReply
 
 if TYPE_CHECKING:
     import os
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
     from pybustcall.models import Kind as KindOfTarget
 
-__all__ = ["GIVE_UP", "MOST", "OVER", "RETENTION", "Entry", "Journal", "JournalFailure", "Wish"]
+__all__ = ["GIVE_UP", "MOST", "RETENTION", "Entry", "Journal", "JournalFailure", "Wish"]
 
 _T = TypeVar("_T")
 
@@ -71,8 +71,6 @@ MOST: Final = 100_000
 """How many busts that are over are kept; beyond that the oldest go."""
 GIVE_UP: Final = 5.0
 """Seconds that a disk may take; then begins are refused."""
-OVER: Final[frozenset[JobState]] = frozenset({"done", "cancelled", "failed"})
-"""The states from which nothing follows any more."""
 
 _PATIENCE: Final = 1.0  # seconds that closing waits for what is being written
 _LINGER: Final = 0.1  # seconds that new versions gather, if no begin takes them along

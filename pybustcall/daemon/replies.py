@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from pybustcall.daemon.backends import DEFAULT_NAMESPACE
 from pybustcall.faults import CLEAN, TABLE, FaultKind, Outcome
-from pybustcall.models import BustReply, JobReply, LayerReply, Timestamp
+from pybustcall.models import DEFAULT_NAMESPACE, BustReply, JobReply, LayerReply, Timestamp
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

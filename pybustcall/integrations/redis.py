@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, final
 from weakref import WeakKeyDictionary
 
 from pybustcall.errors import ClientClosed, ConfigurationError, InvalidRequest
-from pybustcall.models import check_target
+from pybustcall.models import DEFAULT_NAMESPACE, check_target
 from pybustcall.redis_connection import RedisServer, RedisUnavailable
 from pybustcall.redis_layout import DEFAULT_PREFIX, Entry, Layout, Token
 
@@ -115,7 +115,7 @@ class RedisCache:
         url: str | None = None,
         *,
         client: Redis | None = None,
-        namespace: str = "default",
+        namespace: str = DEFAULT_NAMESPACE,
         prefix: str = DEFAULT_PREFIX,
         timeout: float = 1.0,
         connect_timeout: float = 1.0,

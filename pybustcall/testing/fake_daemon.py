@@ -25,6 +25,7 @@ from pybustcall.capabilities import SEMVERX, VERSION, check_requirements, digest
 from pybustcall.errors import ConfigurationError, InvalidVersion
 from pybustcall.keys import covers
 from pybustcall.models import (
+    DEFAULT_NAMESPACE,
     MAX_TARGET_BYTES,
     STRATEGIES,
     AnnounceRequest,
@@ -73,7 +74,6 @@ _HISTORY: Final = 64
 _IDEMPOTENT: Final = "cache.bust.idempotent"
 _REGISTER: Final = "cache.register"
 _JOBS: Final = "cache.bust.jobs"
-_DEFAULT_NAMESPACE: Final = "default"
 _ACCEPTED: Final = 202
 _FLAGS: Final = ("soft", "namespace", "dry_run", "verify", "settle")
 _OVER: Final = frozenset({"done", "cancelled", "failed"})
@@ -286,7 +286,7 @@ class FakeDaemon:
 
     def space(self, namespace: str | None = None) -> Space:
         """Tell what it holds in a namespace; None is "default"."""
-        return self._spaces.setdefault(namespace or _DEFAULT_NAMESPACE, Space())
+        return self._spaces.setdefault(namespace or DEFAULT_NAMESPACE, Space())
 
     def finish(self, job: str, state: JobState = "done") -> None:
         """Move a job on; a bust has its effect when its job is "done"."""

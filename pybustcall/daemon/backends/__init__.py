@@ -20,10 +20,7 @@ from pybustcall.models import KINDS, Kind, redact
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
 
-__all__ = ["DEFAULT_NAMESPACE", "Backend", "BackendFailure", "RefusedKey", "Scope", "Traits"]
-
-DEFAULT_NAMESPACE = "default"
-"""Whose entries are meant where nothing is said."""
+__all__ = ["Backend", "BackendFailure", "RefusedKey", "Scope", "Traits"]
 
 
 class RefusedKey(ValueError):

@@ -35,11 +35,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar, final
 
-from pybustcall.daemon.backends import DEFAULT_NAMESPACE, BackendFailure, RefusedKey, Scope, Traits
-from pybustcall.daemon.index import is_variant
+from pybustcall.daemon.backends import BackendFailure, RefusedKey, Scope, Traits
 from pybustcall.errors import ConfigurationError, InvalidRequest
-from pybustcall.keys import covers
-from pybustcall.models import check_namespace, redact
+from pybustcall.keys import covers, is_variant
+from pybustcall.models import DEFAULT_NAMESPACE, check_namespace, redact
 
 if TYPE_CHECKING:
     from collections.abc import (

@@ -21,10 +21,10 @@ import secrets
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, final
 
-from pybustcall.daemon.backends import DEFAULT_NAMESPACE, BackendFailure, RefusedKey, Traits
-from pybustcall.daemon.index import is_variant
+from pybustcall.daemon.backends import BackendFailure, RefusedKey, Traits
 from pybustcall.errors import ConfigurationError, InvalidRequest
-from pybustcall.models import check_target
+from pybustcall.keys import is_variant
+from pybustcall.models import DEFAULT_NAMESPACE, check_target
 from pybustcall.redis_connection import RedisServer, RedisUnavailable
 from pybustcall.redis_layout import (
     DEFAULT_PREFIX,
