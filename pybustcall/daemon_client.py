@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from pybustcall.errors import Applied
-    from pybustcall.models import BustRequest
+    from pybustcall.models import BustRequest, LayerReply
     from pybustcall.session import Lease, SessionManager
     from pybustcall.topology import DaemonAddress
 
@@ -264,19 +264,28 @@ class DaemonClient:
 
     def _clean_reply(self, reply: BustReply, target: str) -> BustReply:
         """Let nothing pass that is shown to people and tells the target or the token."""
-        layers = []
-        for layer in reply.layers:
-            error = None if layer.error is None else self._clean(layer.error, target)
-            layers.append(layer.model_copy(update={"name": self._clean(layer.name, None), "error": error}))
-        job = None if reply.job is None else self._clean(reply.job, None)
-        return reply.model_copy(update={"layers": tuple(layers), "job": job})
+        changes: dict[str, object] = {}
+        layers = tuple(self._clean_layer(layer, target) for layer in reply.layers)
+        if any(clean is not layer for clean, layer in zip(layers, reply.layers, strict=True)):
+            changes["layers"] = layers
+        if reply.job is not None and (job := self._clean(reply.job, None)) != reply.job:
+            changes["job"] = job
+        return reply.model_copy(update=changes) if changes else reply
+
+    def _clean_layer(self, layer: LayerReply, target: str) -> LayerReply:
+        name = self._clean(layer.name, None)
+        error = None if layer.error is None else self._clean(layer.error, target)
+        if (name, error) == (layer.name, layer.error):
+            return layer
+        return layer.model_copy(update={"name": name, "error": error})
 
     def _clean(self, text: str, target: str | None) -> str:
         if self._token is not None:
             text = hide(text, self._token, "***")
         if target is not None:
             text = hide(text, target, redact(target))
-        text = "".join(character if character.isprintable() else "?" for character in text)
+        if not text.isprintable():
+            text = "".join(character if character.isprintable() else "?" for character in text)
         return text[:_MAX_MESSAGE] + "…" if len(text) > _MAX_MESSAGE else text
 
     async def _exchange(

@@ -600,7 +600,12 @@ def _kind(reply: BustReply | None, request: BustRequest) -> Kind:
 
 def _layers(leg: _Leg) -> tuple[LayerResult, ...]:
     said = leg.reply.layers if leg.reply is not None else ()
-    return tuple(LayerResult(daemon=leg.daemon or "", **dict(layer)) for layer in said)
+    return tuple(
+        LayerResult(
+            daemon=leg.daemon or "", name=it.name, ok=it.ok, removed=it.removed, error=it.error, settle=it.settle
+        )
+        for it in said
+    )
 
 
 def _sum(counts: Iterable[int | None]) -> int | None:

@@ -29,8 +29,9 @@ class Layered:
         self.traits = Traits(**{"soft": True, **traits})
         self.log = log
         self.failure: Exception | None = None
-        self.passing = asyncio.Event()
+        self.passing, self.widening = asyncio.Event(), asyncio.Event()
         self.passing.set()
+        self.widening.set()
 
     def put(self, *keys: str, tags: Sequence[str] = ()) -> None:
         for key in keys:
@@ -67,6 +68,7 @@ class Layered:
         return await self.inner.estimate(scope)
 
     async def variants(self, namespace: str, keys: Sequence[str]) -> list[str]:
+        await self.widening.wait()
         return await self.inner.variants(namespace, keys)
 
     async def remove(self, namespace: str, keys: Sequence[str], *, generation: int, soft: bool) -> int:
@@ -172,8 +174,10 @@ async def test_a_hybrid_bust_is_answered_after_its_direct_part(path: Path) -> No
     """The rest is a job."""
     async with house(path) as it:
         it.inner.put("a", "a.gz")
+        it.inner.widening.clear()
         answer = await it.bust(strategy="hybrid")
         assert (answer.accepted, answer.entry.removed) == (True, 1)
+        it.inner.widening.set()
         await it.over(answer)
         assert it.inner.keys == []
         entry, _ = await it.jobs.find(answer.entry.job)

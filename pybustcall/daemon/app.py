@@ -338,18 +338,13 @@ class Daemon:
             await self._swaps.registry.try_save()
         return json.dumps(
             {
-                "status": reply.status,
+                "status": reply.pop("status"),
                 "cache_key": cache_key_of(asked.target),
                 "delegate": DELEGATE,
-                "fault_stage": reply.fault_stage,
+                "fault_stage": reply.pop("fault_stage"),
                 "execution_time_ms": int((time.monotonic() - started) * 1000),
                 **echo_of(asked),
-                **reply.model_dump(
-                    mode="json",
-                    exclude={"status", "cache_key", "fault_stage"},
-                    exclude_unset=True,
-                    exclude_none=True,
-                ),
+                **reply,
             }
         ).encode()
 

@@ -372,6 +372,7 @@ class Bust:
         self._broken: set[str] = set()  # begun, and to be begun anew: what failed there may know nothing of it any more
         self._looked_up: tuple[list[str], list[str]] | None = None
         self._wide = wish.strategy != "direct"
+        self._since = 0  # keys since the event loop had its turn
 
     @property
     def done(self) -> int:
@@ -427,7 +428,7 @@ class Bust:
         async with aclosing(self._covered(layer, wide=self._wide)) as covered:
             async for keys in covered:
                 found.update(await layer.backend.held(self.wish.namespace, keys, stale=not self.wish.soft))
-                await asyncio.sleep(0)
+                await self._take_turns(len(keys))
         return len(found)
 
     async def _begin(self, layer: Layer) -> int:
@@ -463,7 +464,7 @@ class Bust:
                     failures.append(error)
                 self._looked_at[layer.name] += len(keys)
                 self._step(f"swept {layer.name}")
-                await asyncio.sleep(0)
+                await self._take_turns(len(keys))
         if failures:
             removed, failed = self.removed[layer.name], sum(error.failed for error in failures)
             raise BackendFailure(
@@ -476,11 +477,18 @@ class Bust:
             async for keys in covered:
                 held = layer.backend.held(self.wish.namespace, keys, generation=generation, stale=not self.wish.soft)
                 left += len(await held)
-                await asyncio.sleep(0)
+                await self._take_turns(len(keys))
         if left:
             raise BackendFailure(
                 f"verified, and {left} of what was to be removed {'is' if left == 1 else 'are'} still held", failed=left
             )
+
+    async def _take_turns(self, keys: int) -> None:
+        """Give the event loop its turn once a slice of keys was looked at, in however small steps."""
+        self._since += keys
+        if self._since >= SLICE:
+            self._since = 0
+            await asyncio.sleep(0)
 
     # What is covered
 
@@ -534,7 +542,7 @@ class Bust:
                 await backend.fence(namespace, some, generation=fenced)
         for some in _slices([*keys, *more]):
             more += await backend.variants(namespace, some)
-            await asyncio.sleep(0)
+            await self._take_turns(len(some))
         for some in _slices(more):
             yield some
 
@@ -551,8 +559,9 @@ class Bust:
                 if self.wish.kind == "tag":
                     named = index.tagged(self.wish.target)
                 for some in _slices(self._subjects(index, named) if self._wide else []):
+                    before = len(found)
                     found.update(dict.fromkeys(one for name in some for one in index.dependents(name)))
-                    await asyncio.sleep(0)
+                    await self._take_turns(len(some) + len(found) - before)
             self._looked_up = (named, list(found))
         return self._looked_up
 

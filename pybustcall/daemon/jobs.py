@@ -28,7 +28,7 @@ from uuid import uuid4
 
 from pybustcall.daemon.backends import BackendFailure, RefusedKey
 from pybustcall.daemon.journal import Entry
-from pybustcall.daemon.registry import Errands
+from pybustcall.daemon.registry import Errands, report
 from pybustcall.models import OVER, LayerReply, Progress
 
 if TYPE_CHECKING:
@@ -83,18 +83,23 @@ class _Run:
 
     - `owed`: the names of the layers at which it is not done
     - `settling`: whether it is applied, and what is owed is the second bust
-    - `answerable`: set once all that must come before an answer is done, or has failed
+    - `answerable`: done once all that must come before an answer is done, or has failed; whoever asked waits for it
     """
 
     entry: Entry
     bust: Bust
     owed: set[str]
+    answerable: asyncio.Future[None]
     settling: bool = False
-    answerable: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
     timer: asyncio.TimerHandle | None = None
     errors: dict[str, str] = field(default_factory=dict)
     refusal: RefusedKey | None = None
+
+    def answer(self) -> None:
+        """Let whoever asked have the answer, unless that is so, or they have gone."""
+        if not self.answerable.done():
+            self.answerable.set_result(None)
 
 
 @final
@@ -194,33 +199,36 @@ class Jobs:
             job=uuid4().hex, wish=wish, who=who, binding=binding, reason=reason, daemon=self.daemon, at=at,
             state="running",
         )  # fmt: skip
-        return await self._errands.run(self._begin(entry, within))
-
-    async def _begin(self, entry: Entry, within: float | None) -> Answer:
-        entry = await self.journal.begin(entry)
-        self._step("journaled")
-        run = self._start(entry)
-        run.task = self._errands.begin(self._work(run))
-        if self.journal.durable:
-            patience = self._answer_within if within is None else min(within, self._answer_within)
-            await self._wait_answerable(run, patience)
-        else:
-            await asyncio.wait({run.task})
-        if run.task.done() and not run.task.cancelled():
-            run.task.result()  # what nobody expected is told
+        # Without a file nothing is waited for, so that nobody can go away halfway.
+        beginning = self._begin(entry)
+        run = await (self._errands.run(beginning) if self.journal.durable else beginning)
+        await self._wait_answerable(run, within)
         if run.refusal is not None:
             raise run.refusal
         if run.entry.state == "failed":
             raise BustFailed("; ".join(run.errors.values()), run.entry)
         return Answer(run.entry, accepted=run.entry.state not in {"done", "settling"})
 
-    async def _wait_answerable(self, run: _Run, patience: float) -> None:
+    async def _begin(self, entry: Entry) -> _Run:
+        run = self._start(await self.journal.begin(entry))
+        self._step("journaled")
+        run.task = self._errands.begin(self._work(run))
+        return run
+
+    async def _wait_answerable(self, run: _Run, within: float | None) -> None:
+        """Wait for the answer; with a journal that lasts not for too long. Raises what nobody expected."""
         assert run.task is not None  # noqa: S101 - for the type checker
-        answerable = asyncio.ensure_future(run.answerable.wait())
+        patience = self._answer_within if within is None else min(within, self._answer_within)
         try:
-            await asyncio.wait({run.task, answerable}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            answerable.cancel()
+            async with asyncio.timeout(patience if self.journal.durable else None):
+                await run.answerable
+        except TimeoutError:
+            return
+        except asyncio.CancelledError:
+            run.task.add_done_callback(report)
+            raise
+        if run.task.done() and not run.task.cancelled():
+            run.task.result()
 
     async def count(self, wish: Wish) -> dict[str, int]:
         """Tell for each layer how many entries a bust would remove or mark. Raises as `bust` does."""
@@ -268,7 +276,9 @@ class Jobs:
     # Doing
 
     def _start(self, entry: Entry, *, settling: bool = False) -> _Run:
-        run = _Run(entry, self.engine.bust(entry.wish), self._owed_at_first(entry.wish, settling=settling), settling)
+        owed = self._owed_at_first(entry.wish, settling=settling)
+        answerable = asyncio.get_running_loop().create_future()
+        run = _Run(entry, self.engine.bust(entry.wish), owed, answerable, settling)
         self._runs[entry.job] = run
         return run
 
@@ -278,7 +288,7 @@ class Jobs:
     def _take_up(self, entry: Entry) -> None:
         """Go on with what a process before this one began: from its beginning, since nobody knows how far it came."""
         run = self._start(entry, settling=entry.state == "settling")
-        run.answerable.set()
+        run.answer()
         if run.settling and run.owed:
             self._settle_later(run)
         elif run.settling:
@@ -292,16 +302,19 @@ class Jobs:
             if run.entry.wish.strategy == "hybrid" and self.journal.durable and not run.settling:
                 await self._attempt(run, "first")
                 if not run.errors:
-                    run.answerable.set()
+                    run.answer()
             await self._attempt(run, "whole")
         except RefusedKey as error:
-            run.refusal = error
-            run.errors["layer"] = str(error)
-            self._over(run, "failed")
-            return
+            self._refused(run, error)
+        else:
+            self._conclude(run)
         finally:
-            run.answerable.set()
-        self._conclude(run)
+            run.answer()
+
+    def _refused(self, run: _Run, error: RefusedKey) -> None:
+        run.refusal = error
+        run.errors["layer"] = str(error)
+        self._over(run, "failed")
 
     async def _attempt(self, run: _Run, part: Part = "whole", down: dict[str, str] | None = None) -> None:
         """Go once through the layers that are owed, inside out; what fails stays owed, and what lies outside of it.
@@ -313,16 +326,15 @@ class Jobs:
         failed_inside = False
         for group in self.engine.groups:
             owed = [layer for layer in group if layer.name in run.owed]
-            refused = await asyncio.gather(*(self._visit(run, layer, part, known) for layer in owed))
+            visits = [self._visit(run, layer, part, known) for layer in owed]
+            refused = await asyncio.gather(*visits) if len(visits) > 1 else [await visit for visit in visits]
             done = {layer.name for layer in owed if layer.name not in run.errors}
             if part != "first" and not failed_inside:
                 run.owed -= done
             failed_inside = failed_inside or bool(owed and len(done) < len(owed))
             if any(refused) and not run.errors and len(self.engine.layers) == 1:
                 raise next(error for error in refused if error is not None)
-        if part != "first":
-            run.entry = replace(run.entry, attempts=run.entry.attempts + 1)
-        self._note(run)
+        self._note(run, attempts=run.entry.attempts + (part != "first"))
 
     async def _visit(self, run: _Run, layer: Layer, part: Part, down: dict[str, str]) -> RefusedKey | None:
         """Bust at one layer, and note why it failed; tell why the key cannot be there, if that is so."""
@@ -347,7 +359,7 @@ class Jobs:
             _log.error("the layer %s is down: %s", layer.name, why)
         self._down[layer.name] = round_[layer.name] = why
 
-    def _note(self, run: _Run) -> None:
+    def _note(self, run: _Run, *, attempts: int) -> None:
         """Write down how a bust stands."""
         layers = []
         for layer in self.engine.layers:
@@ -365,7 +377,8 @@ class Jobs:
                     settle=settle if settle > 0 and not run.settling else None,
                 )
             )
-        run.entry = replace(run.entry, layers=tuple(layers), removed=sum(run.bust.removed.values()))
+        removed = sum(run.bust.removed.values())
+        run.entry = replace(run.entry, layers=tuple(layers), removed=removed, attempts=attempts)
 
     def _conclude(self, run: _Run) -> None:
         """Decide what comes after an attempt: the end, the second bust, or the queue."""
@@ -398,8 +411,8 @@ class Jobs:
         run.bust.removed.update(removed)
         run.task = self._errands.begin(self._work(run))
 
-    def _put(self, run: _Run, state: JobState) -> None:
-        run.entry = replace(run.entry, state=state)
+    def _put(self, run: _Run, state: JobState, *, ended: int | None = None) -> None:
+        run.entry = replace(run.entry, state=state, ended=ended)
         self.journal.put(run.entry)
 
     def _over(self, run: _Run, state: JobState) -> None:
@@ -407,8 +420,7 @@ class Jobs:
             run.timer.cancel()
         self._runs.pop(run.entry.job, None)
         self._queue.pop(run.entry.number, None)
-        run.entry = replace(run.entry, ended=time.time_ns())
-        self._put(run, state)
+        self._put(run, state, ended=time.time_ns())
         self._step("over")
 
     # The queue
@@ -461,8 +473,7 @@ class Jobs:
         try:
             await self._attempt(run, down=down)
         except RefusedKey as error:
-            run.errors["layer"] = str(error)
-            self._over(run, "failed")
+            self._refused(run, error)
             return
         if not run.owed:
             self._queue.pop(run.entry.number, None)

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
     from pybustcall.models import AnnounceRequest
 
-__all__ = ["MOST_SWAPS", "WINDOW", "Errands", "Phase", "Registry", "RegistryFailure", "Swap"]
+__all__ = ["MOST_SWAPS", "WINDOW", "Errands", "Phase", "Registry", "RegistryFailure", "Swap", "report"]
 
 _T = TypeVar("_T")
 
@@ -314,7 +314,7 @@ class Errands:
         try:
             await asyncio.wait({task})
         except asyncio.CancelledError:
-            task.add_done_callback(_report)
+            task.add_done_callback(report)
             raise
         return task.result()
 
@@ -337,7 +337,8 @@ class Errands:
             task.exception()  # seen; whoever waits for it is told
 
 
-def _report(task: asyncio.Task[Any]) -> None:
+def report(task: asyncio.Task[Any]) -> None:
+    """Log what a task raised whose client went away."""
     error = None if task.cancelled() else task.exception()
     if error is not None:
         _log.warning("a request whose client went away failed: %s", error, exc_info=error)

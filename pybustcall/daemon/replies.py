@@ -6,16 +6,16 @@ answer goes by what is said here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from pybustcall.faults import CLEAN, TABLE, FaultKind, Outcome
-from pybustcall.models import DEFAULT_NAMESPACE, BustReply, JobReply, LayerReply, Timestamp
+from pybustcall.models import DEFAULT_NAMESPACE, JobReply, Timestamp
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pybustcall.daemon.journal import Entry
-    from pybustcall.models import BustRequest, Progress
+    from pybustcall.models import BustRequest, LayerReply, Progress
 
 __all__ = ["bust_reply", "counted_reply", "echo_of", "job_reply"]
 
@@ -29,27 +29,33 @@ def echo_of(asked: BustRequest) -> dict[str, object]:
     return {name: value for name in fields if (value := getattr(asked, name)) != fields[name]}
 
 
-def counted_reply(counts: Mapping[str, int]) -> BustReply:
+def counted_reply(counts: Mapping[str, int]) -> dict[str, object]:
     """Tell how many entries each layer would lose."""
-    layers = tuple(LayerReply(name=name, ok=True, removed=count) for name, count in counts.items())
-    return _reply(status="success", fault_stage=CLEAN, removed=0, matched=sum(counts.values()), layers=layers)
+    layers = [{"name": name, "ok": True, "removed": count} for name, count in counts.items()]
+    told = {"removed": 0, "matched": sum(counts.values()), "layers": layers}
+    return {"status": "success", "fault_stage": CLEAN, **told}
 
 
-def bust_reply(entry: Entry, *, accepted: bool) -> BustReply:
+def bust_reply(entry: Entry, *, accepted: bool) -> dict[str, object]:
     """Tell what a bust came to, or that it is a job."""
     well = all(layer.ok for layer in entry.layers)
-    return _reply(
-        status="accepted" if accepted else "success",
-        fault_stage=CLEAN if not accepted else _PENDING if well else _BROKEN,
-        removed=entry.removed,
-        verified=True if entry.wish.verify and not accepted else None,
-        layers=entry.layers,
-        job=entry.job,
-    )
+    return {
+        "status": "accepted" if accepted else "success",
+        "fault_stage": CLEAN if not accepted else _PENDING if well else _BROKEN,
+        "removed": entry.removed,
+        **({"verified": True} if entry.wish.verify and not accepted else {}),
+        "layers": [_layer(layer) for layer in entry.layers],
+        "job": entry.job,
+    }
 
 
-def _reply(**fields: Any) -> BustReply:
-    return BustReply.model_construct(_fields_set=set(fields), **fields)
+def _layer(layer: LayerReply) -> dict[str, object]:
+    told: dict[str, object] = {"name": layer.name, "ok": layer.ok, "removed": layer.removed}
+    if layer.error is not None:
+        told["error"] = layer.error
+    if layer.settle is not None:
+        told["settle"] = layer.settle
+    return told
 
 
 def job_reply(entry: Entry, progress: Progress) -> JobReply:
