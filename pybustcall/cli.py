@@ -682,8 +682,9 @@ async def _use(
 def conformance(url: str, strict: bool, token_file: Path | None, timeout: float, as_json: bool) -> int:
     """Check that the daemon at URL, in whatever language, does what this client relies on.
 
-    It busts and registers keys that begin with "conformance/", and announces dependencies that begin with
-    "conformance-", which are forgotten at the end where the daemon can. What the daemon does not advertise is skipped.
+    It busts and registers keys that begin with "conformance/", in namespaces that begin with "conformance-" where the
+    daemon has namespaces; a journal shows that. It announces dependencies that begin with "conformance-", which are
+    forgotten at the end where the daemon can. What the daemon does not advertise is skipped.
     Exits with 1 if a check failed, with 3 if nothing answered.
     """
     from pybustcall.testing import check_daemon  # noqa: PLC0415 - it loads a web server

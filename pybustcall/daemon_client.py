@@ -66,6 +66,7 @@ _DIGEST_HEADER: Final = "Bustcall-Capabilities"
 _BINDINGS_MAP: Final = TypeAdapter(dict[str, BindingCapabilities], config=ConfigDict(hide_input_in_errors=True))
 _NO_SUCH_ROUTE: Final = frozenset({404, 405, 410, 501})
 _ACCEPTED: Final = 202
+_NO_ROOM: Final = 507  # by our daemon, which changes nothing then
 _NO_SUCH_JOB: Final = "urn:bustcall:problem:no-such-job"
 _JSON: Final = "application/json"
 
@@ -418,7 +419,8 @@ class DaemonClient:
         else:
             wait = "" if answer.retry_after is None else f", and asks to wait {answer.retry_after:g} s"
             message = f"it answered HTTP {answer.status}{wait}{said}"
-        raise self._failed(kind, message, _APPLIED.get(kind, "no"), answer)
+        applied = "no" if answer.status == _NO_ROOM else _APPLIED.get(kind, "no")
+        raise self._failed(kind, message, applied, answer)
 
     def _read(self, model: type[_Model], answer: _Answer) -> _Model:
         try:

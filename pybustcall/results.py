@@ -236,7 +236,7 @@ _CLASS_OF_KIND: Final[Mapping[FaultKind, type[BustFailed]]] = MappingProxyType(
 _ADVICE: Final[Mapping[type[BustFailed], str]] = MappingProxyType(
     {
         BustFailed: "It needs no repeating; raise fault_tolerance to 3 or more if that is good enough.",
-        BustRejected: "Mend the request; every daemon would refuse it.",
+        BustRejected: "Mend the request: it would be refused again, here and at daemons with the same layers.",
         NotAllowed: "Check the token (BUSTCALL_TOKEN) and what the daemon allows it.",
         DeadlineExceeded: "Bust again, or allow more time with timeout=; busting twice does no harm.",
         DaemonsUnavailable: "Check that a daemon runs there (pybustcall status); busting again does no harm.",

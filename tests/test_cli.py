@@ -484,7 +484,7 @@ def test_a_daemon_with_a_token_is_checked_with_it(
     daemon = start_daemon(env={"BUSTCALL_TOKEN": "s3cret"})
     code, out, err = call("conformance", daemon.url)
     assert (code, err) == (1, "each failure is a 401: the daemon wants a token (--token-file or BUSTCALL_TOKEN)\n")
-    assert re.search(r"^\d+ passed, \d+ failed, 0 skipped$", out.splitlines()[-1])
+    assert re.search(r"^\d+ passed, \d+ failed, \d+ skipped$", out.splitlines()[-1])
     token = tmp_path / "token"
     token.write_text("an0ther\n")
     code, out, err = call("conformance", daemon.url, "--token-file", str(token), "--json")

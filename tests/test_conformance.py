@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -18,7 +19,7 @@ from aiohttp.test_utils import TestServer
 from pybustcall import ConfigurationError
 from pybustcall.capabilities import advertisement
 from pybustcall.daemon import DaemonSettings, Indexes, MemoryBackend, create_app
-from pybustcall.models import DependencyReply, cache_key_of
+from pybustcall.models import DependencyReply, LayerReply, cache_key_of
 from pybustcall.testing import (
     CHECKS,
     Answer,
@@ -37,16 +38,22 @@ from tests.plain_cache import engine_over
 pytestmark = [pytest.mark.requirement("RES-12"), pytest.mark.requirement("RES-02"), pytest.mark.requirement("INT-04")]
 
 IDEMPOTENT = "cache.bust.idempotent"
+JOBS = "cache.bust.jobs"
+OF_BUSTS = tuple(
+    f"cache.bust.{name}" for name in ("prefix", "tag", "all", "soft", "namespace", "dry_run", "verify", "settle")
+)
 EVERYTHING = (
     "cache.bust",
     IDEMPOTENT,
+    *OF_BUSTS,
+    JOBS,
     "cache.register",
     "cache.dependencies",
     "semver.resolve",
     "cache.hotswap",
     "daemon.negotiate",
 )
-OF_KEYS = [check.name for check in CHECKS if check.needs == (IDEMPOTENT,)]
+OF_KEYS = [check.name for check in CHECKS if check.needs == (IDEMPOTENT,) and not check.any_of]
 OF_DOCUMENTS = [
     "has a sound capability document",
     "tells by its ETag that its document is unchanged",
@@ -61,6 +68,29 @@ ONCE = "applies once what comes with a key many times at once"
 SWAPS_ONCE = "swaps once what comes with a key many times at once"
 BUST_DEPENDENTS = "busts what depends on what is busted"
 DEPENDENTS = "busts what depends on what is swapped"
+KEY_OF_ANOTHER_KIND = "refuses a key that belongs to another kind of bust"
+LAYERS = "tells each of its layers, and none that failed as done"
+REPEATS = "repeats the kind, the namespace, soft and dry_run as they were asked"
+CLAIMS = "claims no kind of bust that it does not advertise"
+FIELDS = "refuses what the fields of a bust cannot be"
+NO_NAMESPACE = "refuses what is no namespace, the empty one too"
+UNCONFIRMED = "refuses to bust everything without confirm"
+ALL = "busts everything in a namespace, and nothing beyond"
+PREFIX = "busts by prefix what lies below it, by whole segments"
+TAG = "busts by tag what has it, and nothing else"
+SOFT = "marks as stale in a soft bust, and removes nothing"
+APART = "keeps namespaces apart"
+DRY_RUN = "removes nothing in a dry run, and tells what the bust then removes"
+VERIFIES = "says that it verified a bust"
+SETTLES = "tells when it settles"
+BUSTS_AGAIN = "busts again after settle"
+STANDS = "tells how a bust stands under its job"
+LISTS = "lists jobs, the newest first"
+QUESTIONS = "refuses questions about jobs that cannot be"
+NO_JOB = "answers 404 to jobs that it does not know"
+CANCELS = "cancels jobs, once"
+OVER_STAYS = "leaves jobs that are over as they are"
+JOB_OF_A_KEY = "keeps the job of a key for its repeats"
 FORGETS = "forgets dependencies"
 FORGETS_UNUSED = "forgets no dependency in use"
 
@@ -81,13 +111,18 @@ def named(name: str) -> Check:
     return check
 
 
-async def judged(name: str, url: str) -> Verdict:
-    """Run one check alone against a daemon that is taken to advertise everything."""
+async def judged(name: str, url: str, advertised: Collection[str] | None = None) -> Verdict:
+    """Run one check alone against a daemon that is taken to advertise this, by default everything."""
     async with conformance._Probe(DaemonAddress.parse(url), {}, PATIENCE) as probe:
-        return await conformance._judge(named(name), probe, EVERYTHING)
+        probe.advertised = frozenset(EVERYTHING if advertised is None else advertised)
+        return await conformance._judge(named(name), probe)
 
 
 # The daemons of ours
+
+
+UNDECIDED = {PREFIX, TAG, DRY_RUN, BUSTS_AGAIN, BUST_DEPENDENTS, DEPENDENTS}
+"""What cannot be told of a cache that holds nothing of what is only registered."""
 
 
 async def test_the_reference_daemon_passes(start_daemon: StartDaemon) -> None:
@@ -96,8 +131,11 @@ async def test_the_reference_daemon_passes(start_daemon: StartDaemon) -> None:
     for _ in range(2):
         verdicts = await check_daemon(daemon.url, strict=True)
         assert failed(verdicts) == {}
-        assert list(skipped(verdicts)) == [BUST_DEPENDENTS, DEPENDENTS]
-        assert all(why.startswith("not decided: ") for why in skipped(verdicts).values())
+        assert {name for name, why in skipped(verdicts).items() if why.startswith("not decided: ")} == UNDECIDED
+        lacks = {
+            name for name in skipped(verdicts) if {*named(name).needs} & {"cache.bust.soft", "cache.bust.namespace"}
+        }
+        assert skipped(verdicts).keys() == UNDECIDED | lacks
         assert len(verdicts) == len(CHECKS)
 
 
@@ -108,6 +146,51 @@ async def test_the_reference_daemon_passes_with_a_cache_in_memory() -> None:
         for _ in range(2):
             verdicts = await check_daemon(str(server.make_url("")), strict=True)
             assert {verdict.outcome for verdict in verdicts} == {"passed"}
+
+
+async def test_the_reference_daemon_passes_with_a_journal(tmp_path: Path) -> None:
+    """Where jobs outlive it, and what is done at once is answered with 200."""
+    indexes = Indexes()
+    settings = DaemonSettings(journal=tmp_path / "journal", state=tmp_path / "state")
+    async with TestServer(create_app(engine_over(MemoryBackend(indexes), indexes), settings)) as server:
+        verdicts = await check_daemon(str(server.make_url("")), strict=True)
+    assert {verdict.outcome for verdict in verdicts} == {"passed"}
+
+
+class SlowCache:
+    """A cache in memory that takes its time to remove, so that a bust becomes a job."""
+
+    def __init__(self, indexes: Indexes) -> None:
+        self._inner = MemoryBackend(indexes)
+        self.name = self._inner.name
+        self.traits = self._inner.traits
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    async def remove(self, namespace: str, keys: Sequence[str], *, generation: int, soft: bool) -> int:
+        await asyncio.sleep(0.01)
+        return await self._inner.remove(namespace, keys, generation=generation, soft=soft)
+
+
+async def test_the_reference_daemon_passes_where_busts_become_jobs(tmp_path: Path) -> None:
+    """Every bust is answered with 202, and followed to its end."""
+    indexes = Indexes()
+    settings = DaemonSettings(journal=tmp_path / "journal", answer_within=0.001)
+    async with TestServer(create_app(engine_over(SlowCache(indexes), indexes), settings)) as server:
+        verdicts = await check_daemon(str(server.make_url("")), strict=True)
+    assert failed(verdicts) == {}
+    assert skipped(verdicts) == dict.fromkeys([LAYERS, SETTLES], "it tells nothing of its layers")
+
+
+async def test_a_daemon_that_serves_certain_namespaces_alone_passes() -> None:
+    """What is said of namespaces cannot be tried there, but for what is none."""
+    indexes = Indexes()
+    settings = DaemonSettings(namespaces=("default", "shop"))
+    async with TestServer(create_app(engine_over(MemoryBackend(indexes), indexes), settings)) as server:
+        verdicts = await check_daemon(str(server.make_url("")), strict=True)
+    assert failed(verdicts) == {}
+    assert skipped(verdicts) == dict.fromkeys([ALL, APART], "it serves no namespaces but its own")
 
 
 async def test_the_reference_daemon_passes_with_a_token_and_on_a_socket(
@@ -130,7 +213,7 @@ async def test_a_daemon_that_requires_something_of_clients_is_told_what_pybustca
 
 async def test_the_fake_daemon_passes() -> None:
     """Whole, with nothing skipped, and again; so tests against it say something about the real ones."""
-    async with FakeDaemon(capabilities=EVERYTHING[1:]) as fake:
+    async with FakeDaemon(capabilities=EVERYTHING[1:], layers=["fake"]) as fake:
         for _ in range(2):
             verdicts = await check_daemon(fake.url, strict=True)
             assert {verdict.outcome for verdict in verdicts} == {"passed"}
@@ -145,9 +228,12 @@ async def test_what_is_not_advertised_is_skipped() -> None:
             verdicts = await check_daemon(fake.url, strict=True)
         assert failed(verdicts) == {}
         assert len(verdicts) == len(CHECKS)
-        not_asked = {check.name for check in CHECKS if check.needs} - set(OF_KEYS)
+        not_asked = {check.name for check in CHECKS if check.needs or check.any_of} - set(OF_KEYS)
+        not_asked |= {LAYERS, CLAIMS}
         assert set(skipped(verdicts)) == (not_asked if document else not_asked | set(OF_DOCUMENTS))
         assert skipped(verdicts)["swaps dependencies"] == "it does not advertise cache.dependencies, cache.hotswap"
+        assert skipped(verdicts)[FIELDS].startswith("it does not advertise any of cache.bust.prefix, cache.bust.tag, ")
+        assert skipped(verdicts)[CLAIMS].startswith("it knows no kinds: it ignores the field and does not repeat it")
     assert len(OF_KEYS) == 5
 
 
@@ -205,6 +291,7 @@ class Exchange:
     fake: FakeDaemon
     method: str
     path: str
+    query: Mapping[str, str]
     sent: Any
     key: str | None
     token: str | None
@@ -221,6 +308,11 @@ class Exchange:
         """Change fields of the body."""
         self.body = json.dumps({**self.said, **fields}).encode()
 
+    def asks(self, **fields: Any) -> bool:
+        """Tell whether it is a bust with just these values, in answer to which there is a reply."""
+        of_it = self.is_("POST", "bust") and self.status in {200, 202} and isinstance(self.sent, dict)
+        return of_it and all(self.sent.get(name) == value for name, value in fields.items())
+
     def is_(self, method: str, path: str) -> bool:
         """Tell whether it is of this route."""
         return (self.method, self.path) == (method, f"/api/v1/{path}")
@@ -231,23 +323,56 @@ FORWARDED = ("Content-Type", "ETag", "Bustcall-Capabilities", "Idempotency-Repla
 Defect = Callable[[Exchange], object]
 
 
+@dataclass(frozen=True)
+class Hearing:
+    """A defect in what is heard of busts, and maybe in what is answered, as if all were well."""
+
+    hear: Callable[[dict[str, Any]], dict[str, Any]]
+    say: Callable[[Exchange], object] = lambda _: None
+
+    def __call__(self, exchange: Exchange) -> None:
+        self.say(exchange)
+
+
+def deaf_to(*names: str, echoes: bool = False) -> Hearing:
+    """Make a defect that ignores fields of busts; `echoes`: and repeats them all the same."""
+
+    def hear(sent: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in sent.items() if name not in names}
+
+    def say(exchange: Exchange) -> None:
+        if exchange.asks():
+            exchange.say(**{name: exchange.sent[name] for name in names if name in exchange.sent})
+
+    return Hearing(hear, say if echoes else lambda _: None)
+
+
+def hearing(wrong: Callable[[dict[str, Any]], bool], **fields: Any) -> Hearing:
+    """Make a defect that hears other fields in some busts."""
+    return Hearing(lambda sent: {**sent, **fields} if wrong(sent) else sent)
+
+
 @asynccontextmanager
 async def bent(defect: Defect) -> AsyncIterator[str]:
     """Serve what the fake daemon serves, but for a defect."""
-    async with FakeDaemon(capabilities=EVERYTHING[1:]) as fake, aiohttp.ClientSession() as session:
+    async with FakeDaemon(capabilities=EVERYTHING[1:], layers=["fake"]) as fake, aiohttp.ClientSession() as session:
 
         async def forward(request: web.Request) -> web.Response:
             body = await request.read()
             headers = {name: value for name, value in request.headers.items() if name not in {"Host", "Content-Length"}}
-            async with session.request(request.method, fake.url + request.path, data=body, headers=headers) as answer:
-                try:
-                    sent = json.loads(body)
-                except ValueError:
-                    sent = None
+            try:
+                sent = json.loads(body)
+            except ValueError:
+                sent = None
+            if isinstance(defect, Hearing) and request.path == "/api/v1/bust" and isinstance(sent, dict):
+                body = json.dumps(defect.hear(sent)).encode()
+            url = fake.url + request.path_qs
+            async with session.request(request.method, url, data=body, headers=headers) as answer:
                 exchange = Exchange(
                     fake=fake,
                     method=request.method,
                     path=request.path,
+                    query=request.query,
                     sent=sent,
                     key=request.headers.get("Idempotency-Key"),
                     token=request.headers.get("Authorization"),
@@ -454,7 +579,7 @@ def busts_one_dependent(exchange: Exchange) -> None:
     busts_no_dependents(exchange)
     if exchange.is_("POST", "hotswap") and exchange.status == 200:
         exchange.say(busted=1)
-    if exchange.is_("POST", "bust") and exchange.status == 200 and "strategy" not in exchange.sent:
+    if exchange.is_("POST", "bust") and exchange.status == 200 and exchange.sent.get("strategy") != "direct":
         exchange.say(removed=1)
 
 
@@ -504,6 +629,186 @@ def too_large(exchange: Exchange) -> None:
     """Take no body above 8000 bytes."""
     if len(json.dumps(exchange.sent)) > 8000:
         exchange.status = 413
+
+
+def dropping(covers: Callable[[str, str], bool], kind: str, **fields: Any) -> Defect:
+    """Make a defect that removes more in busts of a kind: every entry that `covers` finds by the target."""
+
+    def defect(exchange: Exchange) -> None:
+        if exchange.asks(kind=kind, **fields):
+            space = exchange.fake.space(exchange.sent.get("namespace"))
+            space.drop([key for key in space.entries if covers(exchange.sent["target"], key)])
+
+    return defect
+
+
+def saying(asked: dict[str, Any], **fields: Any) -> Defect:
+    """Make a defect in what is said of some busts."""
+
+    def defect(exchange: Exchange) -> None:
+        if exchange.asks(**asked):
+            exchange.say(**fields)
+
+    return defect
+
+
+def removes_what_it_refused(exchange: Exchange) -> None:
+    """Refuse a bust, and have its effect all the same."""
+    if exchange.is_("POST", "bust") and exchange.status == 422:
+        for namespace in ("default", exchange.sent.get("namespace") or "default"):
+            exchange.fake.space(str(namespace)).entries.clear()
+
+
+def conflicting(exchange: Exchange) -> None:
+    """Refuse busts by another status."""
+    if exchange.is_("POST", "bust") and exchange.status == 422:
+        exchange.status = 409
+
+
+def empties_everything(exchange: Exchange) -> None:
+    """Have a bust of everything in one namespace empty all."""
+    if exchange.asks(kind="all"):
+        for space in exchange.fake._spaces.values():
+            space.entries.clear()
+
+
+def removes_soft(exchange: Exchange) -> None:
+    """Say that it marked, and remove."""
+    if exchange.asks(soft=True):
+        exchange.fake.space(exchange.sent.get("namespace")).entries.pop(exchange.sent["target"], None)
+
+
+def forgets_the_namespace(exchange: Exchange) -> None:
+    """Bust in all other namespaces, too."""
+    if exchange.asks() and "namespace" in exchange.sent:
+        for name, space in exchange.fake._spaces.items():
+            if name != "default":
+                space.drop([exchange.sent["target"]])
+
+
+def forgets_the_default_namespace(exchange: Exchange) -> None:
+    """Bust in the default namespace, too."""
+    if exchange.asks() and "namespace" in exchange.sent:
+        exchange.fake.space().drop([exchange.sent["target"]])
+
+
+def removes_in_a_dry_run(exchange: Exchange) -> None:
+    """Count well, and remove what was counted."""
+    if exchange.asks(dry_run=True):
+        exchange.fake.entries.clear()
+
+
+def counts_what_is_gone(exchange: Exchange) -> None:
+    """Go on telling the number of a dry run from before."""
+    if exchange.asks(dry_run=True) and "kind" not in exchange.sent:
+        exchange.say(matched=2)
+
+
+def fails_in_a_layer(**fields: Any) -> Defect:
+    """Make a defect that tells of another layer."""
+
+    def defect(exchange: Exchange) -> None:
+        if exchange.asks():
+            exchange.say(layers=[*exchange.said["layers"], {"name": "outer", "ok": True, "removed": 0, **fields}])
+
+    return defect
+
+
+def accepts_by_words_alone(exchange: Exchange) -> None:
+    """Say that it is a job, with 200."""
+    if exchange.asks():
+        exchange.say(status="accepted", job="job-1")
+
+
+def keeps_dry_runs(exchange: Exchange) -> None:
+    """Make a job of a dry run."""
+    if exchange.asks(dry_run=True):
+        exchange.status = 202
+        exchange.say(status="accepted", job="job-1")
+
+
+def is_no_job(exchange: Exchange) -> None:
+    """Answer with 202 what is done."""
+    if exchange.asks() and exchange.status == 200:
+        exchange.status = 202
+
+
+def of_jobs(method: str = "GET", **fields: Any) -> Defect:
+    """Make a defect in what is said of single jobs."""
+
+    def defect(exchange: Exchange) -> None:
+        if exchange.method == method and "/jobs/" in exchange.path and exchange.status == 200:
+            exchange.say(**fields)
+
+    return defect
+
+
+def listing(change: Callable[[list[Any]], list[Any]]) -> Defect:
+    """Make a defect in lists of jobs."""
+
+    def defect(exchange: Exchange) -> None:
+        if exchange.is_("GET", "jobs") and exchange.status == 200:
+            exchange.say(jobs=change(exchange.said["jobs"]))
+
+    return defect
+
+
+def deaf_to_the_query(name: str) -> Defect:
+    """Make a defect that lists all jobs, whatever this part of a query says."""
+
+    def defect(exchange: Exchange) -> None:
+        if exchange.is_("GET", "jobs") and name in exchange.query:
+            exchange.say(jobs=[job.model_dump(mode="json", exclude_none=True) for job in exchange.fake.jobs.values()])
+
+    return defect
+
+
+def takes_any_question(exchange: Exchange) -> None:
+    """List no jobs where the question cannot be."""
+    if exchange.is_("GET", "jobs") and exchange.status == 422:
+        exchange.status, exchange.body = 200, b'{"jobs": []}'
+
+
+def has_no_such_route(exchange: Exchange) -> None:
+    """Answer as if the route of jobs were missing."""
+    if exchange.status == 404 and "/jobs/" in exchange.path:
+        exchange.say(type="about:blank")
+
+
+def knows_every_job(exchange: Exchange) -> None:
+    """Cancel jobs that it does not know."""
+    if exchange.status == 404 and exchange.method == "DELETE":
+        exchange.status = 200
+
+
+def cancels_nothing(exchange: Exchange) -> None:
+    """Say of a job that was cancelled that it still runs."""
+    if exchange.method == "DELETE" and exchange.status == 200:
+        exchange.say(state="running")
+
+
+def revives(exchange: Exchange) -> None:
+    """Have a job run again that was cancelled."""
+    if exchange.method == "GET" and "/jobs/" in exchange.path and exchange.said.get("state") == "cancelled":
+        exchange.say(state="waiting")
+
+
+def cancels_what_is_over(exchange: Exchange) -> None:
+    """Cancel also what is done."""
+    if exchange.method == "DELETE" and exchange.status == 200:
+        exchange.say(state="cancelled")
+
+
+def makes_a_job_of_each_repeat(exchange: Exchange) -> None:
+    """Name another job in every answer."""
+    if exchange.status == 202:
+        exchange.say(job=f"job-{len(exchange.fake.requests)}")
+
+
+def remembers_targets_alone(exchange: Exchange) -> None:
+    """Answer from memory whatever comes with a key and the same target."""
+    if exchange.is_("POST", "bust") and exchange.status == 422 and exchange.key is not None:
+        exchange.status, exchange.body = 200, json.dumps({"status": "success", "cache_key": "sha256:"}).encode()
 
 
 DEFECTS: list[tuple[str, Defect, str]] = [
@@ -564,7 +869,7 @@ DEFECTS: list[tuple[str, Defect, str]] = [
             f"{name} is told to be {tier}, and answers no token with HTTP ",
         )
         for name in (*EVERYTHING, "daemon.status", "daemon.capabilities")
-        if name != IDEMPOTENT
+        if name not in {IDEMPOTENT, *OF_BUSTS}
         for tier in ("protected", "private")
     ),
     (ACCESS, wants_any_token, "cache.bust is told to be protected, and answers a wrong token with HTTP 200"),
@@ -573,6 +878,130 @@ DEFECTS: list[tuple[str, Defect, str]] = [
     (ONCE, without("Idempotency-Replayed", 200), "of 8 requests with one key at once, 8 and not 1 were done anew"),
     (SWAPS_ONCE, replays_at_once, "of 8 requests with one key at once, 0 and not 1 were done anew"),
     (SWAPS_ONCE, swaps_nothing, "the current version is 1.0.0, and should be 1.1.0"),
+    (
+        KEY_OF_ANOTHER_KIND,
+        remembers_targets_alone,
+        "of a plain bust with another kind: answered HTTP 200, expected 422",
+    ),
+    (KEY_OF_ANOTHER_KIND, deaf_to("kind"), "with another kind: answered HTTP 200, expected 422"),
+    (KEY_OF_ANOTHER_KIND, deaf_to("soft", echoes=True), "with another soft: answered HTTP 200, expected 422"),
+    (KEY_OF_ANOTHER_KIND, deaf_to("namespace", echoes=True), "with another namespace: answered HTTP 200, expected 422"),
+    (LAYERS, fails_in_a_layer(name="fake"), "it has two layers of one name, or one without a name: fake, fake"),
+    (LAYERS, fails_in_a_layer(name=""), "or one without a name"),
+    (LAYERS, fails_in_a_layer(ok=False, error="away"), "HTTP 200 to a bust that failed in the layer outer"),
+    (LAYERS, fails_in_a_layer(removed=3), "removed is 0, and of its layers together 3"),
+    (REPEATS, deaf_to("kind"), "the answer to a bust by prefix tells kind None, and 'prefix' was asked"),
+    (REPEATS, deaf_to("soft"), "the answer to a soft bust of a key tells soft None, and True was asked"),
+    (REPEATS, deaf_to("dry_run"), "the answer to a dry run of a key tells dry_run None, and True was asked"),
+    (REPEATS, deaf_to("namespace"), "the answer to a bust of a key in a namespace tells namespace None, and"),
+    (REPEATS, saying({}, soft=True), "the answer to a bust of a key tells soft True, and False was asked"),
+    (REPEATS, saying({"kind": "tag"}, kind="prefix"), "a bust by tag tells kind 'prefix', and 'tag' was asked"),
+    (REPEATS, saying({"kind": "tag", "soft": True}, soft=None), "the answer to a soft dry run by tag in a namespace"),
+    (REPEATS, saying({"kind": "all"}, kind=None), "a bust of everything in a namespace tells kind None, and 'all'"),
+    (REPEATS, saying({"dry_run": True}, matched=None), "a dry run of a key tells matched None and removed 0"),
+    (REPEATS, saying({"dry_run": True}, removed=2), "a dry run of a key tells matched 0 and removed 2"),
+    (REPEATS, keeps_dry_runs, "a dry run of a key is accepted as a job, and should be answered at once"),
+    (REPEATS, accepts_by_words_alone, "with HTTP 200, and the answer says that it is accepted"),
+    (REPEATS, is_no_job, "with HTTP 202, and the answer says that it is done"),
+    (
+        CLAIMS,
+        hearing(lambda sent: sent.get("kind") == "no-such-kind", kind="key"),
+        "the kind no-such-kind, which it does",
+    ),
+    (CLAIMS, deaf_to("kind", echoes=True), "did a bust of the kind no-such-kind"),
+    (FIELDS, hearing(lambda sent: sent.get("soft") == "yes", soft=True), "soft 'yes': answered HTTP 200, expected 422"),
+    (FIELDS, hearing(lambda sent: sent.get("dry_run") == 0, dry_run=False), "dry_run '0': answered HTTP 200"),
+    (FIELDS, hearing(lambda sent: sent.get("verify") == 1, verify=True), "verify '1': answered HTTP 200"),
+    (FIELDS, hearing(lambda sent: sent.get("settle") == -1, settle=0), "settle '-1': answered HTTP 200, expected 422"),
+    (FIELDS, hearing(lambda sent: sent.get("settle") == 3601, settle=0), "settle '3601': answered HTTP 200"),
+    (FIELDS, hearing(lambda sent: sent.get("kind") == "", kind="key"), "kind '': answered HTTP 200, expected 422"),
+    (FIELDS, blaming("bust", "target"), "the problem names the field 'target', not 'soft'"),
+    (FIELDS, removes_what_it_refused, "a refused bust removed an entry"),
+    (
+        NO_NAMESPACE,
+        hearing(lambda sent: sent.get("namespace") == "", namespace=None),
+        "namespace '': answered HTTP 200",
+    ),
+    (NO_NAMESPACE, deaf_to("namespace", echoes=True), "namespace '': answered HTTP 200, expected 422"),
+    (NO_NAMESPACE, removes_what_it_refused, "a refused bust removed an entry"),
+    (
+        UNCONFIRMED,
+        hearing(lambda sent: sent.get("kind") == "all" and "confirm" not in sent, confirm=True),
+        "everything is busted without confirm: answered HTTP 200, expected 422",
+    ),
+    (
+        UNCONFIRMED,
+        hearing(lambda sent: sent.get("confirm") is False, confirm=True),
+        "everything is busted with confirm false: answered HTTP 200, expected 422",
+    ),
+    (
+        UNCONFIRMED,
+        hearing(lambda sent: sent.get("kind") == "all" and sent.get("confirm") is True, target="*"),
+        "everything is busted with another target than *: answered HTTP 200, expected 422",
+    ),
+    (UNCONFIRMED, deaf_to("kind"), "everything is busted without confirm: answered HTTP 200, expected 422"),
+    (UNCONFIRMED, conflicting, "answered HTTP 409, expected 422"),
+    (UNCONFIRMED, blaming("bust", "kind"), "busting everything without confirm names the field 'kind'"),
+    (UNCONFIRMED, removes_what_it_refused, "a refused bust of everything removed an entry"),
+    (ALL, empties_everything, "a bust of everything in a namespace reached another namespace"),
+    (ALL, saying({"kind": "all"}, removed=1), "of everything in a namespace of 3 entries tells removed 1, not 3"),
+    (ALL, deaf_to("kind", echoes=True), "of 3 entries tells removed 0, not 3"),
+    (PREFIX, dropping(lambda prefix, key: key.startswith(prefix), "prefix"), "a bust by the prefix a/b reached a/bc"),
+    (PREFIX, dropping(lambda prefix, key: key == prefix[:-1], "prefix"), "a bust by the prefix a/b/ reached a/b"),
+    (PREFIX, deaf_to("kind", echoes=True), "a bust by a prefix of 6 entries tells removed 1, not 6"),
+    (PREFIX, deaf_to("kind"), "the answer to a bust by prefix tells kind None, and 'prefix' was asked"),
+    (TAG, deaf_to("kind", echoes=True), "a bust by a tag of 2 entries tells removed 1, not 2"),
+    (TAG, dropping(lambda tag, key: key == tag, "tag"), "a bust by a tag reached the key that is called so"),
+    (TAG, dropping(lambda _, key: key.endswith("/c"), "tag"), "a bust by a tag reached an entry with another"),
+    (SOFT, removes_soft, "a soft bust removed the entry, which should be stale"),
+    (SOFT, deaf_to("soft", echoes=True), "a soft bust removed the entry, which should be stale"),
+    (SOFT, deaf_to("soft"), "the answer to a soft bust of a key tells soft None, and True was asked"),
+    (SOFT, saying({"soft": True}, removed=0), "a soft bust of one entry tells removed 0, not 1"),
+    (APART, forgets_the_namespace, "a bust in a namespace reached another"),
+    (APART, forgets_the_default_namespace, "a bust in a namespace reached the default one"),
+    (APART, deaf_to("namespace"), "the answer to a bust of a key in a namespace tells namespace None, and"),
+    (DRY_RUN, removes_in_a_dry_run, "a dry run over 2 entries tells matched 0, not 2"),
+    (DRY_RUN, deaf_to("dry_run"), "the answer to a dry run of a key tells dry_run None, and True was asked"),
+    (DRY_RUN, counts_what_is_gone, "a dry run after the bust tells matched 2, not 0"),
+    (DRY_RUN, saying({"kind": "tag", "dry_run": True}, matched=5), "a dry run over 1 entries tells matched 5, not 1"),
+    (
+        DRY_RUN,
+        saying({"kind": "prefix", "dry_run": True}, matched=1),
+        "a dry run over 2 entries tells matched 1, not 2",
+    ),
+    (VERIFIES, deaf_to("verify"), "the answer to a bust of a key with verify does not say verified"),
+    (SETTLES, deaf_to("settle"), "a bust with settle 0.5 is told to settle otherwise (fake 0)"),
+    (
+        SETTLES,
+        hearing(lambda sent: sent.get("settle") == 0, settle=1),
+        "a bust with settle 0 is told to settle otherwise",
+    ),
+    (STANDS, of_jobs(job="another"), "asked for a job, it tells of another"),
+    (STANDS, of_jobs(reason=None), "a job tells reason None, and 'because of conformance-"),
+    (STANDS, of_jobs(binding="unknown"), "a job tells binding 'unknown', and 'conformance' was asked"),
+    (STANDS, of_jobs(target="*"), "a job tells target '*', and 'conformance/"),
+    (STANDS, of_jobs(kind="key"), "a job tells kind 'key', and 'tag' was asked"),
+    (STANDS, of_jobs(soft=False), "a job tells soft False, and True was asked"),
+    (STANDS, of_jobs(strategy="direct"), "a job tells strategy 'direct', and 'hybrid' was asked"),
+    (STANDS, of_jobs(ended=None), "a job that is done does not tell when it ended"),
+    (STANDS, of_jobs(state="failed"), "a job that nobody cancelled is failed"),
+    (STANDS, of_jobs(state="settling"), "a job that is settling tells when it ended"),
+    (STANDS, of_jobs(progress={"done": 3, "total": 2}), "a job has done 3 of 2 entries"),
+    (STANDS, of_jobs(state="asleep"), "state: Input should be"),
+    (LISTS, listing(lambda _: []), "a bust that has a job is not in the list of them"),
+    (LISTS, listing(lambda jobs: jobs[::-1]), "the newest job is not listed first"),
+    (LISTS, listing(lambda jobs: jobs * 2), "with limit=1 it lists 2 jobs"),
+    (LISTS, deaf_to_the_query("before"), "before does not leave out what is not older than that job"),
+    (LISTS, deaf_to_the_query("state"), "with state=cancelled it lists a job that is running"),
+    (QUESTIONS, takes_any_question, "?limit=0: answered HTTP 200, expected 422"),
+    (NO_JOB, has_no_such_route, "GET of a job that is not known is a problem of type about:blank, not urn:bustcall:"),
+    (NO_JOB, knows_every_job, "answered HTTP 200, expected 404"),
+    (CANCELS, cancels_nothing, "a job is running after it was cancelled"),
+    (CANCELS, of_jobs("DELETE", state="done"), "a job that would go on for 60 s is done after it was cancelled"),
+    (CANCELS, revives, "a job that was cancelled is waiting when it is asked for again, or ended again"),
+    (OVER_STAYS, cancels_what_is_over, "a job that was done is cancelled after it was cancelled, or ended again"),
+    (JOB_OF_A_KEY, makes_a_job_of_each_repeat, "the answer to a repeat is another than the first"),
+    (JOB_OF_A_KEY, without("Idempotency-Replayed", 202), "the answer to a repeat has Idempotency-Replayed None"),
     (BUST_DEPENDENTS, answering("POST", "bust", removed=1), "with 2 dependents tells removed 1, not 3"),
     (BUST_DEPENDENTS, answering("POST", "bust", removed=3), "a direct bust of one entry tells removed 3"),
     (BUST_DEPENDENTS, busts_one_dependent, "with 2 dependents tells removed 1, not 3"),
@@ -666,7 +1095,7 @@ async def test_what_may_be_a_cheat_or_a_cache_of_files_is_not_decided() -> None:
     assert {verdict.outcome for verdict in verdicts} == {"skipped"}
     for verdict, told in zip(verdicts, ("removed 0", "busted 0"), strict=True):
         assert told in verdict.detail
-        assert verdict.detail.endswith("and so is a daemon that busts no dependents")
+        assert verdict.detail.endswith("and so is a daemon that busts nothing of it")
 
 
 @asynccontextmanager
@@ -718,6 +1147,167 @@ async def test_requests_at_once_of_which_one_gets_no_answer_are_no_answer() -> N
     assert (verdict.outcome, verdict.answered) == ("failed", False)
 
 
+# Kinds of busts, and jobs
+
+
+async def test_a_second_bust_that_never_comes_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was stored between the two is still there, some time after the second was due."""
+    monkeypatch.setattr(conformance, "_LATE", 1.0)
+    async with bent(deaf_to("settle")) as url:
+        verdict = await judged(BUSTS_AGAIN, url)
+    assert verdict.outcome == "failed"
+    assert verdict.detail == "what was stored before the second bust was due is still there 1 s after it"
+
+
+async def test_a_daemon_too_slow_to_store_anything_before_the_second_bust_is_not_judged_by_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A longer time is tried, up to what a check may take."""
+    monkeypatch.setattr(conformance, "_SETTLE", 1e-9)
+    monkeypatch.setattr(conformance, "_LATE", 3e-9)
+    async with FakeDaemon(capabilities=EVERYTHING[1:]) as fake:
+        verdict = await judged(BUSTS_AGAIN, fake.url)
+        assert len([bust for bust in fake.applied if bust.settle]) == 2
+    assert (verdict.outcome, verdict.detail) == ("skipped", "not decided: two requests take it more than 3e-09 s")
+
+
+async def test_a_job_that_does_not_end_is_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that cannot be reached is like that, and no fault of the daemon's."""
+    monkeypatch.setattr(conformance, "_LATE", 0.05)
+    async with FakeDaemon([Answer.accepted()] * 5, capabilities=EVERYTHING[1:]) as fake:
+        verdict = await judged(VERIFIES, fake.url)
+    assert (verdict.outcome, verdict.detail) == ("skipped", "not decided: a job is still running after 0.05 s")
+
+
+async def test_jobs_of_a_daemon_that_advertises_none_are_a_fault() -> None:
+    """A client could not ask for them, and takes such an answer for none."""
+    without_jobs = set(EVERYTHING) - {JOBS}
+    async with FakeDaemon([Answer.accepted()], capabilities=without_jobs - {"cache.bust"}) as fake:
+        verdict = await judged(VERIFIES, fake.url, without_jobs)
+    assert (verdict.outcome, verdict.detail) == (
+        "failed",
+        "a bust is answered with HTTP 202, which takes cache.bust.jobs",
+    )
+
+
+async def test_a_layer_of_a_job_that_failed_says_why() -> None:
+    """That it failed is no fault; that nobody is told is one."""
+    for error, outcome in (("away", "passed"), (None, "failed")):
+        layers = [LayerReply(name="redis", ok=False, error=error)]
+        async with FakeDaemon([Answer.accepted(layers=layers)], capabilities=[JOBS]) as fake:
+            assert (await judged(LAYERS, fake.url)).outcome == outcome
+
+
+async def test_where_no_job_is_named_nothing_is_said_of_jobs() -> None:
+    """A daemon may do everything at once, and tell jobs of others."""
+
+    def at_once(exchange: Exchange) -> None:
+        if exchange.asks():
+            exchange.status = 200
+            exchange.say(status="success", job=None)
+
+    async with bent(at_once) as url:
+        for name in (STANDS, LISTS, CANCELS, OVER_STAYS, JOB_OF_A_KEY):
+            verdict = await judged(name, url)
+            assert (verdict.outcome, verdict.detail) == (
+                "skipped", "not decided: it names no job in its answers to busts",
+            )  # fmt: skip
+        for name in (QUESTIONS, NO_JOB):
+            assert (await judged(name, url)).outcome == "passed"
+
+
+async def test_jobs_are_asked_for_in_a_strategy_that_the_daemon_knows() -> None:
+    """Hybrid only if it is said to be supported."""
+    for document, advertises in ((True, {"supported_strategies": ["direct", "dimensional"]}), (False, {})):
+        async with FakeDaemon(capabilities=[JOBS], document=document, advertises=advertises) as fake:
+            assert (await judged(LISTS, fake.url)).outcome == "skipped"
+            assert {bust.strategy for bust in fake.requests} == {"dimensional"}
+
+
+async def test_a_job_that_is_not_done_for_long_is_not_judged_by_its_cancelling() -> None:
+    """It may be settling, since nobody can say when that ends."""
+    async with bent(of_jobs(state="settling", ended=None)) as url:
+        verdict = await judged(OVER_STAYS, url)
+    assert (verdict.outcome, verdict.detail) == ("skipped", "not decided: the job is settling")
+
+
+async def test_a_cache_in_which_nothing_is_held_is_judged_by_its_words_alone() -> None:
+    """What it says of its busts is true of an empty one; a wrong number is not."""
+
+    def empty(exchange: Exchange) -> None:
+        if exchange.asks():
+            counts = {name: 0 for name in ("removed", "matched") if name in exchange.said}
+            exchange.say(**counts, layers=[])
+
+    async with bent(empty) as url:
+        for name in (ALL, PREFIX, TAG, SOFT, APART, DRY_RUN, BUSTS_AGAIN):
+            verdict = await judged(name, url)
+            assert (verdict.outcome, verdict.detail.startswith("not decided: ")) == ("skipped", True), verdict
+        for name in (UNCONFIRMED, FIELDS, NO_NAMESPACE):
+            assert (await judged(name, url)).outcome == "passed"
+
+
+async def test_keys_that_a_cache_cannot_hold_are_left_out() -> None:
+    """A prefix is judged by the others."""
+
+    def without(marks: str) -> Defect:
+        def defect(exchange: Exchange) -> None:
+            if exchange.is_("POST", "entries") and any(mark in exchange.sent["key"] for mark in marks):
+                exchange.status = 422
+                exchange.fake.entries.pop(exchange.sent["key"])
+
+        return defect
+
+    async with bent(without("?*")) as url:
+        assert (await judged(PREFIX, url)).outcome == "passed"
+        assert (await judged(TAG, url)).outcome == "passed"
+    async with bent(without("/")) as url:
+        assert (await judged(TAG, url)).detail == "answered HTTP 422, expected 200"
+        assert FORGETS_UNUSED in failed(await check_daemon(url))
+
+
+async def test_without_registrations_the_kinds_are_judged_by_their_answers() -> None:
+    """What is repeated, refused and told of jobs; not what goes."""
+    async with FakeDaemon(capabilities=[*OF_BUSTS, JOBS, IDEMPOTENT], layers=["fake"]) as fake:
+        verdicts = await check_daemon(fake.url)
+    assert failed(verdicts) == {}
+    assert all("cache.register" in named(name).needs for name in (ALL, PREFIX, TAG, SOFT, APART, DRY_RUN, BUSTS_AGAIN))
+    for name in (REPEATS, CLAIMS, FIELDS, NO_NAMESPACE, UNCONFIRMED, VERIFIES, SETTLES, STANDS, JOB_OF_A_KEY):
+        assert name not in skipped(verdicts)
+
+
+@pytest.mark.parametrize("kinds", [["cache.bust.tag"], ["cache.bust.prefix", "cache.bust.soft"]])
+async def test_a_daemon_with_some_kinds_refuses_the_others(kinds: list[str]) -> None:
+    """It knows the field, so that it can; one that takes them for keys does not pass."""
+    async with FakeDaemon(capabilities=kinds) as fake:
+        assert (await judged(CLAIMS, fake.url, kinds)).outcome == "passed"
+        for advertised in (kinds, ["cache.bust.soft"]):
+            assert (await judged(FIELDS, fake.url, advertised)).outcome == "passed"
+    async with FakeDaemon(capabilities=["cache.bust.namespace"]) as fake:
+        verdict = await judged(CLAIMS, fake.url, kinds)
+    assert verdict.outcome == "failed"
+    assert verdict.detail.endswith(", which it does not advertise, for a key; it must refuse it")
+
+
+async def test_a_daemon_that_does_what_it_does_not_advertise_does_not_pass() -> None:
+    """A kind, or a field: clients go by the document."""
+    async with FakeDaemon(capabilities=EVERYTHING[1:]) as fake:
+        verdict = await judged(CLAIMS, fake.url, ["cache.bust", "cache.bust.soft"])
+        assert verdict.detail == "it says that it did a bust of the kind prefix, which it does not advertise"
+        verdict = await judged(CLAIMS, fake.url, set(EVERYTHING) - {"cache.bust.soft"})
+        assert verdict.detail == "it says that it kept to soft, which it does not advertise"
+
+
+async def test_nobody_elses_entries_are_removed_by_a_bust_of_everything() -> None:
+    """It is tried in a namespace of its own, or as a dry run, or not at all."""
+    for kept in ({"cache.bust.namespace", "cache.bust.dry_run"}, {"cache.bust.dry_run"}, set[str]()):
+        capabilities = {"cache.register", "cache.bust.all", *kept}
+        async with FakeDaemon(capabilities=capabilities) as fake:
+            fake.entries["of/others"] = ()
+            assert failed(await check_daemon(fake.url, strict=True)) == {}
+            assert "of/others" in fake.entries
+
+
 # What is left behind
 
 
@@ -745,6 +1335,7 @@ async def test_two_runs_leave_nothing_of_their_own_behind_in_memory() -> None:
             await check_daemon(fake.url, strict=True)
             assert fake.dependencies == {kept.name: kept}
             assert fake.entries == {"conformance/of-others": (kept.name,)}
+            assert {name for name, space in fake._spaces.items() if space.entries} == {"default"}
 
 
 async def test_what_is_public_is_announced_by_nobody_and_forgotten_too() -> None:
@@ -1067,7 +1658,7 @@ async def test_what_cannot_be_asked_is_refused(url: str, token: str | None, sett
 
 def test_every_check_was_seen_to_fail() -> None:
     """Of those that came with the extensions; the others are failed by the daemons above and by the peers' tests."""
-    planted = {name for name, _, _ in DEFECTS} | {CONNECTIONS, STEP, PIECES, HEAD, *OF_KEYS}
-    extensions = {check.name for check in CHECKS if check.needs}
-    assert extensions | set(OF_DOCUMENTS) <= planted
+    planted = {name for name, _, _ in DEFECTS} | {CONNECTIONS, STEP, PIECES, HEAD, BUSTS_AGAIN, *OF_KEYS}
+    extensions = {check.name for check in CHECKS if check.needs or check.any_of}
+    assert extensions | {*OF_DOCUMENTS, LAYERS, CLAIMS} <= planted
     assert len({check.name for check in CHECKS}) == len(CHECKS)

@@ -22,6 +22,10 @@ from tests.conftest import PATIENCE, eventually
 
 KEYED = ("cache.bust.idempotent",)
 EXTENDED = (*KEYED, "cache.register", "cache.dependencies", "semver.resolve", "cache.hotswap", "daemon.negotiate")
+BUSTS = (
+    "cache.register",
+    *(f"cache.bust.{name}" for name in ("all", "dry_run", "jobs", "namespace", "prefix", "soft", "tag", "verify")),
+)
 CAPABILITIES = "/api/v1/capabilities"
 BINDINGS = "/api/v1/bindings/capabilities"
 
@@ -46,9 +50,9 @@ class Caller:
         async with self._session.post(self._url + "/api/v1/" + path, json=document, headers=sent) as response:
             return response.status, await response.json(content_type=None)
 
-    async def get(self, path: str) -> tuple[int, bytes]:
-        """Return the status and the body."""
-        async with self._session.get(self._url + path) as response:
+    async def get(self, path: str, method: str = "GET") -> tuple[int, bytes]:
+        """Return the status and the body; of another method without a body, too."""
+        async with self._session.request(method, self._url + path) as response:
             return response.status, await response.read()
 
 
@@ -292,7 +296,7 @@ async def test_with_idempotency_keys_it_passes_the_conformance_suite() -> None:
 
 async def test_with_every_capability_it_passes_the_conformance_suite() -> None:
     """What it says that it has, it has; and nothing is skipped."""
-    async with FakeDaemon(capabilities=EXTENDED) as fake:
+    async with FakeDaemon(capabilities={*EXTENDED, *BUSTS, "cache.bust.settle"}, layers=["redis", "pages"]) as fake:
         verdicts = await check_daemon(fake.url, strict=True)
     assert {verdict.outcome for verdict in verdicts} == {"passed"}
 
@@ -615,12 +619,6 @@ async def test_requirements_that_cannot_be_read_are_asked_of_nobody(requires: ob
 # Kinds, namespaces, dry runs and jobs
 
 
-BUSTS = (
-    "cache.register",
-    *(f"cache.bust.{name}" for name in ("all", "dry_run", "jobs", "namespace", "prefix", "soft", "tag", "verify")),
-)
-
-
 @asynccontextmanager
 async def stocked(*plan: Answer) -> AsyncIterator[tuple[FakeDaemon, Caller]]:
     """Run a fake daemon that holds some entries, with tags and dependencies, in two namespaces."""
@@ -671,6 +669,81 @@ async def test_a_daemon_that_does_not_know_a_field_ignores_it() -> None:
         status, body, _ = await caller.bust("red", kind="tag", soft=True, namespace="n", dry_run=True, verify=True)
         assert (status, list(fake.entries)) == (200, ["page"])
         assert BustReply.model_validate_json(body).unechoed(fake.requests[0]) == "kind"
+
+
+async def test_a_daemon_that_has_some_kind_refuses_the_others() -> None:
+    """It knows what the field is for."""
+    async with FakeDaemon(capabilities=["cache.bust.tag"]) as fake, calling(fake) as caller:
+        status, body, _ = await caller.bust("a", kind="prefix")
+        assert (status, Problem.model_validate_json(body).field) == (422, "kind")
+        assert (await caller.bust("a", kind="tag"))[0] == 200
+    assert [bust.kind for bust in fake.requests] == ["tag"]
+
+
+@pytest.mark.parametrize("stops", [False, True])
+async def test_a_bust_that_settles_is_done_again(stops: bool) -> None:
+    """What came meanwhile goes, too, unless the daemon is stopped by then; the layer tells when."""
+    settling = FakeDaemon(capabilities=[*BUSTS, "cache.bust.settle"], layers=["redis", "pages"])
+    async with settling as fake, calling(fake) as caller:
+        fake.entries["a"] = ()
+        reply = BustReply.model_validate_json((await caller.bust("a", settle=0.05))[1])
+        assert [(layer.name, layer.removed, layer.settle) for layer in reply.layers] == [
+            ("redis", 1, 0.05), ("pages", 0, 0.05),
+        ]  # fmt: skip
+        fake.entries["a"] = ()
+        if stops:
+            await fake.stop()
+            assert not fake._second
+        else:
+            await eventually(lambda: not fake.entries)
+        assert list(fake.entries) == (["a"] if stops else [])
+        assert len(fake.applied) == 1
+
+
+async def test_of_a_dry_run_the_layer_tells_what_is_matched() -> None:
+    """And of no second bust."""
+    settling = FakeDaemon(capabilities=[*BUSTS, "cache.bust.settle"], layers=["redis"])
+    async with settling as fake, calling(fake) as caller:
+        fake.entries["a"] = ()
+        reply = BustReply.model_validate_json((await caller.bust("a", settle=1, dry_run=True))[1])
+        assert reply.layers == (LayerReply(name="redis", ok=True, removed=1),)
+
+
+async def test_a_hybrid_bust_is_a_job_that_is_done_once_it_was_asked_for() -> None:
+    """Unless it is cancelled before; or planned otherwise, or a dry run."""
+    async with stocked() as (fake, caller):
+        jobs = [BustReply.model_validate_json((await caller.bust("a/b", strategy="hybrid"))[1]).job for _ in range(2)]
+        assert [job.state for job in fake.jobs.values()] == ["running", "running"]
+        assert json.loads((await caller.get(f"/api/v1/jobs/{jobs[0]}"))[1])["state"] == "running"
+        told = json.loads((await caller.get(f"/api/v1/jobs/{jobs[0]}"))[1])
+        assert (told["state"], told["removed"], len(fake.applied)) == ("done", 2, 1)
+        assert json.loads((await caller.get(f"/api/v1/jobs/{jobs[1]}", "DELETE"))[1])["state"] == "cancelled"
+        assert json.loads((await caller.get(f"/api/v1/jobs/{jobs[1]}"))[1])["state"] == "cancelled"
+        assert (await caller.bust("a", strategy="hybrid", dry_run=True))[0] == 200
+        fake.plan.append(Answer())
+        assert (await caller.bust("a", strategy="hybrid"))[0] == 200
+        assert (len(fake.jobs), len(fake.applied)) == (2, 2)
+
+
+async def test_a_key_is_bound_to_what_is_done_and_to_no_dry_run() -> None:
+    """Not to the reason for it; a dry run is answered anew each time."""
+    async with stocked() as (fake, caller):
+        assert (await caller.bust("a", "k", dry_run=True))[::2] == (200, None)
+        assert (await caller.bust("a", "k", reason="one"))[::2] == (200, None)
+        assert (await caller.bust("a", "k", reason="two"))[::2] == (200, "true")
+        assert (await caller.bust("a", "k", soft=True))[0] == 422
+        assert (await caller.bust("a", "k", dry_run=True))[::2] == (200, None)
+        assert len(fake.applied) == 1
+
+
+@pytest.mark.parametrize(
+    ("query", "field"), [("limit=0", "limit"), ("limit=1001", "limit"), ("limit=%C2%B2", "limit"), ("state=x", "state")]
+)
+async def test_a_question_for_jobs_that_cannot_be_is_refused(query: str, field: str) -> None:
+    """By its field."""
+    async with stocked() as (_, caller):
+        status, body = await caller.get(f"/api/v1/jobs?{query}")
+        assert (status, Problem.model_validate_json(body).field) == (422, field)
 
 
 async def test_an_accepted_bust_has_its_effect_when_it_is_finished() -> None:

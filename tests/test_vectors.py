@@ -7,9 +7,10 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from pydantic import ValidationError
 
@@ -31,7 +32,20 @@ from pybustcall.faults import (
     kind_of_status,
     raises,
 )
-from pybustcall.models import BustReply, BustRequest, Problem, bust_request, cache_key_of
+from pybustcall.jobs import BustJob
+from pybustcall.keys import covers, prefixes_of, ranges_of
+from pybustcall.models import (
+    KINDS,
+    BustReply,
+    BustRequest,
+    JobReply,
+    JobState,
+    Problem,
+    bust_request,
+    cache_key_of,
+    explain,
+)
+from pybustcall.needs import needs_of
 from pybustcall.policies import Pool
 from pybustcall.session import SessionManager
 from pybustcall.testing import Answer, FakeDaemon
@@ -46,9 +60,9 @@ FAULTS = json.loads((VECTORS / "faults.json").read_text("utf-8"))
 Entry = dict[str, Any]
 
 
-def entries(name: str) -> list[Any]:
-    """Read one file's entries, each named by its description."""
-    found = json.loads((VECTORS / f"{name}.json").read_text("utf-8"))[name]
+def entries(name: str, part: str = "") -> list[Any]:
+    """Read one list of a file's entries, by default the one called as the file, each named by its description."""
+    found = json.loads((VECTORS / f"{name}.json").read_text("utf-8"))[part or name]
     return [pytest.param(entry, id=entry["description"]) for entry in found]
 
 
@@ -66,6 +80,10 @@ def body_of(entry: Entry) -> bytes:
 REQUESTS = entries("requests")
 REPLIES = entries("replies")
 ERRORS = entries("errors")
+EXTENDED_REQUESTS = entries("requests", "extended")
+EXTENDED_REPLIES = entries("replies", "extended")
+JOBS = entries("replies", "jobs")
+COVERS = json.loads((VECTORS / "requests.json").read_text("utf-8"))["covers"]
 ACCEPTED = [entry for entry in REQUESTS if entry.values[0]["strict"]["accepts"]]
 
 
@@ -77,11 +95,20 @@ async def speaking_to(url: str) -> AsyncIterator[DaemonClient]:
     await sessions.aclose()
 
 
-async def ask(url: str, target: str) -> BustReply:
+async def ask(url: str, target: str, **fields: Any) -> BustReply:
     """Make one attempt."""
     until = asyncio.get_running_loop().time() + PATIENCE
     async with speaking_to(url) as client:
-        return await client.bust(bust_request(target, "direct", 6), until=until, deadline=until)
+        return await client.bust(bust_request(target, "direct", 6, **fields), until=until, deadline=until)
+
+
+@asynccontextmanager
+async def calling() -> AsyncIterator[tuple[TestClient[web.Request, web.Application], Indexes]]:
+    """Serve the reference daemon with a cache in memory; a client of it, and what it holds."""
+    indexes = Indexes()
+    app = create_app(engine_over(MemoryBackend(indexes), indexes), DaemonSettings())
+    async with TestClient(TestServer(app)) as client:
+        yield client, indexes
 
 
 # requests.json
@@ -98,9 +125,7 @@ def test_what_a_daemon_accepts_the_model_reads(entry: Entry) -> None:
 @pytest.mark.parametrize("entry", REQUESTS)
 async def test_the_reference_daemon_is_as_strict_as_the_vectors_say(entry: Entry) -> None:
     """It answers with one of the statuses, the cache key of what it accepts, and the field of what it refuses."""
-    indexes = Indexes()
-    app = create_app(engine_over(MemoryBackend(indexes), indexes), DaemonSettings())
-    async with TestClient(TestServer(app)) as client:
+    async with calling() as (client, _):
         answer = await client.post("/api/v1/bust", data=body_of(entry), headers={"Content-Type": "application/json"})
         said = await answer.read()
     strict = entry["strict"]
@@ -128,6 +153,87 @@ def test_every_combination_of_fields_is_there() -> None:
     assert len(seen) == 8
 
 
+# requests.json: what is beyond the base
+
+
+@pytest.mark.parametrize("entry", EXTENDED_REQUESTS)
+def test_an_entry_of_extended_requests_says_what_it_must(entry: Entry) -> None:
+    """What is accepted is read whole, and what it takes of a daemon is told."""
+    strict = entry["strict"]
+    assert strict["accepts"] is (200 in strict["status"]) is ("reads" in entry) is ("needs" in entry)
+    assert strict["field"] is None or not strict["accepts"]
+
+
+@pytest.mark.parametrize("entry", [it for it in EXTENDED_REQUESTS if it.values[0]["strict"]["accepts"]])
+def test_the_model_reads_the_kinds_of_busts(entry: Entry) -> None:
+    """With every field, what it needs of a daemon, and the key of its target; and what it writes says the same."""
+    read = BustRequest.model_validate_json(body_of(entry))
+    assert read.model_dump(exclude={"binding"}) == entry["reads"]
+    assert needs_of(read) == tuple(entry["needs"])
+    assert cache_key_of(read.target) == entry["cache_key"]
+    assert BustRequest.model_validate_json(read.wire()) == read
+
+
+@pytest.mark.parametrize("entry", [it for it in EXTENDED_REQUESTS if not it.values[0]["strict"]["accepts"]])
+def test_the_client_sends_nothing_that_would_be_refused(entry: Entry) -> None:
+    """Neither the model takes it, nor what makes requests; both name the field at fault, as far as there is one."""
+    with pytest.raises(ValidationError) as caught:
+        BustRequest.model_validate_json(body_of(entry))
+    assert explain(caught.value)[0] in {entry["strict"]["field"], None}
+    said = json.loads(body_of(entry))
+    if "target" in said:
+        with pytest.raises(InvalidRequest):
+            bust_request(said.pop("target"), "direct", 6, **said)
+
+
+@pytest.mark.parametrize("entry", EXTENDED_REQUESTS)
+async def test_the_reference_daemon_does_or_refuses_each_kind(entry: Entry) -> None:
+    """It repeats what it must, and nothing else; of what it refuses it names the field."""
+    async with calling() as (client, _):
+        answer = await client.post("/api/v1/bust", data=body_of(entry), headers={"Content-Type": "application/json"})
+        said = await answer.read()
+    strict = entry["strict"]
+    assert answer.status in strict["status"], said
+    if strict["accepts"]:
+        reply = BustReply.model_validate_json(said)
+        assert reply.cache_key == entry["cache_key"]
+        assert json.loads(said).keys() & {"kind", "namespace", "soft", "dry_run"} == entry["echoes"].keys()
+        assert entry["echoes"].items() <= json.loads(said).items()
+        assert reply.unechoed(BustRequest.model_validate_json(body_of(entry))) == ""
+    elif answer.status == 422:
+        assert Problem.model_validate_json(said).field == strict["field"]
+
+
+def test_every_kind_and_field_is_there_alone_and_refused() -> None:
+    """So that a language that passes knows all of them."""
+    accepted = [it.values[0] for it in EXTENDED_REQUESTS if it.values[0]["strict"]["accepts"]]
+    fields = set(BustRequest.model_fields) - {"target", "strategy", "binding", "fault_tolerance"}
+    assert {entry["reads"]["kind"] for entry in accepted} == set(KINDS)
+    assert {name for entry in accepted for name in json.loads(entry["body"])} >= fields
+    assert {it.values[0]["strict"]["field"] for it in EXTENDED_REQUESTS} == {None, "target", *fields}
+
+
+def test_a_prefix_covers_what_the_vectors_say() -> None:
+    """Whole segments, in every way in which keys can be found by it."""
+    assert len({(entry["prefix"], entry["key"]) for entry in COVERS}) == len(COVERS)
+    for entry in COVERS:
+        prefix, key = entry["prefix"], entry["key"]
+        in_range = any(begin <= key < end for begin, end in ranges_of(prefix))
+        found = {covers(prefix, key), prefix in prefixes_of(key), key == prefix or in_range}
+        assert found == {entry["covers"]}, entry
+
+
+async def test_the_reference_daemon_busts_by_prefix_as_the_vectors_say() -> None:
+    """Each pair, over HTTP."""
+    async with calling() as (client, indexes):
+        for entry in COVERS:
+            indexes.of("default").add(entry["key"])
+            asked = {"target": entry["prefix"], "kind": "prefix", "strategy": "direct"}
+            reply = await (await client.post("/api/v1/bust", json=asked)).json()
+            assert reply["removed"] == int(entry["covers"]), entry
+            indexes.of("default").remove(entry["key"])
+
+
 # replies.json
 
 
@@ -145,6 +251,43 @@ async def test_a_client_reads_a_reply_as_the_vectors_say(entry: Entry) -> None:
     fault = caught.value.fault
     assert (fault.kind, fault.stage, fault.applied) == (FaultKind.MALFORMED, 5, "maybe")
     assert TABLE[fault.kind].next
+
+
+@pytest.mark.parametrize("entry", EXTENDED_REPLIES)
+async def test_a_client_reads_the_reply_to_a_kind_of_bust_as_the_vectors_say(entry: Entry) -> None:
+    """Acknowledged, accepted as a job, or malformed: also where what was asked is not repeated."""
+    answer = Answer(status=entry["status"], body=body_of(entry), headers={"Content-Type": entry["content_type"]})
+    async with FakeDaemon([answer]) as fake:
+        if entry["reads"] in {"acknowledged", "accepted"}:
+            reply = await ask(fake.url, "cdn/main.css", **entry["request"])
+            assert reply.accepted is (entry["reads"] == "accepted")
+            return
+        assert entry["reads"] == "malformed"
+        with pytest.raises(AttemptFailed) as caught:
+            await ask(fake.url, "cdn/main.css", **entry["request"])
+    fault = caught.value.fault
+    assert (fault.kind, fault.stage, fault.applied) == (FaultKind.MALFORMED, 5, "maybe")
+
+
+@pytest.mark.parametrize("entry", JOBS)
+def test_a_job_is_read_as_the_vectors_say(entry: Entry) -> None:
+    """What it tells, with defaults, and whether it is over; or it is none."""
+    if not entry["readable"]:
+        with pytest.raises(ValidationError):
+            JobReply.model_validate_json(body_of(entry))
+        return
+    read = JobReply.model_validate_json(body_of(entry))
+    assert entry["reads"].items() <= read.model_dump(mode="json").items()
+    assert BustJob.of(read, "http://127.0.0.1:1").is_over is entry["over"]
+
+
+def test_every_state_of_a_job_is_there() -> None:
+    """And every field that one must have is left out once."""
+    states = {entry.values[0]["reads"]["state"] for entry in JOBS if entry.values[0]["readable"]}
+    assert states == set(get_args(JobState))
+    required = {name for name, field in JobReply.model_fields.items() if field.is_required()}
+    unreadable = {entry.id for entry in JOBS if not entry.values[0]["readable"]}
+    assert {f"without {name}" for name in required} <= unreadable
 
 
 # errors.json
@@ -240,8 +383,18 @@ def test_a_file_says_what_it_is_and_is_documented(path: Path) -> None:
     assert f"\n## {path.name}\n" in (VECTORS / "README.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize("name", ["requests", "replies", "errors"])
-def test_no_two_entries_are_called_the_same(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("requests", "requests"),
+        ("requests", "extended"),
+        ("replies", "replies"),
+        ("replies", "extended"),
+        ("replies", "jobs"),
+        ("errors", "errors"),
+    ],
+)
+def test_no_two_entries_are_called_the_same(name: str, part: str) -> None:
     """So that a mismatch, in any language, can be found by its description."""
-    names = [param.id for param in entries(name)]
+    names = [param.id for param in entries(name, part)]
     assert len(names) == len(set(names))

@@ -33,27 +33,35 @@ from pybustcall.capabilities import (
     digest_of,
 )
 from pybustcall.errors import ConfigurationError, InvalidVersion
+from pybustcall.keys import SEPARATORS
 from pybustcall.models import (
     BINDING,
+    EVERYTHING,
+    KINDS,
     MAX_TARGET_BYTES,
+    OVER,
     BindingCapabilities,
     BustReply,
+    BustRequest,
     CapabilityDocument,
     DependenciesReply,
     DependencyReply,
     ForgetReply,
     HotSwapReply,
+    JobReply,
+    JobsReply,
     Problem,
     ResolveReply,
     StatusReply,
     cache_key_of,
     explain,
 )
+from pybustcall.needs import phrase_of
 from pybustcall.semverx import SemverX
 from pybustcall.topology import DaemonAddress
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
 __all__ = ["CHECKS", "Check", "Verdict", "check_daemon"]
@@ -67,6 +75,7 @@ _DEPENDENCIES: Final = "/api/v1/dependencies"
 _FORGET: Final = "/api/v1/dependencies/forget"
 _ENTRIES: Final = "/api/v1/entries"
 _HOTSWAP: Final = "/api/v1/hotswap"
+_JOBS: Final = "/api/v1/jobs"
 _RESOLVE: Final = "/api/v1/resolve"
 _STATUS: Final = "/api/v1/status"
 _TARGET: Final = "conformance/naïve key.css"
@@ -79,10 +88,16 @@ _KNOWS: Final = ("cache.dependencies",)
 _RESOLVES: Final = ("cache.dependencies", "semver.resolve")
 _SWAPS: Final = ("cache.dependencies", "cache.hotswap")
 _REGISTERS: Final = ("cache.register",)
+_NO_SUCH_JOB: Final = "urn:bustcall:problem:no-such-job"
+_NO_JOB: Final = "not decided: it names no job in its answers to busts"
 _MISSING: Final = (404, 405, 501)  # the answers where there is no such route or method
+_REFUSED: Final = (400, 403, 422)  # the answers to a bust that a daemon does not do
+_ACCEPTED: Final = 202
 _PAUSE: Final = 0.02  # seconds between two pieces of a body, so that they arrive one by one
 _CROWD: Final = 8  # requests at once
 _ROUNDS: Final = 3  # of them, since who acts on what may have changed meanwhile is lucky at times
+_SETTLE: Final = 0.1  # seconds until a second bust, at first: it must not come before a registration
+_LATE: Final = 5.0  # seconds after which a job, or a second bust, is taken as never coming
 _PATIENCE: Final = 3  # checks in a row without an answer, after which nothing more is asked
 
 
@@ -112,16 +127,20 @@ class _Probe:
 
     Each request has a connection of its own, or, of a probe that is `alone`, all have the same one if the daemon keeps
     it. `connections` tells how many were made, `closings` how many the daemon said that it closes. `names` were made up
-    to be announced, `entries` were registered.
+    to be announced, `entries` were registered, each in its namespace; `namespaces` are two of its own.
+
+    `advertised` is what the daemon says that it can do.
     """
 
     def __init__(
         self, address: DaemonAddress, headers: Mapping[str, str], timeout: float, *, alone: bool = False
     ) -> None:
+        self.advertised: frozenset[str] = frozenset()
         self.connections = 0
         self.closings = 0
         self.names: set[str] = set()
-        self.entries: set[str] = set()
+        self.entries: set[tuple[str, str | None]] = set()
+        self.namespaces = (f"conformance-{secrets.token_hex(8)}", f"conformance-{secrets.token_hex(8)}")
         self._address = address
         self._headers = {
             "Bustcall-Binding": BINDING,
@@ -153,16 +172,27 @@ class _Probe:
     async def _count(self, *_: object) -> None:
         self.connections += 1
 
+    def advertises(self, *names: str) -> bool:
+        """Tell whether the daemon says that it can do all of these."""
+        return self.advertised.issuperset(names)
+
+    def offers(self, field_name: str) -> bool:
+        """Tell whether the daemon says that it knows this kind, or this field, of a bust."""
+        return self.advertises(_of(field_name))
+
     def alone(self) -> _Probe:
         """Make a probe that keeps to one connection."""
-        return _Probe(self._address, self._headers, self._timeout, alone=True)
+        return self._like(_Probe(self._address, self._headers, self._timeout, alone=True))
+
+    def _like(self, other: _Probe) -> _Probe:
+        other.advertised = self.advertised
+        return other
 
     def stranger(self, token: str | None) -> _Probe:
         """Make a probe that has another token, or none."""
         headers = {name: value for name, value in self._headers.items() if name != "Authorization"}
-        return _Probe(
-            self._address, {**headers, **({} if token is None else {"Authorization": f"Bearer {token}"})}, self._timeout
-        )
+        headers |= {} if token is None else {"Authorization": f"Bearer {token}"}
+        return self._like(_Probe(self._address, headers, self._timeout))
 
     def new_name(self) -> str:
         """Make up a dependency's name."""
@@ -200,6 +230,8 @@ class _Probe:
             modern = response.version is not None and response.version >= aiohttp.HttpVersion11
             closes = "close" in said or not (modern or "keep-alive" in said)
             self.closings += closes
+            if path == _BUST and response.status == _ACCEPTED and not self.offers("jobs"):
+                raise _Unmet(f"a bust is answered with HTTP 202, which takes {_of('jobs')}")
             return _Answer(response.status, response.content_type, bytes(read), response.headers, closes)
 
     async def send_raw(self, method: str, path: str) -> bytes:
@@ -250,6 +282,15 @@ class _Probe:
         return await self.post(_BUST, fields, key)
 
 
+def _of(field_name: str) -> str:
+    """Tell the capability that a kind, or a field, of a bust takes."""
+    return f"cache.bust.{field_name}"
+
+
+def _of_all(*field_names: str) -> tuple[str, ...]:
+    return tuple(map(_of, field_names))
+
+
 async def _in_pieces(pieces: Sequence[bytes]) -> AsyncIterator[bytes]:
     for number, piece in enumerate(pieces):
         if number:
@@ -265,16 +306,16 @@ async def _busts(probe: _Probe) -> None:
 
 
 async def _busts_with_defaults(probe: _Probe) -> None:
-    _expect(await probe.bust(target=_TARGET), 200)
+    _expect_success(await probe.bust(target=_TARGET))
 
 
 async def _ignores_unknown_fields(probe: _Probe) -> None:
-    _expect(await probe.bust(target=_TARGET, colour="green"), 200)
+    _expect_success(await probe.bust(target=_TARGET, colour="green"))
 
 
-async def _busts_again(probe: _Probe) -> None:
+async def _busts_the_same_again(probe: _Probe) -> None:
     for _ in range(2):
-        _expect(await probe.bust(target=_TARGET), 200)
+        _expect_success(await probe.bust(target=_TARGET))
 
 
 async def _busts_in_any_script(probe: _Probe) -> None:
@@ -288,8 +329,9 @@ async def _reads_the_longest_target(probe: _Probe) -> None:
     rest = MAX_TARGET_BYTES - len(beginning)
     for target in (beginning + "x" * rest, beginning + "é" * (rest // 2)):
         answer = await probe.bust(target=target, strategy="direct")
-        _expect(answer, 200, 422)  # a cache of files has no such name, and may say so
-        if answer.status == 200:
+        if answer.status != _ACCEPTED:
+            _expect(answer, 200, 422)
+        if answer.status != 422:  # a cache of files has no such name, and may say so
             _expect_bust(answer, target)
 
 
@@ -507,6 +549,8 @@ def _harmless(probe: _Probe) -> Iterator[tuple[str, str, str, bytes | None]]:
     )
     for capability, path, document in posts:
         yield capability, "POST", path, json.dumps(document).encode()
+    yield "cache.bust.jobs", "GET", f"{_JOBS}?limit=1", None
+    yield "cache.bust.jobs", "DELETE", f"{_JOBS}/{_new_key()}", None  # which nobody has
     yield "daemon.negotiate", "POST", _CAPABILITIES, advertisement_bytes()
     yield "cache.dependencies", "GET", _DEPENDENCIES, None
     yield "daemon.status", "GET", _STATUS, None
@@ -543,7 +587,7 @@ async def _applies_once_what_comes_at_once(probe: _Probe) -> None:
 
 async def _refuses_a_key_of_another_request(probe: _Probe) -> None:
     key = _new_key()
-    _expect(await probe.bust_once(key, target=_TARGET, strategy="direct"), 200)
+    _expect_success(await probe.bust_once(key, target=_TARGET, strategy="direct"))
     for fields in ({"target": f"{_TARGET}.map", "strategy": "direct"}, {"target": _TARGET, "strategy": "dimensional"}):
         answer = await probe.bust_once(key, **fields)
         _expect_problem(answer, 422, _KEY)
@@ -559,17 +603,461 @@ async def _remembers_no_refusal(probe: _Probe) -> None:
     for refused in ({"target": ""}, {"target": _TARGET, "strategy": "no-such-strategy"}):
         key = _new_key()
         first = await probe.bust_once(key, **refused)
-        if first.status == 200:  # a daemon may take any strategy
+        if first.status in {200, _ACCEPTED}:  # a daemon may take any strategy
             continue
         _expect(first, 400, 422)
         answer = await probe.bust_once(key, target=_TARGET)
-        _expect(answer, 200)
+        _expect_success(answer)
         if _REPLAYED in answer.headers:
             raise _Unmet(f"the first success of a key has {_REPLAYED}")
 
 
 def _new_key() -> str:
     return f"conformance-{secrets.token_hex(16)}"
+
+
+# Kinds of busts, and how
+
+
+async def _repeats_what_was_asked(probe: _Probe) -> None:
+    target = probe.new_target()
+    _expect_told(await probe.bust(target=target, strategy="direct"), target)
+    for fields in await _askable(probe):
+        named = EVERYTHING if fields.get("kind") == "all" else target
+        _expect_told(await probe.bust(target=named, strategy="direct", **fields), named, **fields)
+
+
+async def _askable(probe: _Probe) -> list[dict[str, object]]:
+    """Tell what can be asked of this daemon that it must repeat: each field, and all together; nothing that is wide."""
+    kinds: list[dict[str, object]] = [{"kind": kind} for kind in ("prefix", "tag") if probe.offers(kind)]
+    others: list[dict[str, object]] = [{name: True} for name in ("soft", "dry_run") if probe.offers(name)]
+    if probe.offers("namespace") and (own := await _namespaces(probe)):
+        others.append({"namespace": own[0]})
+    together = {name: value for fields in (*kinds, *others) for name, value in fields.items()}
+    if probe.offers("all") and (apart := await _apart(probe)):
+        kinds.append({"kind": "all", "confirm": True, **apart})
+    return [*kinds, *others, together]
+
+
+async def _claims_nothing_else(probe: _Probe) -> None:
+    """Ask for what is not advertised. A daemon of the base ignores a field, and a client sees it by the answer."""
+    knows_kinds = any(probe.offers(kind) for kind in KINDS)
+    ignored = False
+    for kind in (*(kind for kind in KINDS if kind != "key" and not probe.offers(kind)), "no-such-kind"):
+        target = probe.new_target()
+        answer = await probe.bust(target=target, strategy="direct", kind=kind, confirm=True)
+        if answer.status in _REFUSED:
+            continue
+        if _expect_bust(answer, target).kind not in {None, "key"}:
+            raise _Unmet(f"it says that it did a bust of the kind {kind}, which it does not advertise")
+        if knows_kinds:
+            raise _Unmet(f"it takes the kind {kind}, which it does not advertise, for a key; it must refuse it")
+        ignored = True
+    for name, value in (("soft", True), ("dry_run", True), ("namespace", "conformance")):
+        if not probe.offers(name):
+            target = probe.new_target()
+            answer = await probe.bust(target=target, strategy="direct", **{name: value})
+            if answer.status not in _REFUSED and getattr(_expect_bust(answer, target), name):
+                raise _Unmet(f"it says that it kept to {name}, which it does not advertise")
+    if ignored:
+        raise _Skipped("it knows no kinds: it ignores the field and does not repeat it, which clients take for a fault")
+
+
+async def _refuses_what_fields_cannot_be(probe: _Probe) -> None:
+    wrong: dict[str, tuple[object, ...]] = {
+        "soft": ("yes", 1),
+        "dry_run": ("yes", 0),
+        "verify": ("yes", 1),
+        "settle": (-1, 3601, "soon", True),
+    }
+    values = {name: given for name, given in wrong.items() if probe.offers(name)}
+    if any(probe.offers(kind) for kind in KINDS):
+        values["kind"] = ("", "no-such-kind", 7)
+    await _refuses_each(probe, values)
+
+
+async def _refuses_what_is_no_namespace(probe: _Probe) -> None:
+    await _refuses_each(probe, {"namespace": ("", " ", "two words", ".hidden", "a/b", "é", "x" * 65, 7)})
+
+
+async def _refuses_each(probe: _Probe, values: Mapping[str, Sequence[object]]) -> None:
+    """Expect that a bust is refused with each of these values, by the name of its field, and has no effect."""
+    key = probe.new_target()
+    held = await _holds_again(probe, key)
+    for name, given in values.items():
+        for value in given:
+            try:
+                _expect_problem(await probe.bust(target=key, strategy="direct", **{name: value}), 422, name)
+            except _Unmet as unmet:
+                raise _Unmet(f"{name} {str(value)[:20]!r}: {unmet}") from unmet
+    await _expect_held(probe, key, held, "a refused bust removed an entry")
+
+
+async def _refuses_everything_unconfirmed(probe: _Probe) -> None:
+    apart = await _apart(probe) or {}
+    where = {name: value for name, value in apart.items() if name == "namespace"}
+    key = probe.new_target()
+    held = await _holds_again(probe, key, **where)
+    for how, fields in (
+        ("without confirm", {"target": EVERYTHING}),
+        ("with confirm false", {"target": EVERYTHING, "confirm": False}),
+        ("with confirm 1", {"target": EVERYTHING, "confirm": 1}),
+        (f"with another target than {EVERYTHING}", {"target": key, "confirm": True}),
+    ):
+        answer = await probe.bust(strategy="direct", kind="all", **fields, **apart)
+        if answer.status in {200, _ACCEPTED}:
+            raise _Unmet(f"everything is busted {how}: answered HTTP {answer.status}, expected 422")
+        _expect(answer, 422)
+        field_name = _read(Problem, answer).field
+        if field_name not in {None, "confirm", "target"}:
+            raise _Unmet(f"the problem of busting everything {how} names the field {field_name!r}")
+    await _expect_held(probe, key, held, "a refused bust of everything removed an entry", **where)
+
+
+async def _busts_everything(probe: _Probe) -> None:
+    own, other = await _expect_namespaces(probe)
+    key = probe.new_target()
+    held = await _holds(probe, key, namespace=own)
+    for namespace, entries in ((own, ("", "/b", "c")), (other, ("",)), (None, ("",))):
+        for entry in entries:
+            await _register(probe, key + entry, namespace=namespace)
+    reply = await _busted(probe, EVERYTHING, kind="all", confirm=True, namespace=own)
+    _expect_count("a bust of everything in a namespace of 3 entries", "removed", reply.removed, 3, held=held)
+    for namespace in (other, None):
+        whose = "another namespace" if namespace else "the default namespace"
+        await _expect_held(
+            probe, key, held, f"a bust of everything in a namespace reached {whose}", namespace=namespace
+        )
+
+
+async def _busts_by_prefix(probe: _Probe) -> None:
+    key = probe.new_target()
+    held = await _holds(probe, key)
+    below = (key, *(f"{key}{mark}c" for mark in SEPARATORS), f"{key}/c/d")
+    beside = (f"{key}c", f"{key}c/d", f"{key}.c", f"{key}*")
+    entries = [entry for entry in (*below, *beside) if await _registers(probe, entry)]
+    covered = sum(entry in below for entry in entries)
+    reply = await _busted(probe, key, kind="prefix")
+    _expect_count(f"a bust by a prefix of {covered} entries", "removed", reply.removed, covered, held=held)
+    for entry in beside:
+        if entry in entries:
+            why = f"a bust by the prefix a/b reached a/b{entry.removeprefix(key)}, which does not lie below it"
+            await _expect_held(probe, entry, held, why)
+    for entry in (key, f"{key}/c"):
+        await _register(probe, entry)
+    reply = await _busted(probe, f"{key}/", kind="prefix")
+    _expect_count("a bust by a prefix that ends with /, of one entry", "removed", reply.removed, 1, held=held)
+    await _expect_held(probe, key, held, "a bust by the prefix a/b/ reached a/b")
+
+
+async def _busts_by_tag(probe: _Probe) -> None:
+    key = probe.new_target()
+    tag, other = f"{key}/tag", f"{key}/tag/other"
+    held = await _holds(probe, key)
+    for entry, tags in ((f"{key}/a", (tag, other)), (f"{key}/b", (tag,)), (f"{key}/c", (other,)), (tag, ())):
+        await _register(probe, entry, tags=tags)
+    reply = await _busted(probe, tag, kind="tag")
+    _expect_count("a bust by a tag of 2 entries", "removed", reply.removed, 2, held=held)
+    await _expect_held(probe, f"{key}/c", held, "a bust by a tag reached an entry with another")
+    await _expect_held(probe, tag, held, "a bust by a tag reached the key that is called so")
+
+
+async def _marks_as_stale(probe: _Probe) -> None:
+    key = probe.new_target()
+    held = await _holds(probe, key)
+    await _register(probe, key)
+    reply = await _busted(probe, key, soft=True)
+    _expect_count("a soft bust of one entry", "removed", reply.removed, 1, held=held)
+    await _expect_held(probe, key, held, "a soft bust removed the entry, which should be stale")
+
+
+async def _keeps_namespaces_apart(probe: _Probe) -> None:
+    own, other = await _expect_namespaces(probe)
+    key = probe.new_target()
+    held = await _holds(probe, key, namespace=own)
+    for namespace in (own, other, None):
+        await _register(probe, key, namespace=namespace)
+    reply = await _busted(probe, key, namespace=own)
+    _expect_count("a bust in a namespace with one such entry", "removed", reply.removed, 1, held=held)
+    await _expect_held(probe, key, held, "a bust in a namespace reached another", namespace=other)
+    await _expect_held(probe, key, held, "a bust in a namespace reached the default one")
+
+
+async def _removes_nothing_in_a_dry_run(probe: _Probe) -> None:
+    key = probe.new_target()
+    tag = f"{key}/tag"
+    held = await _holds(probe, key)
+    asked: list[tuple[str, dict[str, object], int]] = [(key, {"strategy": "dimensional"}, 2)]
+    asked += [(key, {"kind": "prefix"}, 2)] if probe.offers("prefix") else []
+    asked += [(tag, {"kind": "tag"}, 1)] if probe.offers("tag") else []
+    for target, fields, count in asked:
+        await _register(probe, key)
+        await _register(probe, f"{key}/page", key, tags=[tag])
+        for _ in range(2):
+            told = (await _busted(probe, target, **fields, dry_run=True)).matched
+            _expect_count(f"a dry run over {count} entries", "matched", told, count, held=held)
+        removed = (await _busted(probe, target, **fields)).removed
+        _expect_count(f"the bust after a dry run over {count} entries", "removed", removed, count, held=held)
+        told = (await _busted(probe, target, **fields, dry_run=True)).matched
+        _expect_count("a dry run after the bust", "matched", told, 0, held=held)
+
+
+async def _verifies(probe: _Probe) -> None:
+    key = probe.new_target()
+    if probe.advertises(*_REGISTERS):
+        await _register(probe, key)
+    await _busted(probe, key, verify=True)
+
+
+async def _tells_when_it_settles(probe: _Probe) -> None:
+    for seconds in (0, 0.5):
+        target = probe.new_target()
+        answer = await probe.bust(target=target, strategy="direct", settle=seconds)
+        reply = _expect_told(answer, target, settle=seconds)
+        if reply.accepted or not reply.layers:
+            raise _Skipped("it tells nothing of its layers")
+        told = {layer.settle or 0 for layer in reply.layers}
+        if seconds not in told or (seconds == 0 and len(told) > 1):
+            found = ", ".join(f"{layer.name} {layer.settle or 0:g}" for layer in reply.layers)
+            raise _Unmet(f"a bust with settle {seconds:g} is told to settle otherwise ({found})")
+
+
+async def _busts_again(probe: _Probe) -> None:
+    held = await _holds(probe, probe.new_target())
+    if not held:
+        raise _Skipped("not decided: the cache does not hold what is only registered")
+    clock = asyncio.get_running_loop().time
+    wait = _SETTLE
+    while True:
+        key, begun = probe.new_target(), clock()
+        await _busted(probe, key, settle=wait)
+        await _register(probe, key)
+        if clock() - begun < wait:  # so that it was stored before the second bust
+            break
+        wait *= 2
+        if wait > _LATE:
+            raise _Skipped(f"not decided: two requests take it more than {_LATE:g} s")
+    while (await _busted(probe, key, dry_run=True)).matched:
+        if clock() - begun > wait + _LATE:
+            raise _Unmet(f"what was stored before the second bust was due is still there {_LATE:g} s after it")
+        await asyncio.sleep(_PAUSE)
+
+
+async def _tells_its_layers(probe: _Probe) -> None:
+    target = probe.new_target()
+    reply = _expect_bust(await probe.bust(target=target, strategy="direct"), target)
+    if not reply.layers:
+        raise _Skipped("it tells nothing of its layers")
+    names = [layer.name for layer in reply.layers]
+    if len(set(names)) < len(names) or "" in names:
+        raise _Unmet(f"it has two layers of one name, or one without a name: {', '.join(names)}")
+    failed = [layer for layer in reply.layers if not layer.ok]
+    if failed and not reply.accepted:
+        raise _Unmet(f"it answers HTTP 200 to a bust that failed in the layer {failed[0].name}")
+    if any(not layer.error for layer in failed):
+        raise _Unmet("a layer failed, and does not say why in error")
+    total = sum(layer.removed for layer in reply.layers)
+    if reply.removed is not None and reply.removed != total:
+        raise _Unmet(f"removed is {reply.removed}, and of its layers together {total}")
+
+
+async def _refuses_a_key_of_another_kind(probe: _Probe) -> None:
+    key, target = _new_key(), probe.new_target()
+    _expect_success(await probe.bust_once(key, target=target, strategy="direct"))
+    asked: list[dict[str, object]] = [{"kind": kind} for kind in ("prefix", "tag") if probe.offers(kind)]
+    asked += [{"soft": True}] if probe.offers("soft") else []
+    asked += [{"namespace": name} for name in (await _namespaces(probe))[:1]] if probe.offers("namespace") else []
+    for fields in asked:
+        try:
+            _expect_problem(await probe.bust_once(key, target=target, strategy="direct", **fields), 422, _KEY)
+        except _Unmet as unmet:
+            raise _Unmet(f"the key of a plain bust with another {next(iter(fields))}: {unmet}") from unmet
+
+
+async def _holds_again(probe: _Probe, key: str, **where: Any) -> bool:
+    """Register an entry, if that is possible; tell whether the cache holds it, as far as it tells."""
+    if not probe.advertises(*_REGISTERS):
+        return False
+    held = await _holds(probe, key, **where)
+    await _register(probe, key, **where)
+    return held
+
+
+async def _expect_held(probe: _Probe, key: str, held: bool, why: str, **where: Any) -> None:
+    """Expect that an entry is still there, if the cache holds such; it goes now."""
+    if held and await _removed(probe, key, **where) != 1:
+        raise _Unmet(why)
+
+
+async def _namespaces(probe: _Probe) -> tuple[str, ...]:
+    """Tell the two namespaces of this run; none if the daemon serves only those that it was told."""
+    target = probe.new_target()
+    answer = await probe.bust(target=target, strategy="direct", namespace=probe.namespaces[0])
+    if answer.status == 422 and _read(Problem, answer).field == "namespace":
+        return ()
+    _expect_told(answer, target, namespace=probe.namespaces[0])
+    return probe.namespaces
+
+
+async def _expect_namespaces(probe: _Probe) -> tuple[str, str]:
+    if not await _namespaces(probe):
+        raise _Skipped("it serves no namespaces but its own")
+    return probe.namespaces
+
+
+async def _apart(probe: _Probe) -> dict[str, object] | None:
+    """Tell fields with which a bust of everything removes nothing of anybody else's; None if there are none."""
+    if probe.offers("namespace") and (own := await _namespaces(probe)):
+        return {"namespace": own[0]}
+    return {"dry_run": True} if probe.offers("dry_run") else None
+
+
+# Jobs
+
+
+async def _tells_how_a_bust_stands(probe: _Probe) -> None:
+    more: dict[str, object] = {"kind": "tag"} if probe.offers("tag") else {}
+    more |= {"soft": True} if probe.offers("soft") else {}
+    for fields in ({}, more):
+        target, asked = probe.new_target(), {"binding": "conformance", "reason": f"because of {_new_key()}", **fields}
+        reply, strategy = await _with_job(probe, target, **asked)
+        job = await _job(probe, reply.job)
+        told = {"target": target, "kind": "key", "soft": False, **asked, "strategy": strategy}
+        for name, value in told.items():
+            if (found := getattr(job, name)) != value:
+                raise _Unmet(f"a job tells {name} {found!r}, and {value!r} was asked")
+        await _followed(probe, reply)
+        job = await _job(probe, reply.job)
+        if (job.ended is not None) != (job.state in OVER):
+            raise _Unmet(f"a job that is {job.state} {'tells' if job.ended else 'does not tell'} when it ended")
+        if job.progress.total is not None and job.progress.done > job.progress.total:
+            raise _Unmet(f"a job has done {job.progress.done} of {job.progress.total} entries")
+
+
+async def _lists_jobs(probe: _Probe) -> None:
+    older, _ = await _with_job(probe, probe.new_target())
+    newer, _ = await _with_job(probe, probe.new_target())
+    names = [job.job for job in (await _jobs(probe, "limit=1000"))]
+    if older.job not in names or newer.job not in names:
+        raise _Unmet("a bust that has a job is not in the list of them")
+    if names.index(newer.job) > names.index(older.job):
+        raise _Unmet("the newest job is not listed first")
+    if (count := len(await _jobs(probe, "limit=1"))) != 1:
+        raise _Unmet(f"with limit=1 it lists {count} jobs")
+    names = [job.job for job in (await _jobs(probe, f"limit=1000&before={newer.job}"))]
+    if older.job not in names or newer.job in names:
+        raise _Unmet("before does not leave out what is not older than that job")
+    for job in await _jobs(probe, "limit=1000&state=cancelled"):
+        if job.state != "cancelled":
+            raise _Unmet(f"with state=cancelled it lists a job that is {job.state}")
+
+
+async def _refuses_what_is_no_question(probe: _Probe) -> None:
+    for name, query in (
+        ("limit", "limit=0"),
+        ("limit", "limit=1001"),
+        ("limit", "limit=all"),
+        ("state", "state=over"),
+    ):
+        try:
+            _expect_problem(await probe.send("GET", f"{_JOBS}?{query}"), 422, name)
+        except _Unmet as unmet:
+            raise _Unmet(f"?{query}: {unmet}") from unmet
+
+
+async def _knows_no_other_job(probe: _Probe) -> None:
+    for method in ("GET", "DELETE"):
+        answer = await probe.send(method, f"{_JOBS}/{_new_key()}")
+        _expect(answer, 404)
+        if (kind := _read(Problem, answer).type) != _NO_SUCH_JOB:
+            raise _Unmet(f"{method} of a job that is not known is a problem of type {kind}, not {_NO_SUCH_JOB}")
+
+
+async def _cancels(probe: _Probe) -> None:
+    more: dict[str, object] = {"settle": 60} if probe.offers("settle") else {}  # so that it is not over at once
+    reply, _ = await _with_job(probe, probe.new_target(), **more)
+    first = await _cancelled(probe, reply.job)
+    if first.state not in OVER:
+        raise _Unmet(f"a job is {first.state} after it was cancelled")
+    if more and first.state != "cancelled":
+        raise _Unmet(f"a job that would go on for 60 s is {first.state} after it was cancelled")
+    for again in (await _cancelled(probe, reply.job), await _job(probe, reply.job)):
+        if (again.state, again.ended) != (first.state, first.ended):
+            raise _Unmet(f"a job that was {first.state} is {again.state} when it is asked for again, or ended again")
+
+
+async def _leaves_what_is_over(probe: _Probe) -> None:
+    more: dict[str, object] = {"settle": 0} if probe.offers("settle") else {}
+    reply, _ = await _with_job(probe, probe.new_target(), **more)
+    await _followed(probe, reply)
+    before = await _job(probe, reply.job)
+    if before.state != "done":
+        raise _Skipped(f"not decided: the job is {before.state}")
+    after = await _cancelled(probe, reply.job)
+    if (after.state, after.ended) != (before.state, before.ended):
+        raise _Unmet(f"a job that was done is {after.state} after it was cancelled, or ended again")
+
+
+async def _keeps_the_job_of_a_key(probe: _Probe) -> None:
+    key, target = _new_key(), probe.new_target()
+    strategy = await _widest(probe)
+    first = await probe.bust_once(key, target=target, strategy=strategy)
+    reply = _expect_bust(first, target)
+    if reply.job is None:
+        raise _Skipped(_NO_JOB)
+    for _ in range(2):
+        _expect_replay(first, await probe.bust_once(key, target=target, strategy=strategy))
+        await _followed(probe, reply)
+
+
+async def _with_job(probe: _Probe, target: str, **fields: object) -> tuple[BustReply, str]:
+    """Bust something so that it may become a job; return the answer, which names it, and with which strategy."""
+    strategy = await _widest(probe)
+    reply = _expect_told(await probe.bust(target=target, strategy=strategy, **fields), target, **fields)
+    if reply.job is None:
+        raise _Skipped(_NO_JOB)
+    return reply, strategy
+
+
+async def _widest(probe: _Probe) -> str:
+    """Tell the strategy of which a part may be left for later, if the daemon knows it."""
+    answer = await probe.send("GET", _CAPABILITIES)
+    document = _read(CapabilityDocument, answer) if answer.status == 200 else None
+    return "hybrid" if document is not None and "hybrid" in document.supported_strategies else "dimensional"
+
+
+async def _job(probe: _Probe, job: str | None) -> JobReply:
+    return _expect_job(await probe.send("GET", f"{_JOBS}/{job}"), job)
+
+
+async def _cancelled(probe: _Probe, job: str | None) -> JobReply:
+    return _expect_job(await probe.send("DELETE", f"{_JOBS}/{job}"), job)
+
+
+async def _jobs(probe: _Probe, query: str) -> tuple[JobReply, ...]:
+    answer = await probe.send("GET", f"{_JOBS}?{query}")
+    _expect(answer, 200)
+    return _read(JobsReply, answer).jobs
+
+
+async def _followed(probe: _Probe, reply: BustReply) -> BustReply:
+    """Wait until a bust that is a job is applied; return its answer with what it removed."""
+    if not reply.accepted:
+        return reply
+    until = asyncio.get_running_loop().time() + _LATE
+    while (job := await _job(probe, reply.job)).state not in {*OVER, "settling"}:
+        if asyncio.get_running_loop().time() > until:
+            raise _Skipped(f"not decided: a job is still {job.state} after {_LATE:g} s")
+        await asyncio.sleep(_PAUSE)
+    if job.state in {"cancelled", "failed"}:
+        raise _Unmet(f"a job that nobody cancelled is {job.state}")
+    return reply.model_copy(update={"removed": job.removed})
+
+
+async def _busted(probe: _Probe, target: str, **fields: object) -> BustReply:
+    """Have something busted to its end, by default directly; expect the answer to just this question."""
+    fields = {"strategy": "direct", **fields}
+    return await _followed(probe, _expect_told(await probe.bust(target=target, **fields), target, **fields))
 
 
 # Dependencies: announced, resolved, swapped
@@ -742,7 +1230,7 @@ async def _busts_dependents(probe: _Probe) -> None:
     await _register(probe, f"{key}/whole", f"{key}/page")
     held = await _holds(probe, f"{key}/part")
     await _register(probe, f"{key}/part")
-    reply = _expect_bust(await probe.bust(target=f"{key}/part"), f"{key}/part")
+    reply = await _busted(probe, f"{key}/part", strategy="dimensional")
     _expect_count("a bust of a target with 2 dependents", "removed", reply.removed, 3, held=held)
 
 
@@ -762,10 +1250,10 @@ async def _busts_what_depends(probe: _Probe) -> None:
         raise _Unmet("an entry was busted that does not depend on what was swapped")
 
 
-async def _holds(probe: _Probe, key: str) -> bool:
+async def _holds(probe: _Probe, key: str, namespace: str | None = None) -> bool:
     """Tell whether the cache holds an entry because it was registered, as far as it tells."""
-    await _register(probe, key)
-    removed = await _removed(probe, key)
+    await _register(probe, key, namespace=namespace)
+    removed = await _removed(probe, key, namespace)
     if removed not in {None, 0, 1}:
         raise _Unmet(f"a direct bust of one entry tells removed {removed}")
     return removed == 1
@@ -779,7 +1267,7 @@ def _expect_count(what: str, field_name: str, told: int | None, count: int, *, h
         raise _Unmet(f"{what} tells {field_name} {told}, not {count}")
     raise _Skipped(
         f"not decided: {what} tells {field_name} {told}, and so does a bust of an entry just registered; a cache that"
-        " does not hold what is only registered is like that, and so is a daemon that busts no dependents"
+        " does not hold what is only registered is like that, and so is a daemon that busts nothing of it"
     )
 
 
@@ -820,13 +1308,28 @@ async def _swap(probe: _Probe, *swaps: Mapping[str, object], key: str | None = N
     return await probe.post(_HOTSWAP, {"swaps": swaps}, key)
 
 
-async def _register(probe: _Probe, key: str, *depends_on: str) -> None:
-    probe.entries.add(key)
-    _expect(await probe.post(_ENTRIES, {"key": key, "depends_on": depends_on}), 200)
+async def _register(
+    probe: _Probe, key: str, *depends_on: str, tags: Sequence[str] = (), namespace: str | None = None
+) -> None:
+    if not await _registers(probe, key, *depends_on, tags=tags, namespace=namespace):
+        raise _Unmet("answered HTTP 422, expected 200")
 
 
-async def _removed(probe: _Probe, target: str) -> int | None:
-    return _expect_bust(await probe.bust(target=target, strategy="direct"), target).removed
+async def _registers(
+    probe: _Probe, key: str, *depends_on: str, tags: Sequence[str] = (), namespace: str | None = None
+) -> bool:
+    """Register an entry; tell whether the cache can hold it."""
+    probe.entries.add((key, namespace))
+    said = {"key": key, "depends_on": depends_on, **({"tags": tags} if tags else {})}
+    answer = await probe.post(_ENTRIES, {**said, **({} if namespace is None else {"namespace": namespace})})
+    if answer.status != 422:
+        _expect(answer, 200)
+    return answer.status == 200
+
+
+async def _removed(probe: _Probe, target: str, namespace: str | None = None) -> int | None:
+    where: dict[str, object] = {} if namespace is None else {"namespace": namespace}
+    return (await _busted(probe, target, **where)).removed
 
 
 # What is asked for
@@ -839,12 +1342,14 @@ class Check:
 
     - `strict`: asked of daemons of ours, not of every other
     - `needs`: capabilities without which a daemon is not asked
+    - `any_of`: capabilities of which a daemon must have one to be asked, if there are any
     """
 
     name: str
     run: Callable[[Any], Awaitable[None]]
     strict: bool = False
     needs: tuple[str, ...] = ()
+    any_of: tuple[str, ...] = ()
 
 
 @final
@@ -874,7 +1379,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     Check("busts a key and answers with its SHA-256", _busts),
     Check("busts with defaults for every field but the target", _busts_with_defaults),
     Check("ignores fields that it does not know", _ignores_unknown_fields),
-    Check("busts the same key again", _busts_again),
+    Check("busts the same key again", _busts_the_same_again),
     Check("busts targets of any script, written out or escaped", _busts_in_any_script),
     Check("reads a target of 8192 bytes", _reads_the_longest_target),
     Check("reports no fault stage beyond the scale", _keeps_to_the_scale),
@@ -907,6 +1412,54 @@ CHECKS: Final[tuple[Check, ...]] = (
     Check("refuses a key that belongs to another request", _refuses_a_key_of_another_request, needs=(_IDEMPOTENT,)),
     Check("refuses what cannot be a key", _refuses_what_is_no_key, needs=(_IDEMPOTENT,)),
     Check("remembers no refusal under a key", _remembers_no_refusal, needs=(_IDEMPOTENT,)),
+    Check(
+        "refuses a key that belongs to another kind of bust",
+        _refuses_a_key_of_another_kind,
+        needs=(_IDEMPOTENT,),
+        any_of=_of_all("prefix", "tag", "soft", "namespace"),
+    ),
+    Check("tells each of its layers, and none that failed as done", _tells_its_layers),
+    Check(
+        "repeats the kind, the namespace, soft and dry_run as they were asked",
+        _repeats_what_was_asked,
+        any_of=_of_all("prefix", "tag", "all", "soft", "namespace", "dry_run"),
+    ),
+    Check("claims no kind of bust that it does not advertise", _claims_nothing_else),
+    Check(
+        "refuses what the fields of a bust cannot be",
+        _refuses_what_fields_cannot_be,
+        any_of=_of_all("prefix", "tag", "all", "soft", "dry_run", "verify", "settle"),
+    ),
+    Check("refuses what is no namespace, the empty one too", _refuses_what_is_no_namespace, needs=_of_all("namespace")),
+    Check("refuses to bust everything without confirm", _refuses_everything_unconfirmed, needs=_of_all("all")),
+    Check(
+        "busts everything in a namespace, and nothing beyond",
+        _busts_everything,
+        needs=(*_of_all("all", "namespace"), *_REGISTERS),
+    ),
+    Check(
+        "busts by prefix what lies below it, by whole segments",
+        _busts_by_prefix,
+        needs=(*_of_all("prefix"), *_REGISTERS),
+    ),
+    Check("busts by tag what has it, and nothing else", _busts_by_tag, needs=(*_of_all("tag"), *_REGISTERS)),
+    Check("marks as stale in a soft bust, and removes nothing", _marks_as_stale, needs=(*_of_all("soft"), *_REGISTERS)),
+    Check("keeps namespaces apart", _keeps_namespaces_apart, needs=(*_of_all("namespace"), *_REGISTERS)),
+    Check(
+        "removes nothing in a dry run, and tells what the bust then removes",
+        _removes_nothing_in_a_dry_run,
+        needs=(*_of_all("dry_run"), *_REGISTERS),
+    ),
+    Check("says that it verified a bust", _verifies, needs=_of_all("verify")),
+    Check("tells when it settles", _tells_when_it_settles, needs=_of_all("settle")),
+    Check("busts again after settle", _busts_again, needs=(*_of_all("settle", "dry_run"), *_REGISTERS)),
+    Check("tells how a bust stands under its job", _tells_how_a_bust_stands, needs=_of_all("jobs")),
+    Check("lists jobs, the newest first", _lists_jobs, needs=_of_all("jobs")),
+    Check("refuses questions about jobs that cannot be", _refuses_what_is_no_question, needs=_of_all("jobs")),
+    Check("answers 404 to jobs that it does not know", _knows_no_other_job, needs=_of_all("jobs")),
+    Check("cancels jobs, once", _cancels, needs=_of_all("jobs")),
+    Check("leaves jobs that are over as they are", _leaves_what_is_over, needs=_of_all("jobs")),
+    Check("keeps the job of a key for its repeats", _keeps_the_job_of_a_key, needs=(*_of_all("jobs"), _IDEMPOTENT)),
     Check("busts what depends on what is busted", _busts_dependents, needs=_REGISTERS),
     Check("keeps what is announced of dependencies", _announces, needs=_KNOWS),
     Check("refuses announcements that say no dependency", _refuses_announcements, needs=_KNOWS),
@@ -934,20 +1487,21 @@ async def check_daemon(
     - `strict`: also what only daemons of ours must do
     - `timeout`: seconds for each request
 
-    The checks bust and register keys that begin with "conformance/", and announce dependencies whose names begin with
-    "conformance-", ever new ones, and have these forgotten at the end. What the daemon does not advertise is skipped,
-    which is no failure. Raises `ConfigurationError` for a URL that is none, and for a token that is none or would cross
+    The checks bust and register keys that begin with "conformance/", also in namespaces that begin with "conformance-",
+    and announce dependencies whose names begin so, ever new ones, and have these forgotten at the end. Everything is
+    busted in such a namespace only, or as a dry run. What the daemon does not advertise is skipped, which is no
+    failure. Raises `ConfigurationError` for a URL that is none, and for a token that is none or would cross
     a network in clear text; a daemon that does not answer makes verdicts that say so, and after three of them in a row
     it is asked no more.
     """
     address = DaemonAddress.parse(url)
     headers = {} if token is None else {"Authorization": f"Bearer {_checked(token, address)}"}
     async with _Probe(address, headers, timeout) as probe:
-        advertised = await _advertised(probe)
+        probe.advertised = await _advertised(probe)
         verdicts: list[Verdict] = []
         for check in [check for check in CHECKS if strict or not check.strict]:
             over = _is_given_up(verdicts)
-            verdicts.append(_not_asked(check) if over else await _judge(check, probe, advertised))
+            verdicts.append(_not_asked(check) if over else await _judge(check, probe))
         await _clean_up(probe, verdicts)
         return tuple(verdicts)
 
@@ -956,10 +1510,10 @@ async def _clean_up(probe: _Probe, verdicts: Sequence[Verdict]) -> None:
     """Have forgotten what was announced and registered, as far as that goes: no verdict depends on it."""
     if _is_given_up(verdicts):
         return
-    with suppress(_Unmet, aiohttp.ClientError, TimeoutError, OSError):
-        for key in sorted(probe.entries):
-            await _register(probe, key)  # so that it depends on nothing, also where it is not held
-            await _removed(probe, key)
+    with suppress(_Unmet, _Skipped, aiohttp.ClientError, TimeoutError, OSError):
+        for key, namespace in sorted(probe.entries, key=str):
+            if await _registers(probe, key, namespace=namespace):  # so that it has nothing, also where it is not held
+                await _removed(probe, key, namespace)
         for name in sorted(probe.names.intersection(await _listed(probe) if probe.names else ())):
             await _forget(probe, name)
 
@@ -1000,8 +1554,11 @@ async def _advertised(probe: _Probe) -> frozenset[str]:
     return frozenset()
 
 
-async def _judge(check: Check, probe: _Probe, advertised: Collection[str]) -> Verdict:
-    if missing := [name for name in check.needs if name not in advertised]:
+async def _judge(check: Check, probe: _Probe) -> Verdict:
+    missing = [name for name in check.needs if not probe.advertises(name)]
+    if check.any_of and not any(map(probe.advertises, check.any_of)):
+        missing.append(f"any of {', '.join(check.any_of)}")
+    if missing:
         return Verdict(check.name, ok=True, detail=f"it does not advertise {', '.join(missing)}", skipped=True)
     try:
         await check.run(probe)
@@ -1023,13 +1580,47 @@ def _expect(answer: _Answer, *statuses: int) -> None:
         raise _Unmet(f"answered HTTP {answer.status}, expected {expected}")
 
 
+def _expect_success(answer: _Answer) -> None:
+    """Expect that a bust is done, or kept as a job."""
+    if answer.status != _ACCEPTED:
+        _expect(answer, 200)
+
+
 def _expect_bust(answer: _Answer, target: str = _TARGET) -> BustReply:
-    _expect(answer, 200)
+    _expect_success(answer)
     reply = _read(BustReply, answer)
+    if reply.accepted != (answer.status == _ACCEPTED):
+        said = "accepted" if reply.accepted else "done"
+        raise _Unmet(f"a bust is answered with HTTP {answer.status}, and the answer says that it is {said}")
     if not reply.cache_key.startswith("sha256:"):
         raise _Unmet(f"cache_key does not begin with sha256: ({reply.cache_key[:20]!r})")
     if reply.cache_key != cache_key_of(target):
         raise _Unmet("cache_key is not the SHA-256 of the target's UTF-8 bytes")
+    return reply
+
+
+def _expect_told(answer: _Answer, target: str, **fields: object) -> BustReply:
+    """Expect the answer to a bust with these fields: it repeats what it must, and tells what was asked for."""
+    reply = _expect_bust(answer, target)
+    asked = BustRequest.model_validate({"target": target, **fields})
+    what = phrase_of(asked)
+    if name := reply.unechoed(asked):
+        told, wanted = getattr(reply, name), getattr(asked, name)
+        raise _Unmet(f"the answer to {what} tells {name} {told!r}, and {wanted!r} was asked")
+    if asked.dry_run and reply.accepted:
+        raise _Unmet(f"{what} is accepted as a job, and should be answered at once")
+    if asked.dry_run and (reply.matched is None or reply.removed):
+        raise _Unmet(f"{what} tells matched {reply.matched} and removed {reply.removed}")
+    if asked.verify and not (asked.dry_run or reply.accepted or reply.verified):
+        raise _Unmet(f"the answer to {what} does not say verified")
+    return reply
+
+
+def _expect_job(answer: _Answer, job: str | None) -> JobReply:
+    _expect(answer, 200)
+    reply = _read(JobReply, answer)
+    if reply.job != job:
+        raise _Unmet("asked for a job, it tells of another")
     return reply
 
 
@@ -1042,20 +1633,20 @@ def _expect_problem(answer: _Answer, status: int, name: str) -> None:
 
 
 def _expect_replay(first: _Answer, again: _Answer) -> None:
-    _expect(first, 200)
-    _expect(again, 200)
+    _expect_success(first)
+    _expect_success(again)
     if _REPLAYED in first.headers:
         raise _Unmet(f"the first answer to a key has {_REPLAYED}")
     if again.headers.get(_REPLAYED) != "true":
         raise _Unmet(f"the answer to a repeat has {_REPLAYED} {again.headers.get(_REPLAYED)!r}, not 'true'")
-    if again.body != first.body:
+    if (again.status, again.body) != (first.status, first.body):
         raise _Unmet("the answer to a repeat is another than the first")
 
 
 def _expect_one(answers: Sequence[_Answer]) -> None:
     """Expect that one of these answers is the first, and the others repeats of it."""
     for answer in answers:
-        _expect(answer, 200)
+        _expect_success(answer)
     fresh = [answer for answer in answers if _REPLAYED not in answer.headers]
     if len(fresh) != 1:
         raise _Unmet(f"of {len(answers)} requests with one key at once, {len(fresh)} and not 1 were done anew")

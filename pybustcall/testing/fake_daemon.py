@@ -16,17 +16,20 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, final
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, final, get_args
 
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
 from pybustcall.capabilities import SEMVERX, VERSION, check_requirements, digest_of, unmet
 from pybustcall.errors import ConfigurationError, InvalidVersion
+from pybustcall.jobs import MAX_JOBS
 from pybustcall.keys import covers
 from pybustcall.models import (
     DEFAULT_NAMESPACE,
+    KINDS,
     MAX_TARGET_BYTES,
+    OVER,
     STRATEGIES,
     AnnounceRequest,
     BindingStatus,
@@ -76,7 +79,8 @@ _REGISTER: Final = "cache.register"
 _JOBS: Final = "cache.bust.jobs"
 _ACCEPTED: Final = 202
 _FLAGS: Final = ("soft", "namespace", "dry_run", "verify", "settle")
-_OVER: Final = frozenset({"done", "cancelled", "failed"})
+_KINDS: Final = tuple(f"cache.bust.{kind}" for kind in KINDS if kind != "key")
+_STATES: Final = get_args(JobState)
 _KEY_HEADER: Final = "Idempotency-Key"
 _DIGEST_HEADER: Final = "Bustcall-Capabilities"
 _VERSION_HEADER: Final = "Bustcall-Version"
@@ -167,6 +171,9 @@ class Answer:
         return self.applies if self.applies is not None else self.status == 200 and self.raw is None
 
 
+_ACCEPTED_BY_ITSELF: Final = Answer.accepted()
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Space:
@@ -220,9 +227,12 @@ class FakeDaemon:
       "cache.bust.idempotent" (a bust with the Idempotency-Key of one that succeeded is answered from memory, without
       another effect), "cache.bust.tag", ".prefix", ".all", ".soft", ".namespace", ".dry_run", ".verify", ".settle" and
       ".jobs", "cache.register", "cache.dependencies", "semver.resolve", "cache.hotswap" and "daemon.negotiate". Fields
-      of a bust whose capability it does not have it ignores, as an older daemon does
+      of a bust whose capability it does not have it ignores, as an older daemon does; one that has some kind refuses
+      the others. With ".jobs", a bust of the strategy "hybrid" is answered with 202 where no plan says otherwise, and
+      is done once somebody has asked for its job; with ".settle", the second bust follows
     - `advertises`: fields of its capability document that are to be others; it may be changed at any time, which shows
       in the digest that every answer carries. What its `requires` says of clients is asked of them
+    - `layers`: names of the layers of which its answers to busts tell that they are done there
     - `probe_plan`: what the next questions for its capabilities get, on either route
 
     `requests` holds every bust that it could read, `headers` the headers of each, `applied` the busts and `swaps` the
@@ -243,6 +253,7 @@ class FakeDaemon:
         document: bool = True,
         capabilities: Iterable[str] = (),
         advertises: Mapping[str, object] | None = None,
+        layers: Iterable[str] = (),
         probe_plan: Iterable[Answer] = (),
         swap_plan: Iterable[Answer] = (),
     ) -> None:
@@ -260,8 +271,11 @@ class FakeDaemon:
         self.advertises: dict[str, object] = dict(advertises or {})
         self.url = ""
         self._capabilities = tuple(capabilities)
+        self._layers = tuple(layers)
         self._spaces: dict[str, Space] = {}
         self._accepted: dict[str, BustRequest] = {}
+        self._unasked: set[str] = set()  # jobs that are done once somebody has asked for them
+        self._second: set[asyncio.TimerHandle] = set()
         self._history: deque[FaultRecord] = deque(maxlen=_HISTORY)
         self._memory: dict[tuple[str, str, str], _Remembered] = {}
         self._clients: dict[str, CapabilityDocument] = {}
@@ -290,7 +304,7 @@ class FakeDaemon:
 
     def finish(self, job: str, state: JobState = "done") -> None:
         """Move a job on; a bust has its effect when its job is "done"."""
-        ended = Timestamp.of_nanoseconds(time.time_ns()) if state in _OVER else None
+        ended = Timestamp.of_nanoseconds(time.time_ns()) if state in OVER else None
         removed = self._have_effect(self._accepted[job]) if state == "done" else 0
         self.jobs[job] = self.jobs[job].model_copy(update={"state": state, "ended": ended, "removed": removed})
 
@@ -344,6 +358,9 @@ class FakeDaemon:
         runner, self._runner = self._runner, None
         if runner is not None:
             self._released.set()
+            for timer in self._second:
+                timer.cancel()
+            self._second.clear()
             self.drop_connections()
             await runner.cleanup()
 
@@ -420,15 +437,24 @@ class FakeDaemon:
     async def _bust(self, request: web.Request) -> web.StreamResponse:
         bust = await self._read(request, BustRequest)
         key = _key_of(request) if _IDEMPOTENT in self._capabilities else None
+        read = self._as_read(bust)
         self.requests.append(bust)
         self.headers.append(dict(request.headers))
-        meaning = bust.model_dump(exclude={"binding", "fault_tolerance"})
-        read = self._as_read(bust)
+        meaning = bust.model_dump(exclude={"binding", "fault_tolerance", "confirm", "reason"})
         apply, finish = partial(self._apply, read), partial(self._word, read)
-        return await self._once(request, key, _Asked(self.plan, meaning, apply, finish))
+        asked = _Asked(self.plan, meaning, apply, finish, self._unplanned(read))
+        return await self._once(request, None if read.dry_run else key, asked)
+
+    def _unplanned(self, bust: BustRequest) -> Answer:
+        """Tell how a bust is answered that no plan is for: the rest of a hybrid one is a job, if there are jobs."""
+        is_job = bust.strategy == "hybrid" and _JOBS in self._capabilities and not bust.dry_run
+        return _ACCEPTED_BY_ITSELF if is_job else Answer()
 
     def _as_read(self, bust: BustRequest) -> BustRequest:
-        """Leave out what this daemon does not know: it ignores such fields."""
+        """Leave out what this daemon does not know: it ignores such fields; but a kind only if it knows of none."""
+        has_kinds = not set(_KINDS).isdisjoint(self._capabilities)
+        if has_kinds and bust.kind != "key" and f"cache.bust.{bust.kind}" not in self._capabilities:
+            raise _Refused(422, "is not supported", field="kind")
         told: dict[str, bool] = {
             "kind": f"cache.bust.{bust.kind}" in self._capabilities,
             **{name: f"cache.bust.{name}" in self._capabilities for name in _FLAGS},
@@ -448,6 +474,12 @@ class FakeDaemon:
         if bust.dry_run:
             return 0
         self.applied.append(bust)
+        if bust.settle:
+            self._second.add(asyncio.get_running_loop().call_later(bust.settle, self._reach, bust))
+        return self._reach(bust)
+
+    def _reach(self, bust: BustRequest) -> int:
+        """Drop or mark what a bust covers now; tell how many entries."""
         space = self.space(bust.namespace)
         covered = space.covered(bust)
         if not bust.soft:
@@ -458,10 +490,14 @@ class FakeDaemon:
 
     def _word(self, bust: BustRequest, right: bytes, answer: Answer) -> bytes:
         """Tell the right answer as the plan wants it: with layers, or as that of a bust that became a job."""
-        reply = BustReply.model_validate_json(right).model_copy(update={"layers": answer.layers})
+        reply = BustReply.model_validate_json(right)
+        layers = answer.layers or (() if answer.status == _ACCEPTED else self._told_layers(bust, reply))
+        reply = reply.model_copy(update={"layers": layers})
         if answer.status == _ACCEPTED:
             job = answer.job or f"job-{len(self.jobs) + 1}"
             self._accepted[job] = bust
+            if answer is _ACCEPTED_BY_ITSELF:
+                self._unasked.add(job)
             state: JobState = "running" if all(layer.ok for layer in answer.layers) else "waiting"
             self.jobs[job] = JobReply(
                 job=job,
@@ -480,22 +516,41 @@ class FakeDaemon:
             reply = reply.model_copy(update={"status": "accepted", "job": job, "verified": None})
         return reply.model_dump_json(exclude_defaults=True).encode()
 
+    def _told_layers(self, bust: BustRequest, reply: BustReply) -> tuple[LayerReply, ...]:
+        """Tell of the layers, of which the first holds all entries."""
+        count = (reply.matched if bust.dry_run else reply.removed) or 0
+        settle = bust.settle if bust.settle and not bust.dry_run else None
+        return tuple(
+            LayerReply(name=name, ok=True, removed=0 if number else count, settle=settle)
+            for number, name in enumerate(self._layers)
+        )
+
     # Jobs
 
     async def _list_jobs(self, request: web.Request) -> web.Response:
         state, before = request.query.get("state"), request.query.get("before")
+        limit = request.query.get("limit", "100")
+        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_JOBS):
+            raise _Refused(422, f"is a number from 1 to {MAX_JOBS}", field="limit")
+        if state not in {None, *_STATES}:
+            raise _Refused(422, f"is one of {', '.join(_STATES)}", field="state")
         jobs = list(reversed(self.jobs.values()))
         if before is not None:
             jobs = jobs[[job.job for job in jobs].index(before) + 1 :] if before in self.jobs else []
         wanted = [job for job in jobs if state in {None, job.state}]
-        return _ok(JobsReply(jobs=tuple(wanted[: int(request.query.get("limit", "100"))])))
+        return _ok(JobsReply(jobs=tuple(wanted[: int(limit)])))
 
     async def _tell_job(self, request: web.Request) -> web.Response:
-        return _ok(self._job_of(request))
+        job = self._job_of(request)
+        if job.job in self._unasked:
+            self._unasked.remove(job.job)
+            self.finish(job.job)
+        return _ok(job)
 
     async def _cancel_job(self, request: web.Request) -> web.Response:
         job = self._job_of(request)
-        if job.state not in _OVER:
+        self._unasked.discard(job.job)
+        if job.state not in OVER:
             self.finish(job.job, "cancelled")
         return _ok(self.jobs[job.job])
 
@@ -571,7 +626,7 @@ class FakeDaemon:
         """Do it as the plan says, and answer. Nothing happens between its effect and its being remembered."""
         try:
             reply = asked.act(False)  # which refuses what takes nothing from the plan
-            answer = self._next(asked.plan)
+            answer = asked.plan.popleft() if asked.plan else asked.unplanned
             if await self._work(answer):
                 reply = asked.act(answer.has_effect)
                 if answer.body is None:
@@ -808,12 +863,14 @@ class _Asked:
     - `act`: tells the right answer's body, and has the effect if called with true; may raise a refusal, and does so
       before there is any effect
     - `word`: makes of that body what the plan wants
+    - `unplanned`: the answer if the plan is at its end
     """
 
     plan: deque[Answer]
     meaning: dict[str, object]
     act: Callable[[bool], bytes]
     word: Callable[[bytes, Answer], bytes] = lambda right, _: right
+    unplanned: Answer = Answer()
 
 
 @final

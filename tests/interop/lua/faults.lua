@@ -69,9 +69,9 @@ function faults.kind_of_status(status)
   return status >= 500 and status < 600 and "server_error" or "malformed"
 end
 
---- Whether a bust that was answered with such a fault may have been applied.
-function faults.may_be_applied(kind)
-  return MAYBE[kind] or false
+--- Whether a bust that was answered with such a status may have been applied: not where there was no room for it.
+function faults.may_be_applied(status)
+  return status ~= 507 and MAYBE[faults.kind_of_status(status)] or false
 end
 
 return faults

@@ -58,7 +58,7 @@ CHECKS["errors.json"] = function(vectors, _, check)
   for _, entry in ipairs(vectors.errors) do
     local kind = faults.kind_of_status(entry.status)
     local row = faults.TABLE[kind]
-    local found = { kind, row.stage, faults.may_be_applied(kind) and "maybe" or "no", row.next }
+    local found = { kind, row.stage, faults.may_be_applied(entry.status) and "maybe" or "no", row.next }
     check(entry.description, found, { entry.kind, entry.stage, entry.applied, entry.next })
   end
 end

@@ -55,8 +55,9 @@ export function kindOfStatus(status) {
   return status >= 500 && status < 600 ? "server_error" : "malformed";
 }
 
-/** Whether a bust that was answered with such a fault may have been applied. */
-export const mayBeApplied = (kind) => ["server_error", "throttled", "malformed", "disconnected"].includes(kind);
+/** Whether a bust that was answered with such a status may have been applied: not where there was no room for it. */
+export const mayBeApplied = (status) =>
+  status !== 507 && ["server_error", "throttled", "malformed", "disconnected"].includes(kindOfStatus(status));
 
 /** The seconds that a Retry-After asks for, or null. */
 export function retryAfter(text) {

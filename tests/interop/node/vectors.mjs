@@ -43,7 +43,7 @@ function* checkErrors({ errors }) {
   for (const { description, status, headers, kind, stage, applied, next, retry_after: wait } of errors) {
     const found = faults.kindOfStatus(status);
     const row = faults.TABLE[found];
-    const said = faults.mayBeApplied(found) ? "maybe" : "no";
+    const said = faults.mayBeApplied(status) ? "maybe" : "no";
     yield [description, [found, row.stage, said, row.next], [kind, stage, applied, next]];
     yield [`${description}: wait`, faults.retryAfter(headers["Retry-After"]), wait];
   }

@@ -186,9 +186,11 @@ impl Kind {
         self.stage(incidents).max(floor)
     }
 
-    /// Whether a bust that was answered so may have been applied: a server that fails may have done the work before.
-    pub fn applied(self) -> Applied {
+    /// Whether a bust that was answered with such a status may have been applied: a server that fails may have done the
+    /// work before, but one that has no room for it (507) did nothing.
+    pub fn applied(self, status: u16) -> Applied {
         match self {
+            Kind::ServerError if status == 507 => Applied::No,
             Kind::ServerError | Kind::Throttled | Kind::Malformed | Kind::Disconnected => {
                 Applied::Maybe
             }

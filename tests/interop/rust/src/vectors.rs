@@ -477,7 +477,7 @@ fn error(vector: &ErrorVector, now: SystemTime) -> Verdict {
     let kind = Kind::of_status(vector.status).ok_or("it is no error")?;
     same("the kind", &kind, &vector.kind)?;
     same("the stage", &kind.row().stage, &vector.stage)?;
-    same("whether it was applied", &kind.applied(), &vector.applied)?;
+    same("whether it was applied", &kind.applied(vector.status), &vector.applied)?;
     same("whether the next is asked", &kind.row().next, &vector.next)?;
     let header = vector.headers.get("Retry-After");
     same(
