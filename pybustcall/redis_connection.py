@@ -33,7 +33,15 @@ try:
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
     from redis.client import NEVER_DECODE
-    from redis.exceptions import NoScriptError, RedisError, ResponseError
+    from redis.exceptions import (
+        AskError,
+        AuthenticationError,
+        BusyLoadingError,
+        ClusterCrossSlotError,
+        NoScriptError,
+        RedisError,
+        ResponseError,
+    )
     from redis.exceptions import TimeoutError as RedisTimeout
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(
@@ -43,6 +51,7 @@ except ModuleNotFoundError as missing:
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
 
+    from pybustcall.errors import Applied
     from pybustcall.redis_layout import Call
 
 __all__ = ["RedisServer", "RedisUnavailable", "shown_url"]
@@ -52,15 +61,18 @@ _OF_THE_COMMAND: Final = frozenset({"ERR", "WRONGTYPE", "EXECABORT"})
 
 
 class RedisUnavailable(BustcallError):
-    """Redis did not do what it was asked, and whether it was done is unknown.
+    """Redis did not do what it was asked, and whether it was done is unknown, unless `applied` is "no".
 
-    `whole`: the server as a whole cannot be used now; otherwise it refused this one command. The text names the server
-    without credentials.
+    - `whole`: the server as a whole cannot be used now; otherwise it refused this one command
+    - `answered`: it said so itself, and did not keep anybody waiting
+
+    The text names the server without credentials.
     """
 
-    def __init__(self, message: str, *, whole: bool = True) -> None:
-        super().__init__(message, applied="maybe")
+    def __init__(self, message: str, *, whole: bool = True, answered: bool = False, applied: Applied = "maybe") -> None:
+        super().__init__(message, applied=applied)
         self.whole = whole
+        self.answered = answered
 
 
 @final
@@ -113,6 +125,7 @@ class RedisServer:
         self._limit = timeout + connect_timeout
         self._most = connections
         self._states: dict[asyncio.AbstractEventLoop, _LoopState] = {}
+        self._looked = False
         self.where = "Redis" if url is None else shown_url(url)
         if url is not None:
             self._open()
@@ -125,6 +138,7 @@ class RedisServer:
         """Run a script; tell its answer, of which texts are bytes. Raises `RedisUnavailable`."""
         words = (len(call.keys), *call.keys, *call.arguments)
         with self._translated():
+            await self._look_once()
             try:
                 return await self._execute("EVALSHA", call.script.digest, *words)
             except NoScriptError:  # the server is a new one
@@ -133,6 +147,7 @@ class RedisServer:
     async def execute(self, *command: str | bytes | int) -> Any:
         """Run a command; tell its answer, of which texts are bytes. Raises `RedisUnavailable`."""
         with self._translated():
+            await self._look_once()
             return await self._execute(*command)
 
     async def aclose(self) -> None:
@@ -140,6 +155,26 @@ class RedisServer:
         state = self._states.pop(asyncio.get_running_loop(), None)
         if state is not None:
             await state.guard.aclose()
+
+    async def _look_once(self) -> None:
+        """Refuse a node of a cluster: it has a part of the namespaces, and a walk through its keys finds a part."""
+        if self._looked:
+            return
+        try:
+            found = await self._execute("INFO", "cluster")
+        except ResponseError:
+            found = {}  # it may not be told; what lies at another node is refused by the server itself
+        if isinstance(found, dict) and found.get("cluster_enabled"):
+            raise self._refused_cluster()
+        self._looked = True
+
+    def _refused_cluster(self) -> RedisUnavailable:
+        return RedisUnavailable(
+            f"{self.where} is a node of a cluster, and those are not supported; use a server with cluster-enabled no,"
+            " with replicas if it is to be replaced when it fails",
+            answered=True,
+            applied="no",
+        )
 
     async def _execute(self, *command: str | bytes | int) -> Any:
         state = await self._state()
@@ -160,11 +195,14 @@ class RedisServer:
             yield
         except (TimeoutError, RedisTimeout) as error:
             raise RedisUnavailable(f"{self.where} did not answer within {self._limit:g} s") from error
+        except (AskError, ClusterCrossSlotError) as error:
+            raise self._refused_cluster() from error
         except (RedisError, OSError) as error:
             text = " ".join(str(error).split())
             code = getattr(error, "status_code", None) or text.partition(" ")[0]
             of_the_command = isinstance(error, ResponseError) and (code in _OF_THE_COMMAND or not code.isupper())
-            raise RedisUnavailable(f"{self.where}: {text}", whole=not of_the_command) from error
+            answered = isinstance(error, ResponseError | BusyLoadingError | AuthenticationError)
+            raise RedisUnavailable(f"{self.where}: {text}", whole=not of_the_command, answered=answered) from error
 
     async def _state(self) -> _LoopState:
         loop = asyncio.get_running_loop()

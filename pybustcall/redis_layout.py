@@ -5,7 +5,7 @@ no event loop. What readers do with an entry is decided by `integrations.redis`,
 
 Theory of operation. All of a namespace lies in one slot of a Redis Cluster, by the braces in P = PREFIX:{NAMESPACE}.
 
-    P:m       hash    epoch, seq (the generation), floor, fences, keys, tags, cursor
+    P:m       hash    epoch, seq (the generation), run, floor, fences, keys, tags, cursor
     P:f       zset    fences: what was busted, scored by the generation of the last bust of it
     P:o       zset    open fences: what is being swept now, by hard busts; scored likewise
     P:e:KEY   hash    an entry: v (value), g (the generation it was born in), p (epoch), s ("1": stale), t (tags)
@@ -26,9 +26,15 @@ so that a bust of many takes effect at once.
 What can be lost. A server that is full may evict any of these keys (maxmemory-policy allkeys-*), and an operator may
 delete them. So it is always known how much there should be: P:m counts fences, keys and tags, and P:n the keys of each
 tag. They are counted up and down, never from what is there. Where the fences fall short, all tokens so far are refused.
-Where the index falls short, or P:m itself is gone, a new epoch begins, and all entries are misses. So it is where a
-server has gone back to an older state, by a snapshot or a replica that lagged: each client hands in the newest token
-that it knows, and where the server's own is older, busts have been lost with it. Epochs are numbered for that.
+Where the index falls short, or P:m itself is gone, a new epoch begins, and all entries are misses.
+
+So it is where a server may have gone back to an older state, and what was busted since is there again. After a restart
+nobody can tell whether the snapshot or the log that it came from was complete, nor whether a replica that took over had
+lagged. So P:m says by which run of a server (the run_id that INFO tells) the epoch was begun, each script compares that
+with the run it is in, and the first one in another run begins a new epoch, whoever sent it. Of a state that is brought
+back under a running server (key by key, or by REPLICAOF and back) the run tells nothing, nor where a user may not ask
+for INFO. There helps what clients remember: each hands in the newest token that it knows, and where the server's own is
+older, busts have been lost. Epochs are numbered for that.
 
 Where there is no P:m, there is nothing, and no token: a bust there has nothing to do, and leaves nothing behind.
 
@@ -48,7 +54,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, final
 
-from pybustcall.errors import ConfigurationError
+from pybustcall.errors import ConfigurationError, InvalidRequest
 from pybustcall.keys import ENCODINGS, SEPARATORS, ranges_of
 from pybustcall.models import Kind, check_namespace
 
@@ -59,6 +65,7 @@ __all__ = [
     "DEFAULT_PREFIX",
     "EVERY",
     "MAX_FENCES",
+    "MOST_MARKS",
     "Call",
     "Entry",
     "Layout",
@@ -66,6 +73,7 @@ __all__ = [
     "Range",
     "Script",
     "Token",
+    "check_marks",
     "check_prefix",
     "exists",
     "ranges_of_prefix",
@@ -76,9 +84,10 @@ __all__ = [
 DEFAULT_PREFIX: Final = "bustcall"
 MAX_FENCES: Final = 10_000
 """How many fences are kept in a namespace. Each takes about 100 bytes."""
+MOST_MARKS: Final = 128
+"""Marks that end a segment, in one key. Each takes a look at the fences, and a script must not take long."""
 
 _PREFIX: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-_MOST_MARKS: Final = 128  # marks in a key, above which any fence is taken to cover it: looking each up would take long
 _SWEPT: Final = 4  # keys of the index that each store looks after
 
 Range = tuple[bytes, bytes]
@@ -97,7 +106,7 @@ local call = redis.call
 local M = KEYS[1]
 local P = string.sub(M, 1, -3)
 local F, O, I, H, N = P .. ':f', P .. ':o', P .. ':i', P .. ':h', P .. ':n'
-local epoch, seq
+local epoch, seq, run
 local more_keys, more_tags = 0, 0
 
 local function number_of(name)
@@ -114,16 +123,25 @@ local function begin_anew(first, lost)
     local number = math.max(number_of(epoch), number_of(ARGV[2])) + 1
     epoch, seq = string.format('%.0f:%s', number, ARGV[1]), first
     call('HSET', M, 'epoch', epoch, 'seq', string.format('%.0f', seq), 'floor', 0, 'fences', 0)
+    if run then call('HSET', M, 'run', run) end
+end
+
+-- Whether the state may be one from before, of another run or by what the client knows.
+local function may_have_gone_back(begun_by)
+    return (run and run ~= begun_by) or number_of(epoch) < number_of(ARGV[2])
+        or (epoch == ARGV[2] and seq < tonumber(ARGV[3]))
 end
 
 -- Whether there is anything; where it is to be stored in, there is afterwards.
 local function enter(to_store)
-    local m = call('HMGET', M, 'epoch', 'seq')
+    local m = call('HMGET', M, 'epoch', 'seq', 'run')
     epoch, seq = m[1] or nil, tonumber(m[2] or '0')
+    local server = redis.pcall('INFO', 'server') -- an error where the user may not
+    run = type(server) == 'string' and string.match(server, 'run_id:(%x+)') or nil
     if not (m[1] and m[2]) then
         if not to_store then return false end
         begin_anew(0, true)
-    elseif number_of(epoch) < number_of(ARGV[2]) or (epoch == ARGV[2] and seq < tonumber(ARGV[3])) then
+    elseif may_have_gone_back(m[3]) then
         begin_anew(math.max(seq, tonumber(ARGV[3])), false)
     end
     return true
@@ -441,7 +459,7 @@ def _script(body: str) -> Script:
     for name, value in {
         "@ENCODINGS@": ", ".join(f"'{it}'" for it in ENCODINGS),
         "@MARKS@": SEPARATORS,
-        "@MOST_MARKS@": str(_MOST_MARKS),
+        "@MOST_MARKS@": str(MOST_MARKS),
         "@SWEPT@": str(_SWEPT),
     }.items():
         source = source.replace(name, value)
@@ -631,6 +649,20 @@ def check_prefix(prefix: object) -> str:
         f"prefix must be 1 to 64 ASCII letters, digits, dots, colons, dashes and underscores, not {prefix!r}",
         setting="prefix",
     )
+
+
+def check_marks(key: str) -> None:
+    """Raise `InvalidRequest` (field "key") if a key has more marks than are looked at.
+
+    After any bust at all, fences would be taken to cover it: it would be refused, or missed, again and again.
+    """
+    if (marks := sum(key.count(mark) for mark in SEPARATORS)) > MOST_MARKS:
+        raise InvalidRequest(
+            f"key has {marks} of the marks that end a segment ({' '.join(SEPARATORS)}), and at most {MOST_MARKS} can be"
+            " stored; nothing was sent",
+            field="key",
+            target=key,
+        )
 
 
 def _fence(kind: Kind, target: str) -> str:

@@ -2,11 +2,14 @@
 
 A server that is missing skips a test on a user's machine and fails it in CI. None outlives the tests, and none listens
 anywhere but on loopback or in the test's own directory.
+
+PYBUSTCALL_TEST_REDIS_SERVER names another program to take for a Redis server, such as /usr/bin/valkey-server.
 """
 
 from __future__ import annotations
 
 import atexit
+import os
 import socket
 import subprocess
 import time
@@ -20,6 +23,7 @@ from tests.interop import require
 __all__ = ["RedisProcess", "free_port"]
 
 _PATIENCE = 10.0
+_SERVER = "PYBUSTCALL_TEST_REDIS_SERVER"
 _running: set[RedisProcess] = set()
 
 
@@ -39,7 +43,7 @@ class RedisProcess:
     """
 
     def __init__(self, directory: Path, **settings: str) -> None:
-        self._program = require("redis-server", "apt-get install redis-server")
+        self._program = require(os.environ.get(_SERVER) or "redis-server", "apt-get install redis-server")
         self.port = free_port()
         self.socket = directory / "redis.sock"
         self.url = f"redis://127.0.0.1:{self.port}/0"
@@ -55,6 +59,8 @@ class RedisProcess:
             "logfile": str(self._log),
             **settings,
         }
+        if settings.get("cluster-enabled") == "yes":
+            lines["cluster-port"] = str(free_port())  # 10,000 above the other one there may be none
         self._configuration = directory / "redis.conf"
         self._configuration.write_text("".join(f"{name} {value}\n" for name, value in lines.items()), encoding="utf-8")
         self._process: subprocess.Popen[bytes] | None = None

@@ -12,17 +12,23 @@ import random
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from pybustcall.daemon import Engine, Indexes, Layer
 from pybustcall.daemon.backends import BackendFailure, RefusedKey, Scope
+from pybustcall.daemon.backends.memory import MemoryBackend
 from pybustcall.daemon.backends.redis import RedisBackend
+from pybustcall.daemon.journal import Wish
 from pybustcall.errors import ConfigurationError
-from pybustcall.integrations.redis import RedisCache
+from pybustcall.integrations.redis import Found, RedisCache, RedisUnavailable
 from pybustcall.keys import is_variant
 from pybustcall.models import Kind
 from pybustcall.redis_connection import RedisServer
+from pybustcall.redis_layout import unlink
+from tests.conftest import eventually
 from tests.engines import RedisProcess, free_port
 from tests.redis_harness import shared_redis
 
@@ -132,11 +138,26 @@ def test_a_key_that_no_reader_could_store_is_refused() -> None:
         for backend in (plain, foreign):
             with pytest.raises(RefusedKey):
                 backend.check(HERE, key)
-    for key in ("secret\n", "s" * 8193):
-        with pytest.raises(RefusedKey, match="has") as caught:
+    for key in ("secret\n", "s" * 8193, "secret/" * 129):
+        with pytest.raises(RefusedKey, match=r"^(has|is) ") as caught:
             plain.check(HERE, key)
         assert "secret" not in str(caught.value)
         foreign.check(HERE, key)
+
+
+def test_a_daemon_with_nothing_but_redis_refuses_keys_of_very_many_marks() -> None:
+    """To bust and to register them; a layer of files beside it could hold them."""
+    key = "secret/" * 129 + "x"
+    redis = Layer(name="redis", number=0, backend=RedisBackend("redis://127.0.0.1"))
+    alone = Engine([redis], Indexes())
+    wish = Wish(namespace=HERE, kind="key", target=key, strategy="direct")
+    with pytest.raises(RefusedKey, match=r"^has 129 of the marks .* at most 128 can be stored$"):
+        alone.check(wish)
+    with pytest.raises(RefusedKey):
+        alone.check_key(HERE, key)
+    alone.check(replace(wish, kind="prefix"))
+    both = Engine([redis, Layer(name="memory", number=1, backend=MemoryBackend(Indexes()))], Indexes())
+    both.check(wish)
 
 
 # Failures
@@ -268,11 +289,47 @@ async def test_a_server_that_may_evict_the_index_is_warned_of_once(
         engine.ask("CONFIG", "SET", "maxmemory", "0")
 
 
-async def test_a_user_who_may_not_ask_for_the_policy_is_ready_all_the_same(own_engine: RedisProcess) -> None:
-    """Managed servers do not let everybody look."""
+async def test_a_user_who_may_not_ask_for_the_policy_is_ready_all_the_same(
+    own_engine: RedisProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Managed servers do not let everybody look; what is not noticed then is warned of, once."""
     own_engine.ask("ACL", "SETUSER", "limited", "on", "nopass", "~*", "+@all", "-info")
     async with opened(own_engine.url.replace("//", "//limited:x@")) as backend:
-        await backend.check_ready()
+        with caplog.at_level(logging.WARNING, "pybustcall.daemon"):
+            await backend.check_ready()
+            await backend.check_ready()
+        assert await bust(backend, "all", "*") == 0
+    [record] = caplog.records
+    assert "older snapshot" in record.getMessage()
+
+
+async def test_a_node_of_a_cluster_is_refused(tmp_path: Path) -> None:
+    """It has a part of the namespaces only: a reader would store where no bust reaches, or the other way round."""
+    with RedisProcess(tmp_path, **{"cluster-enabled": "yes"}) as node:
+        node.ask("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
+        async with opened(node.url) as backend, RedisCache(node.url) as cache:
+            scope = Scope(HERE, "all", "*")
+            for operation in (backend.check_ready(), backend.begin(scope, soft=False), backend.estimate(scope)):
+                with pytest.raises(BackendFailure, match=f"{node.url} is a node of a cluster, .* not supported") as one:
+                    await operation
+                assert one.value.unreachable
+            for call in (cache.get("k"), cache.set("k", b"v", ttl=None)):
+                with pytest.raises(RedisUnavailable, match="is a node of a cluster") as other:
+                    await call
+                assert (other.value.applied, other.value.answered) == ("no", True)
+            assert await cache.get_or_set("k", lambda: b"v", ttl=None) == b"v"
+        assert node.ask("DBSIZE") == b":0\r\n"
+
+
+async def test_a_node_of_a_cluster_that_does_not_tell_so_is_refused(tmp_path: Path) -> None:
+    """Where INFO is not allowed, as soon as it says that something lies elsewhere."""
+    with RedisProcess(tmp_path, **{"cluster-enabled": "yes"}) as node:
+        node.ask("ACL", "SETUSER", "limited", "on", "nopass", "~*", "+@all", "-info")
+        node.ask("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
+        server = RedisServer(node.url.replace("//", "//limited:x@"))
+        with pytest.raises(RedisUnavailable, match="is a node of a cluster"):
+            await server.run(unlink([b"a", b"b"]))
+        await server.aclose()
 
 
 # Bounds
@@ -325,8 +382,8 @@ async def test_so_many_namespaces_are_remembered(engine: RedisProcess, monkeypat
 # What others see
 
 
-async def test_a_server_that_went_back_in_time_is_busted_whole(engine: RedisProcess) -> None:
-    """The daemon remembers how far it was, and what the snapshot brings back is no longer held."""
+async def test_a_running_server_that_went_back_in_time_is_busted_whole(engine: RedisProcess) -> None:
+    """The daemon remembers how far it was, and what was brought back key by key is no longer held."""
     server = RedisServer(engine.url)
     async with opened(engine.url) as backend, RedisCache(engine.url) as cache:
         await cache.set("old", b"v", ttl=None)
@@ -345,6 +402,82 @@ async def test_a_server_that_went_back_in_time_is_busted_whole(engine: RedisProc
             assert await newcomer.get("old") is None
             assert not await newcomer.store("late", b"v", token=token, ttl=None)
     await server.aclose()
+
+
+async def restarted(server: RedisProcess) -> None:
+    """Kill it, and start it with what it has saved; the loop hears meanwhile that connections are closed."""
+    server.kill()
+    await asyncio.to_thread(server.start)
+
+
+@pytest.mark.parametrize("first", ["new reader", "old reader", "new daemon", "old daemon"])
+async def test_a_server_that_was_restored_from_a_snapshot_serves_nothing_of_it(
+    own_engine: RedisProcess, first: str
+) -> None:
+    """Busts since then were lost with the rest. It is noticed by whoever comes first, knowing nothing of before."""
+    async with (
+        opened(own_engine.url) as old_daemon,
+        opened(own_engine.url) as new_daemon,
+        RedisCache(own_engine.url) as old_reader,
+        RedisCache(own_engine.url) as new_reader,
+    ):
+        await old_reader.set("busted", b"old", tags=["t"], ttl=None)
+        await old_reader.set("kept", b"v", ttl=None)
+        token = (await old_reader.lookup("late")).token
+        assert own_engine.ask("SAVE") == b"+OK\r\n"
+        assert await bust(old_daemon, "tag", "t") == 1
+        assert await bust(old_daemon, "key", "late") == 0
+        await restarted(own_engine)
+        assert own_engine.ask("EXISTS", "bustcall:{default}:e:busted") == b":1\r\n"
+        match first:
+            case "new reader":
+                assert await new_reader.get_or_set("busted", lambda: b"new", tags=["t"], ttl=None) == b"new"
+            case "old reader":
+                assert await old_reader.get_or_set("busted", lambda: b"new", tags=["t"], ttl=None) == b"new"
+            case "new daemon":
+                assert await bust(new_daemon, "key", "unrelated") == 0
+            case "old daemon":
+                assert await bust(old_daemon, "key", "unrelated") == 0
+        for reader in (new_reader, old_reader):
+            assert (await reader.get("busted") or Found(b"new", stale=False)).value == b"new"
+            assert await reader.get("kept") is None, "it may have been busted, too"
+            assert not await reader.store("late", b"old", token=token, ttl=None)
+            assert await reader.get_or_set("busted", lambda: b"new", tags=["t"], ttl=None) == b"new"
+        assert await bust(new_daemon, "tag", "t") == 1
+        assert await old_reader.get("busted") is None
+
+
+async def test_others_cannot_bring_the_counter_up_to_what_was_lost(own_engine: RedisProcess) -> None:
+    """As many busts by a daemon that knows nothing of before would hide from the others that the server went back."""
+    async with opened(own_engine.url) as old, opened(own_engine.url) as new, RedisCache(own_engine.url) as reader:
+        await reader.set("k", b"old", ttl=None)
+        own_engine.ask("SAVE")
+        for _ in range(3):
+            await bust(old, "key", "k")
+        await restarted(own_engine)
+        for _ in range(5):
+            await bust(new, "key", "unrelated")
+        assert await reader.get("k") is None
+        await bust(old, "key", "unrelated")
+        assert await reader.get("k") is None
+
+
+async def test_a_replica_that_takes_over_serves_nothing_from_before(own_engine: RedisProcess, tmp_path: Path) -> None:
+    """It may have lagged behind the busts of the server that failed."""
+    (tmp_path / "replica").mkdir()
+    with RedisProcess(tmp_path / "replica") as replica:
+        async with opened(own_engine.url) as backend, RedisCache(own_engine.url) as cache:
+            await cache.set("k", b"old", ttl=None)
+            own_engine.ask("CONFIG", "SET", "repl-diskless-sync-delay", "0")
+            replica.ask("REPLICAOF", "127.0.0.1", str(own_engine.port))
+            there = "bustcall:{default}:e:k"
+            await eventually(lambda: replica.ask("EXISTS", there) == b":1\r\n", "the replica has it")
+            replica.ask("REPLICAOF", "NO", "ONE")
+            assert await bust(backend, "key", "k") == 1
+        own_engine.kill()
+        assert replica.ask("EXISTS", there) == b":1\r\n"
+        async with RedisCache(replica.url) as cache:
+            assert await cache.get("k") is None
 
 
 async def test_two_daemons_bust_the_same(engine: RedisProcess) -> None:

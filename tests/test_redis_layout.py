@@ -568,6 +568,54 @@ def test_a_server_that_went_back_is_taken_for_empty(table: Table) -> None:
         assert table.select("all") == ["k0"]
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+def test_another_run_of_the_server_is_taken_for_empty(table: Table, is_known: bool) -> None:
+    """Once, by whatever comes first; the counter goes on, and no token from before is good."""
+    firsts: list[Callable[[], object]] = [
+        lambda: table.get("k"),
+        lambda: table.store("other"),
+        lambda: table.begin("key", "other"),
+        lambda: table.select("all"),
+        lambda: table.held("k"),
+        lambda: table.remove("other", generation=1),
+        lambda: table.fence("other", generation=1),
+    ]
+    for first in firsts:
+        table.store("k", tags=("t",))
+        before = table.begin("key", "x")
+        token = table.token()
+        table.client.hset(table.name("m"), "run", "another")
+        if not is_known:
+            table.known = None
+        first()
+        assert table.held("k") == b"0"
+        assert not table.store("k", token=token)
+        assert table.begin("key", "x") > before
+        assert table.store("k", token=table.token())
+        assert table.get("k") == b"v"
+
+
+def test_who_may_not_ask_for_the_run_is_told_by_what_it_remembers(table: Table) -> None:
+    """And by those who may; it costs nothing as long as the server runs."""
+    table.client.acl_setuser("limited", enabled=True, nopass=True, keys="*", commands=["+@all", "-info"])
+    with redis.Redis(unix_socket_path=str(shared_redis().socket), username="limited", password="x") as client:
+        limited = Table(client)
+        limited.store("k")
+        assert table.get("k") is None, "begun by nobody knows which run"
+        table.store("k")
+        assert limited.get("k") == b"v"
+        table.client.hset(table.name("m"), "run", "another")
+        assert limited.get("k") == b"v"
+        assert table.get("k") is None
+        assert limited.get("k") is None
+        limited.store("k")
+        limited.known = Token(limited.token().epoch, 1000)
+        assert limited.get("k") is None
+        table.store("k")
+        assert limited.get("k") == b"v"
+    table.client.acl_deluser("limited")
+
+
 def test_a_bust_works_on_a_server_that_is_full(table: Table) -> None:
     """It frees memory; a store is refused by the server."""
     table.store("k", tags=("t",))
@@ -816,6 +864,14 @@ class Lossy(Machine):
         self.client.flushall()
         for name, content in self.snapshot.items():
             self.client.restore(name, 0, content)
+
+    @rule()
+    def go_back_and_be_forgotten(self) -> None:
+        """As by a restart, after which nobody is left who knows a later state."""
+        self.go_back()
+        if self.client.exists(self.table.name("m")):
+            self.client.hset(self.table.name("m"), "run", "another")
+        self.table.known = None
 
 
 @pytest.mark.parametrize("machine", [Exact, Lossy])

@@ -1,7 +1,8 @@
 """The readers' half of a cache in Redis: look up, make, store, so that a bust by the daemon is never undone.
 
-This module decides what a reader does with what it finds, and who makes a value while others wait. It busts nothing;
-that is asked of a daemon. How entries lie in the server is said by `redis_layout`. It needs the extra "redis".
+This module decides what a reader does with what it finds, who makes a value while others wait, and when a server that
+does not answer is no longer asked. It busts nothing; that is asked of a daemon. How entries lie in the server is said
+by `redis_layout`, when a breaker opens by `policies`. It needs the extra "redis".
 
 Theory of operation. Each look-up tells a token: how far the busts of the namespace had come. A value that is made is
 stored with the token from before it was made, and the server refuses it if it was busted since. So however long it
@@ -11,6 +12,11 @@ Of those readers in one event loop that miss the same key, one flight makes the 
 joins: nothing at all was busted between the flight's beginning and that look-up. Whoever was told a newer one begins a
 flight of its own, and the older goes on for those who wait for it. A flight is a task, which belongs to all of them: it
 goes on if the one that began it is cancelled, and ends if nobody waits any more.
+
+A server that keeps everybody waiting is asked no more: after a few calls in a row without an answer all fail at once,
+and after a pause one of them tries again, until one is answered. That is for each event loop to find out. Nothing is
+held here meanwhile, so nothing old is served, and what is made is not stored. A server that says no, being full or not
+yet loaded, keeps nobody waiting, and goes on being asked.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ import asyncio
 import inspect
 import logging
 import math
+import random
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -28,8 +35,9 @@ from weakref import WeakKeyDictionary
 
 from pybustcall.errors import ClientClosed, ConfigurationError, InvalidRequest
 from pybustcall.models import DEFAULT_NAMESPACE, check_target
+from pybustcall.policies import Breaker, BreakerState, Circuit
 from pybustcall.redis_connection import RedisServer, RedisUnavailable
-from pybustcall.redis_layout import DEFAULT_PREFIX, Entry, Layout, Token
+from pybustcall.redis_layout import DEFAULT_PREFIX, Entry, Layout, Token, check_marks
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -38,7 +46,7 @@ if TYPE_CHECKING:
 
     from pybustcall.redis_layout import Call
 
-__all__ = ["Found", "Looked", "Make", "RedisCache", "RedisUnavailable", "Token"]
+__all__ = ["Breaker", "Found", "Looked", "Make", "RedisCache", "RedisUnavailable", "Token"]
 
 Make = Callable[[], Awaitable[bytes] | bytes]
 """Makes the value of an entry anew."""
@@ -46,6 +54,7 @@ Make = Callable[[], Awaitable[bytes] | bytes]
 _MOST_TAGS: Final = 256
 _LONGEST: Final = 10.0**9  # seconds
 _QUIET: Final = 10.0  # seconds between two lines of the log about a server that cannot be used
+_BREAKER: Final = Breaker(incidents=3, open=1.0, cap=10.0, proofs=1)
 
 _log = logging.getLogger("pybustcall.integrations")
 
@@ -105,6 +114,9 @@ class RedisCache:
     - `lease`: seconds that the one reader who makes a stale entry anew has for it, before another is chosen
     - `on_error`: what `get_or_set` does if Redis cannot be used: "fill" makes the value and returns it, not cached;
       "raise" raises `RedisUnavailable`, as all other calls do
+    - `breaker`: after how many calls without an answer that is so at once, and for how long; None is never. Each call
+      counts, also of those that wait at the same time. What your callers cancel before the timeouts are over does not:
+      let these be shorter than what callers wait
 
     One cache may be used in several event loops, each of which has connections of its own. `aclose` closes those of the
     running loop; `asyncio.run` does so at its end. Raises `ConfigurationError` or `InvalidRequest` for a setting.
@@ -122,6 +134,7 @@ class RedisCache:
         connections: int = 50,
         lease: float = 10.0,
         on_error: Literal["fill", "raise"] = "fill",
+        breaker: Breaker | None = _BREAKER,
     ) -> None:
         if on_error not in {"fill", "raise"}:
             raise ConfigurationError(f'on_error must be "fill" or "raise", not {on_error!r}', setting="on_error")
@@ -133,9 +146,12 @@ class RedisCache:
         )
         self._lease = lease
         self._fills_on_error = on_error == "fill"
+        self._breaker = breaker
         self._known: Token | None = None
         self._flights: WeakKeyDictionary[asyncio.AbstractEventLoop, _Flights] = WeakKeyDictionary()
         self._tasks: WeakKeyDictionary[asyncio.AbstractEventLoop, set[asyncio.Task[bytes]]] = WeakKeyDictionary()
+        self._guards: WeakKeyDictionary[asyncio.AbstractEventLoop, _Guard] = WeakKeyDictionary()
+        self._clock: Callable[[], float] = time.monotonic
         self._told = -math.inf
 
     def __repr__(self) -> str:
@@ -174,10 +190,10 @@ class RedisCache:
 
         If the entry is stale, one reader makes it anew, and all others get the stale value at once. Whatever `make`
         raises is raised here. Of several calls at a time with one key, one `make` runs; without Redis each runs its
-        own. Raises `InvalidRequest` for
-        arguments that cannot be, and with on_error="raise" `RedisUnavailable`.
+        own. Raises `InvalidRequest`, before anything is made, for arguments that cannot be, such as a key with more
+        than 128 of the marks `/:?#`, and with on_error="raise" `RedisUnavailable`.
         """
-        wanted = _Wanted(_checked(key), make, _checked_tags(tags), _checked_ttl(ttl))
+        wanted = _Wanted(_storable(key), make, _checked_tags(tags), _checked_ttl(ttl))
         try:
             looked = await self.lookup(key)
         except RedisUnavailable as error:
@@ -205,7 +221,7 @@ class RedisCache:
         It is refused if the key, a branch that it lies in, one of its tags, or everything was busted since: the value
         may be an old one. It may still be handed to whoever asked before that.
         """
-        return await self._store(_checked(key), value, token, _checked_tags(tags), _checked_ttl(ttl))
+        return await self._store(_storable(key), value, token, _checked_tags(tags), _checked_ttl(ttl))
 
     async def set(self, key: str, value: bytes, *, tags: Iterable[str] = (), ttl: float | None) -> bool:
         """Store a value whatever was busted; tell whether it was stored.
@@ -213,7 +229,7 @@ class RedisCache:
         For values that are new by themselves, such as what was just written. One that was read somewhere, and took a
         while, may be older than a bust: use `get_or_set`, or `lookup` and `store`.
         """
-        return await self._store(_checked(key), value, None, _checked_tags(tags), _checked_ttl(ttl))
+        return await self._store(_storable(key), value, None, _checked_tags(tags), _checked_ttl(ttl))
 
     # Flights
 
@@ -245,7 +261,7 @@ class RedisCache:
         """Raise it, or log it once in a while."""
         if not self._fills_on_error:
             raise error
-        if (now := time.monotonic()) - self._told >= _QUIET:
+        if (now := self._clock()) - self._told >= _QUIET:
             self._told = now
             _log.warning("values are made without a cache: %s", error)
 
@@ -266,9 +282,73 @@ class RedisCache:
         return bool((await self._run(call))[2])
 
     async def _run(self, call: Call) -> Any:
-        reply = await self._server.run(call)
+        guard = self._guard()
+        begun = self._clock()
+        trial = guard.begin(begun)
+        try:
+            reply = await self._server.run(call)
+        except RedisUnavailable as error:
+            if error.answered:
+                guard.answered(self._clock(), trial=trial)
+            else:
+                guard.silent(begun, self._clock(), trial=trial)
+            raise
+        except BaseException:
+            guard.broken_off(trial=trial)
+            raise
+        guard.answered(self._clock(), trial=trial)
         self._known = Token.of(reply).newest(self._known)
         return reply
+
+    def _guard(self) -> _Guard:
+        loop = asyncio.get_running_loop()
+        guard = self._guards.get(loop)
+        if guard is None:
+            guard = self._guards[loop] = _Guard(self._breaker, self._server.where)
+        return guard
+
+
+@final
+class _Guard:
+    """Lets calls of one event loop through to the server, or none, or one that tries.
+
+    What was begun before the breaker opened last counts no more when it ends: it may have waited long, and says nothing
+    of the server as it is now.
+    """
+
+    def __init__(self, policy: Breaker | None, where: str) -> None:
+        self._circuit = Circuit(policy)
+        self._where = where
+        self._silent = 0
+        self._opened = -math.inf
+
+    def begin(self, now: float) -> bool:
+        """Take in that a call begins; tell whether it is the one that tries. Raises `RedisUnavailable` if none may."""
+        if not self._circuit.admits(now, vouched=True):
+            rest = self._circuit.until - now
+            again = f"in {rest:.1f} s" if rest > 0 else "by another call just now"
+            raise RedisUnavailable(
+                f"{self._where} has not answered, and is tried again {again}; nothing was sent", applied="no"
+            )
+        return self._circuit.begin()
+
+    def answered(self, now: float, *, trial: bool) -> None:
+        """Take in an answer."""
+        self._silent = 0
+        self._circuit.succeeded(now, trial=trial)
+
+    def silent(self, begun: float, now: float, *, trial: bool) -> None:
+        """Take in that a call that began then got no answer."""
+        counted = begun > self._opened
+        self._silent += counted
+        before = self._circuit.state
+        self._circuit.failed(now, self._silent, trial=trial, counted=counted, random=random.random)
+        if self._circuit.state is BreakerState.OPEN and before is not BreakerState.OPEN:
+            self._silent, self._opened = 0, now
+
+    def broken_off(self, *, trial: bool) -> None:
+        """Take in that a call ended that says nothing of the server."""
+        self._circuit.released(trial=trial)
 
 
 @final
@@ -315,6 +395,12 @@ async def _made(make: Make) -> bytes:
 
 def _checked(key: object) -> str:
     return check_target(key, "key")
+
+
+def _storable(key: object) -> str:
+    checked = _checked(key)
+    check_marks(checked)
+    return checked
 
 
 def _checked_tags(tags: Iterable[str]) -> tuple[str, ...]:

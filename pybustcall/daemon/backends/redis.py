@@ -33,6 +33,7 @@ from pybustcall.redis_layout import (
     Layout,
     Page,
     Token,
+    check_marks,
     check_prefix,
     exists,
     ranges_of_prefix,
@@ -105,10 +106,11 @@ class RedisBackend:
     def check(self, namespace: str, key: str) -> None:  # noqa: ARG002 - all hold the same
         """Raise `RefusedKey` if no reader could store under `key`; other programs can under any that is UTF-8."""
         try:
-            check_target(key)
+            check_target(key, "key")
+            check_marks(key)
         except InvalidRequest as error:
             if self._foreign is None or not key or not _is_utf8(key):
-                raise RefusedKey(str(error).removeprefix("target ").removesuffix("; nothing was sent")) from None
+                raise RefusedKey(str(error).removeprefix("key ").removesuffix("; nothing was sent")) from None
 
     async def open(self) -> None:
         """Do nothing: connections are opened when they are needed."""
@@ -120,7 +122,7 @@ class RedisBackend:
     async def check_ready(self) -> None:
         """Raise `BackendFailure` if the server does not let itself be written to.
 
-        A server that may evict what is needed to find entries is warned of, once.
+        A server that may evict what is needed to find entries, or does not tell of its restarts, is warned of, once.
         """
         with _translated():
             await self._server.execute("HDEL", f"{Layout(self._prefix, DEFAULT_NAMESPACE).root}:m", "")
@@ -284,11 +286,18 @@ class RedisBackend:
                 return
 
     async def _warn(self) -> None:
-        """Warn of a server that may evict the index."""
+        """Warn of a server that may evict the index, and of one that does not tell of its restarts."""
         try:
             found: Any = await self._server.execute("INFO", "memory")
-        except RedisUnavailable:
-            return  # it may not be told; whether the server can be used is known
+        except RedisUnavailable as error:
+            if error.answered:
+                _log.warning(
+                    "%s may not be asked for INFO by this user. So it is not noticed when the server comes back from an"
+                    " older snapshot, unless by those who remember a later state. Allow it: ACL SETUSER NAME +info",
+                    self._server.where,
+                )
+                self._warned = True
+            return  # whether the server can be used is known
         policy = found.get("maxmemory_policy", "")
         if policy.startswith("allkeys") and found.get("maxmemory", 0):
             _log.warning(
