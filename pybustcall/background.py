@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, final
 
 from pybustcall.dispatcher import reap
 from pybustcall.errors import ClientClosed, OutboxError
-from pybustcall.outbox import ANY
+from pybustcall.outbox import ANY, LONGEST_DELAY
 from pybustcall.telemetry import BustReplayed
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ _POLL: Final = 5.0
 _PAUSE: Final = 60.0
 """Seconds for which a daemon that refuses us (its token, its certificate) gets nothing out of the outbox."""
 
-_LONGEST_BACKOFF: Final = 60.0
 _LONGEST_ROUND: Final = 15.0
 
 
@@ -325,7 +324,7 @@ class Courier:
             _log.warning("a bust in the outbox (row %d) was refused and is set aside: %s", row.id, reason)
             await self._store.set_aside(self._owner, [row.id], reason)
         else:
-            delay = (0.5 + self._random() / 2) * min(_LONGEST_BACKOFF, 2.0 ** min(row.attempts, 10))
+            delay = (0.5 + self._random() / 2) * min(LONGEST_DELAY, 2.0 ** min(row.attempts, 10))
             await self._store.release(self._owner, [row.id], sent=replay.sent, reason=reason, delay=delay)
             return replay.verdict
         self._counts["replayed" if replay.verdict == "delivered" else "refused"] += 1

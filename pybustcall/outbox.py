@@ -77,7 +77,7 @@ T = TypeVar("T")
 ANY: Final = ""
 """The destination of a bust that is for whichever daemon answers."""
 
-LONGEST_DELAY: Final = 600.0
+LONGEST_DELAY: Final = 60.0
 """Seconds: the longest backoff of a row. A wait that reaches further ahead is void: the clock was set back."""
 
 _PATIENCE: Final = 5.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,61 @@ def test_lifetimes_that_begin_together_can_end_apart() -> None:
     assert list(index) == []
 
 
+def test_however_many_end_in_one_moment_nobody_drops_more_than_a_slice() -> None:
+    """They are no entries all the same, and whoever asks next goes on; what was registered anew is none of them."""
+    clock = Clock()
+    indexes = Indexes(clock=clock, at_once=10)
+    index = indexes.of("a")
+    index.update({f"p/{number:03}": Entry(tags=("t",), depends_on=("s",), ttl=1.0) for number in range(100)})
+    index.add("p/alive", ["p/000"], tags=["t"])
+    clock.now = 1.0
+    index.add("p/099", tags=["t"])
+    assert (index.overdue, indexes.overdue) == (89, 89)
+    assert (index.dependents("s"), index.dependents("p/000"), index.variants("p")) == ([], ["p/alive"], [])
+    assert not any([index.remove("p/098"), index.mark_stale("p/097"), "p/096" in index, index.entry("p/095")])
+    assert index.overdue == 88  # of which single keys drop none but themselves
+    questions: list[Callable[[], list[str]]] = [
+        lambda: index.under("p"),
+        lambda: index.tagged("t"),
+        lambda: index.keys(limit=5),
+    ]
+    for ask in questions:
+        before = index.overdue
+        assert ask() == ["p/099", "p/alive"]
+        assert before - index.overdue == 10
+    assert (index.count_under("p"), index.count_tagged("t")) == (2 + 48, 2 + 38)
+    assert len(indexes) == 2
+    assert [indexes.expire() for _ in range(4)] == [10, 10, 8, 0]
+    assert (index.count_under("p"), index.count_tagged("t"), indexes.size_bytes) == (2, 2, 12)
+
+
+def test_a_namespace_in_which_all_is_over_is_none() -> None:
+    """Though nothing of it is dropped yet: it is in no list, and its place is free."""
+    clock = Clock()
+    indexes = Indexes(most=1, clock=clock, at_once=1)
+    indexes.of("a").update({str(number): Entry(ttl=1.0) for number in range(9)})
+    clock.now = 1.0
+    assert (indexes.peek("a"), list(indexes), len(indexes)) == (None, [], 0)
+    indexes.of("b").add("page")
+    with pytest.raises(TooManyNamespaces):
+        indexes.of("a").add("page")
+    assert indexes.overdue > 0
+    assert [name for name, _ in indexes] == ["b"]
+
+
+def test_a_watcher_may_ask_whatever_has_ended_in_one_moment() -> None:
+    """While it is told, nothing else is dropped: otherwise each would be told within the telling of the one before."""
+    clock = Clock()
+    indexes = Indexes(clock=clock)
+    told: list[tuple[str, int]] = []
+    indexes.watch(lambda _namespace, key, before: told.append((key, len(indexes))) if before else None)
+    indexes.of("a").update({f"{number:04}": Entry(ttl=1.0) for number in range(5000)})
+    clock.now = 1.0
+    while indexes.expire():
+        pass
+    assert told == [(f"{number:04}", 0) for number in range(5000)]
+
+
 @pytest.mark.parametrize("ttl", [0, -1.0, math.nan])
 def test_a_lifetime_is_more_than_nothing(ttl: float) -> None:
     """Whatever else is said is a mistake, and nothing has changed."""
@@ -382,10 +438,12 @@ several = st.lists(names, max_size=3)
 class IndexAgainstModel(RuleBasedStateMachine):
     """Every answer of the index is that of a dict that is searched from end to end."""
 
+    at_once = 250
+
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.index = Index(clock=self.clock)
+        self.index = Index(clock=self.clock, at_once=self.at_once)
         self.model = Model()
         self.watched: dict[str, Entry | None] = {}
         self.index.watch(self.note)
@@ -457,7 +515,7 @@ class IndexAgainstModel(RuleBasedStateMachine):
         below = sorted(key for key in held if covers(prefix, key))
         behind = [key for key in below if after is None or key > after]
         assert self.index.under(prefix, after=after, limit=limit) == behind[:limit]
-        assert self.index.count_under(prefix) == len(below)
+        assert 0 <= self.index.count_under(prefix) - len(below) <= self.index.overdue
         subjects = {name for key, it in held.items() for name in it.depends_on if name != key}
         assert self.index.subjects_under(prefix) == sorted(name for name in subjects if covers(prefix, name))
         assert self.index.subjects() == sorted(subjects)
@@ -469,21 +527,32 @@ class IndexAgainstModel(RuleBasedStateMachine):
             self.index.tagged(tag, after=after, limit=limit)
             == [key for key in tagged if after is None or key > after][:limit]
         )
-        assert self.index.count_tagged(tag) == len(tagged)
+        assert 0 <= self.index.count_tagged(tag) - len(tagged) <= self.index.overdue
         behind = [key for key in sorted(held) if after is None or key > after]
         assert self.index.keys(after=after, limit=limit) == behind[:limit]
 
     @invariant()
     def is_whole(self) -> None:
         assert len(self.index) == len(self.model.entries)
-        assert self.index.size_bytes == sum(len(key.encode()) for key in self.model.entries)
         assert [key for key, _ in self.index.items()] == list(self.index) == sorted(self.model.entries)
-        assert dict(self.index.items()) == {key: it for key, it in self.watched.items() if it is not None}
+        watched = {key: it for key, it in self.watched.items() if it is not None}
+        assert self.index.size_bytes == sum(len(key.encode()) for key in watched)
+        assert self.index.overdue == len(watched) - len(self.model.entries)
+        assert self.index.overdue == 0 or not self.at_once
+        assert dict(self.index.items()) == {key: it for key, it in watched.items() if key in self.model.entries}
         check_whole(self.index)
+
+
+class IndexThatDropsNothing(IndexAgainstModel):
+    """So does one that is always behind with dropping what is over."""
+
+    at_once = 0
 
 
 TestIndexAgainstModel = IndexAgainstModel.TestCase
 TestIndexAgainstModel.settings = settings(deadline=None, max_examples=100, stateful_step_count=40)
+TestIndexThatDropsNothing = IndexThatDropsNothing.TestCase
+TestIndexThatDropsNothing.settings = settings(deadline=None, max_examples=100, stateful_step_count=40)
 
 
 # Namespaces
@@ -560,11 +629,12 @@ class IndexesAgainstModel(RuleBasedStateMachine):
     """Sums, watcher and limits are those of the single indexes, whatever happens in whichever of them."""
 
     namespaces = st.sampled_from("abc")
+    at_once = 250
 
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.indexes = Indexes(most=2, clock=self.clock)
+        self.indexes = Indexes(most=2, clock=self.clock, at_once=self.at_once)
         self.model: dict[tuple[str, str], float] = {}
         self.watched: set[tuple[str, str]] = set()
         self.at_hand: Index | None = None
@@ -612,26 +682,39 @@ class IndexesAgainstModel(RuleBasedStateMachine):
         before = len(self.indexes)
         self.clock.now += 1.0
         self.model = {place: end for place, end in self.model.items() if end > self.clock.now}
-        assert self.indexes.expire() == before - len(self.model)
+        dropped = self.indexes.expire()
+        assert dropped == (before - len(self.model) if self.at_once else 0)
 
     @invariant()
     def is_whole(self) -> None:
         assert len(self.indexes) == len(self.model)
-        assert self.indexes.size_bytes == sum(len(key.encode()) for _, key in self.model)
+        assert self.indexes.size_bytes == sum(len(key.encode()) for _, key in self.watched)
         found = {(namespace, key) for namespace, index in self.indexes for key in index}
-        assert found == set(self.model) == self.watched
+        assert found == set(self.model)
+        assert self.indexes.overdue == len(self.watched) - len(self.model)
+        assert self.indexes.overdue == 0 or not self.at_once
         held = {namespace for namespace, _ in self.model}
         assert {namespace for namespace, _ in self.indexes} == held
-        assert {namespace for namespace in "abc" if self.indexes.peek(namespace)} == held
-        for _, index in self.indexes:
+        assert {namespace for namespace in "abc" if self.indexes.peek(namespace) is not None} == held
+        kept = self.indexes._held
+        assert set(kept) == {namespace for namespace, _ in self.watched}
+        for index in kept.values():
             check_whole(index)
-        due = sorted((index._deadlines[0][0], namespace) for namespace, index in self.indexes if index._deadlines)
+        due = sorted((index._deadlines[0][0], namespace) for namespace, index in kept.items() if index._deadlines)
         assert list(self.indexes._due) == due
-        assert not set(self.indexes._empty) & set(self.indexes._held)
+        assert not set(self.indexes._empty) & set(kept)
+
+
+class IndexesThatDropNothing(IndexesAgainstModel):
+    """So it is where the indexes are always behind with dropping what is over."""
+
+    at_once = 0
 
 
 TestIndexesAgainstModel = IndexesAgainstModel.TestCase
 TestIndexesAgainstModel.settings = settings(deadline=None, max_examples=50, stateful_step_count=30)
+TestIndexesThatDropNothing = IndexesThatDropNothing.TestCase
+TestIndexesThatDropNothing.settings = settings(deadline=None, max_examples=50, stateful_step_count=30)
 
 
 # Counted steps

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 from pybustcall.daemon.backends import Scope
 from pybustcall.daemon.backends.memory import MemoryBackend
-from pybustcall.daemon.index import Indexes
+from pybustcall.daemon.index import Entry, Indexes
 from pybustcall.models import DEFAULT_NAMESPACE, EVERYTHING, KINDS
 
 HERE = DEFAULT_NAMESPACE
@@ -55,6 +56,31 @@ async def test_what_has_outlived_its_lifetime_is_not_held() -> None:
     assert await backend.variants(HERE, ["a"]) == []
     assert await backend.remove(HERE, ["a", "a.gz"], generation=9, soft=False) == 0
     assert await backend.size_bytes() == 0
+
+
+async def test_the_loop_has_its_turn_however_many_lifetimes_end_in_one_moment() -> None:
+    """A sweep drops them in slices first, and finds what is left."""
+    clock = Clock()
+    indexes = Indexes(clock=clock)
+    backend = MemoryBackend(indexes)
+    indexes.of(HERE).update({f"p/{number:05}": Entry(ttl=1.0) for number in range(10_000)})
+    indexes.of(HERE).add("p/alive")
+    clock.now += 1.0
+    overdue: list[int] = []
+    done = asyncio.Event()
+
+    async def turn() -> None:
+        while not done.is_set():
+            overdue.append(indexes.overdue)
+            await asyncio.sleep(0)
+
+    turning = asyncio.create_task(turn())
+    await backend.begin(Scope(HERE, "prefix", "p"), soft=False)
+    assert [batch async for batch in backend.select(Scope(HERE, "prefix", "p"))] == [["p/alive"]]
+    done.set()
+    await turning
+    assert max(before - after for before, after in itertools.pairwise([10_000, *overdue])) <= 500
+    assert overdue[-1] == 0
 
 
 async def test_removing_tells_whoever_watches_the_index() -> None:

@@ -685,7 +685,7 @@ async def test_a_lease_costs_what_it_takes_and_not_what_is_stored(path: Path) ->
             line = outbox._line_of(destination, stored)
             ident = outbox._insert(db, time.time(), stored, destination, line, True, None, 30.0, "")
             if not index % 5:
-                db.execute("UPDATE busts SET state = 1, not_before = not_before + 500 WHERE id = ?", (ident,))
+                db.execute("UPDATE busts SET state = 1, not_before = not_before + 50 WHERE id = ?", (ident,))
         db.execute("COMMIT")
 
     await store.open()

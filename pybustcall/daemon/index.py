@@ -5,15 +5,19 @@ do) and does not decide what a bust covers (the engine does). Everything here is
 
 Theory of operation. Entries, the names that they depend on, pairs of tag and key, and pairs of deadline and key are
 each kept sorted, so that whatever begins alike lies side by side: a question is two bisections and a walk over the
-answer, O(log n + m). What is empty is dropped at once, so that nothing is left of what was removed. Expiry is done by
-whoever comes first: every question, and every change, begins by dropping what is over. It looks at the earliest
-deadline only, which costs nothing as long as that lies ahead; each entry is dropped once, in O(log n). A question in
+answer, O(log n + m). What is empty is dropped at once, so that nothing is left of what was removed. A question in
 batches goes on behind the last key that it told, in the order of keys: what is gone or came meanwhile does not matter.
-docs/explanation/complexity.md counts the steps.
+
+Lifetimes end by themselves, and what is over is dropped by whoever comes next: each addition, and each question for
+many, begins by dropping some, the earliest deadline first, and nobody drops more than a slice. As long as the earliest
+deadline lies ahead that is one look at the clock. If more are over than that, the rest is still there and is left out
+of every answer, by its own deadline; only then is that looked at. Questions for one key drop nothing, since they are
+asked many at a time. docs/explanation/complexity.md counts the steps.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Entry", "Index", "Indexes", "TooManyNamespaces"]
 
 _BATCH: Final = 500  # keys that going through all of them looks up at a time
+_AT_ONCE: Final = 250  # entries that are dropped at a time: about a millisecond
 
 
 class TooManyNamespaces(Exception):
@@ -97,27 +102,36 @@ class Index:
     """The registry of entries, and of which entry was made of what.
 
     - `clock`: tells seconds, for lifetimes, and never goes back
+    - `at_once`: how many entries that are over one addition or question drops at most
     - `house`: not for callers; what `Indexes` ties its indexes together with
 
     A key may be depended on without being an entry itself: `product:7` is no file and no cached page, but pages are
     made of it. What has outlived its lifetime is no entry any more, for whatever is asked. Not safe between threads.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic, house: _House | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        at_once: int = _AT_ONCE,
+        house: _House | None = None,
+    ) -> None:
         self._clock = clock
+        self._at_once = at_once
         self._house = house or _House()
         self._entries: SortedDict[str, Entry] = SortedDict()
         self._dependents: SortedDict[str, set[str]] = SortedDict()
         self._tagged: SortedList[tuple[str, str]] = SortedList()
         self._deadlines: SortedList[tuple[float, str]] = SortedList()
         self._size = 0
+        self._expiring = False
         self._tell: Callable[[str, Entry | None], None] | None = None
 
     def watch(self, tell: Callable[[str, Entry | None], None] | None) -> None:
-        """Have every change told once it is made: the key, and what was known of it before, None if it was no entry.
+        """Have every change told once it is made: the key, and what was known of it before, None if nothing was.
 
-        What is over is told as what was removed; a stale mark is not told. There is one watcher at a time; None is
-        nobody.
+        What is over is told as what was removed, when it is dropped; a stale mark is not told. There is one watcher at
+        a time; None is nobody.
         """
         self._tell = tell
 
@@ -132,7 +146,7 @@ class Index:
         """
         self.expire()
         entry = self._made(key, Entry(depends_on=tuple(depends_on), tags=tuple(tags), ttl=ttl))
-        if not self._entries:
+        if len(self._entries) <= self.overdue:
             self._house.admit()
         self._put(key, entry)
 
@@ -143,9 +157,8 @@ class Index:
     def update(self, entries: Mapping[str, Entry], *, apart: float = 0.0) -> None:
         """Register many at once, as by `add`: of each counts what it depends on, its tags, and its lifetime.
 
-        Lifetimes of one length end `apart` seconds one after the other, for whoever comes at the end of a million would
-        have to drop them all. Here it is not asked whether there may be another namespace: this is for what was there
-        before a restart.
+        Lifetimes of one length end `apart` seconds one after the other, and so are not all over in one moment. Here it
+        is not asked whether there may be another namespace: this is for what was there before a restart.
         """
         self.expire()
         made = {key: self._made(key, entry, apart * number) for number, (key, entry) in enumerate(entries.items())}
@@ -168,26 +181,49 @@ class Index:
 
         What depends on it stays registered.
         """
-        self.expire()
-        return self._drop(key)
+        before = self._forget(key)
+        if before is None:
+            return False
+        self._settle()
+        self._report(key, before)
+        return before.deadline is None or not _is_over(before, self._clock())
 
     def mark_stale(self, key: str) -> bool:
         """Mark an entry as stale until it is registered again; tell whether it was known, and not stale already."""
-        self.expire()
-        entry = self._entries.get(key)
+        entry = self.entry(key)
         if entry is None or entry.stale:
             return False
         self._entries[key] = replace(entry, stale=True)
         return True
 
-    def expire(self) -> int:
-        """Drop what has outlived its lifetime; tell how many entries. O(1) if nothing has."""
-        if not self._deadlines:
+    def expire(self, most: int | None = None) -> int:
+        """Drop entries that have outlived their lifetimes, at most `most` (`at_once`); tell how many. O(1) if none has.
+
+        Those that are left are no entries all the same. While a watcher is told, nothing is dropped.
+        """
+        if not self._deadlines or self._expiring:
             return 0
-        now, count = self._clock(), 0
-        while self._deadlines and self._deadlines[0][0] <= now:
-            count += self._drop(self._deadlines[0][1])
-        return count
+        now, limit = self._clock(), self._at_once if most is None else most
+        gone: list[tuple[str, Entry | None]] = []
+        while self._deadlines and self._deadlines[0][0] <= now and len(gone) < limit:
+            key = self._deadlines[0][1]
+            gone.append((key, self._forget(key)))
+        if gone:
+            self._expiring = True
+            try:
+                self._settle()
+                for key, before in gone:
+                    self._report(key, before)
+            finally:
+                self._expiring = False
+        return len(gone)
+
+    @property
+    def overdue(self) -> int:
+        """How many have outlived their lifetimes and are still to be dropped. O(log n), and O(1) if none is."""
+        if not self._deadlines or self._deadlines[0][0] > (now := self._clock()):
+            return 0
+        return self._deadlines.bisect_left((math.nextafter(now, math.inf), ""))
 
     def _made(self, key: str, given: Entry, later: float = 0.0) -> Entry:
         ttl = given.ttl
@@ -213,14 +249,6 @@ class Index:
             self._deadlines.add((entry.deadline, key))
         self._settle()
         self._report(key, before)
-
-    def _drop(self, key: str) -> bool:
-        before = self._forget(key)
-        if before is None:
-            return False
-        self._settle()
-        self._report(key, before)
-        return True
 
     def _forget(self, key: str) -> Entry | None:
         entry = self._entries.pop(key, None)
@@ -269,14 +297,15 @@ class Index:
 
     # One entry
 
-    def __contains__(self, key: object) -> bool:
-        self.expire()
-        return key in self._entries
+    def __contains__(self, key: str) -> bool:
+        return self.entry(key) is not None
 
     def entry(self, key: str) -> Entry | None:
         """Tell all that is known of the entry `key`; None if it is no entry."""
-        self.expire()
-        return self._entries.get(key)
+        entry = self._entries.get(key)
+        if entry is None or (entry.deadline is not None and _is_over(entry, self._clock())):
+            return None
+        return entry
 
     def is_stale(self, key: str) -> bool:
         """Tell whether `key` is an entry that was marked as stale since it was registered."""
@@ -297,7 +326,7 @@ class Index:
 
     def __len__(self) -> int:
         self.expire()
-        return len(self._entries)
+        return len(self._entries) - self.overdue
 
     def __iter__(self) -> Iterator[str]:
         """Go through the registered keys, in order. Entries may come and go meanwhile."""
@@ -311,19 +340,19 @@ class Index:
 
     @property
     def size_bytes(self) -> int:
-        """How many bytes of UTF-8 the registered keys have together."""
+        """How many bytes of UTF-8 the registered keys have together, and those that are still to be dropped."""
         self.expire()
         return self._size
 
     def items(self) -> list[tuple[str, Entry]]:
         """List all entries with what is known of them, in the order of keys."""
-        self.expire()
-        return list(self._entries.items())
+        now = self._passed()
+        return [(key, entry) for key, entry in self._entries.items() if now is None or not _is_over(entry, now)]
 
     def keys(self, *, after: str | None = None, limit: int | None = None) -> list[str]:
         """List the registered keys, in order: those behind `after`, which need be no entry, at most `limit` of them."""
-        self.expire()
-        return list(islice(self._entries.irange(after, None, inclusive=(after is None, True)), limit))
+        now = self._passed()
+        return self._answer(self._entries.irange(after, None, inclusive=(after is None, True)), now, limit)
 
     # What is named
 
@@ -333,11 +362,11 @@ class Index:
         The order is that of keys by code points: first the prefix itself, then what lies below it. So a bust in batches
         goes on behind the last key of the batch before, whether or not that is an entry still.
         """
-        self.expire()
-        return list(islice(_covered(self._entries, prefix, after), limit))
+        now = self._passed()
+        return self._answer(_covered(self._entries, prefix, after), now, limit)
 
     def count_under(self, prefix: str) -> int:
-        """Tell how many entries `prefix` covers: O(log n), however many they are."""
+        """Tell how many entries `prefix` covers, and those still to be dropped: O(log n), however many they are."""
         self.expire()
         bisect = self._entries.bisect_left
         below = sum(bisect(end) - bisect(begin) for begin, end in ranges_of(prefix))
@@ -345,49 +374,71 @@ class Index:
 
     def tagged(self, tag: str, *, after: str | None = None, limit: int | None = None) -> list[str]:
         """List the entries with this tag, in order: those behind `after`, at most `limit` of them."""
-        self.expire()
+        now = self._passed()
         begin, end = _range_of(tag)
         pairs = self._tagged.irange(begin if after is None else (tag, after), end, inclusive=(after is None, False))
-        return [key for _, key in islice(pairs, limit)]
+        return self._answer((key for _, key in pairs), now, limit)
 
     def count_tagged(self, tag: str) -> int:
-        """Tell how many entries have this tag: O(log n), however many they are."""
+        """Tell how many entries have this tag, and those still to be dropped: O(log n), however many they are."""
         self.expire()
         begin, end = _range_of(tag)
         return self._tagged.bisect_left(end) - self._tagged.bisect_left(begin)
 
     def variants(self, key: str) -> list[str]:
         """List the entries that are variants of `key`, sorted: O(log n + m), m of them, whatever else begins alike."""
-        self.expire()
         found = []
         for encoding in ENCODINGS:
             if key + encoding in self._entries:
                 found.append(key + encoding)
             found += _covered(self._entries, f"{key}{encoding}?")
-        return [*found, *_covered(self._entries, f"{key}?")]
+        return self._answer((*found, *_covered(self._entries, f"{key}?")), self._passed(drop=False))
 
     # What depends on what
 
     def dependents(self, key: str) -> list[str]:
         """List the entries that depend on `key`, also by way of others, sorted; never `key` itself."""
-        self.expire()
+        now = self._passed(drop=False)
         found: set[str] = set()
         ahead = [key]
         while ahead:
             new = self._dependents.get(ahead.pop(), set()) - found
+            if now is not None:
+                new = set(self._answer(new, now))
             found |= new
             ahead += new
         return sorted(found - {key})
 
     def subjects(self) -> list[str]:
         """List the names that entries depend on, in order; they need be no entries."""
-        self.expire()
-        return list(self._dependents)
+        return self._needed(self._dependents, self._passed())
 
     def subjects_under(self, prefix: str) -> list[str]:
         """List the names that entries depend on and `prefix` covers, in order; they need be no entries."""
-        self.expire()
-        return list(_covered(self._dependents, prefix))
+        return self._needed(_covered(self._dependents, prefix), self._passed())
+
+    # What is over and still there
+
+    def _passed(self, *, drop: bool = True) -> float | None:
+        """Drop some of what is over; if not all of it, tell the time, by which the rest is left out of answers."""
+        if drop:
+            self.expire()
+        return self._clock() if self.overdue else None
+
+    def _answer(self, keys: Iterable[str], now: float | None, limit: int | None = None) -> list[str]:
+        if now is not None:
+            keys = (key for key in keys if not _is_over(self._entries[key], now))
+        return list(islice(keys, limit))
+
+    def _needed(self, names: Iterable[str], now: float | None) -> list[str]:
+        """List those of the names that entries depend on."""
+        if now is None:
+            return list(names)
+        return [name for name in names if any(not _is_over(self._entries[it], now) for it in self._dependents[name])]
+
+
+def _is_over(entry: Entry, now: float) -> bool:
+    return entry.deadline is not None and entry.deadline <= now
 
 
 def _covered(names: SortedDict[str, Any], prefix: str, after: str | None = None) -> Iterator[str]:
@@ -415,14 +466,17 @@ class Indexes:
     """An index for each namespace, made on demand, with one counter of generations for all.
 
     - `most`: how many namespaces may have entries; those without any cost nothing and do not count
-    - `clock`: as of `Index`
+    - `clock`, `at_once`: as of `Index`
 
     Not safe between threads.
     """
 
-    def __init__(self, *, most: int = 1000, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, *, most: int = 1000, clock: Callable[[], float] = time.monotonic, at_once: int = _AT_ONCE
+    ) -> None:
         self._most = most
         self._clock = clock
+        self._at_once = at_once
         self._generations = _Generations()
         self._held: dict[str, Index] = {}
         # An index without entries lives as long as somebody has it at hand, and what is added to it then is not lost.
@@ -455,31 +509,41 @@ class Indexes:
                 lambda index, share: self._account(namespace, index, share),
                 lambda key, before: self._report(namespace, key, before),
             )
-            index = self._empty[namespace] = Index(clock=self._clock, house=house)
+            index = self._empty[namespace] = Index(clock=self._clock, at_once=self._at_once, house=house)
         return index
 
     def peek(self, namespace: str) -> Index | None:
         """Tell the index of a namespace; None if it has no entry."""
-        self.expire()
-        return self._held.get(namespace)
+        index = self._held.get(namespace)
+        return None if index is None or not self._has_entries(namespace, index) else index
 
     def __iter__(self) -> Iterator[tuple[str, Index]]:
         """Go through the namespaces that have entries, in order, with their indexes."""
         self.expire()
-        return iter(sorted(self._held.items()))
+        return iter(sorted((name, index) for name, index in self._held.items() if self._has_entries(name, index)))
 
     def __len__(self) -> int:
         """How many entries there are in all namespaces."""
         self.expire()
-        return self._count
+        return self._count - self.overdue
+
+    @property
+    def overdue(self) -> int:
+        """How many have outlived their lifetimes and are still to be dropped, in all namespaces."""
+        if not self._due or self._due[0][0] > (now := self._clock()):
+            return 0
+        due = self._due.irange(None, (math.nextafter(now, math.inf), ""), inclusive=(True, False))
+        return sum(self._held[namespace].overdue for _, namespace in due)
+
+    def _has_entries(self, namespace: str, index: Index) -> bool:
+        return self._shares[namespace].entries > index.overdue
 
     def __repr__(self) -> str:
-        self.expire()
-        return f"Indexes({len(self._held)} namespaces, {self._count} entries, {self._size} bytes of keys)"
+        return f"Indexes({len(list(self))} namespaces, {len(self)} entries, {self._size} bytes of keys)"
 
     @property
     def size_bytes(self) -> int:
-        """How many bytes of UTF-8 the registered keys of all namespaces have together."""
+        """How many bytes of UTF-8 the registered keys of all namespaces have together. See `Index.size_bytes`."""
         self.expire()
         return self._size
 
@@ -493,20 +557,25 @@ class Indexes:
         self._generations.current += 1
         return self._generations.current
 
-    def expire(self) -> int:
-        """Drop what has outlived its lifetime in any namespace; tell how many entries. O(1) if nothing has."""
+    def expire(self, most: int | None = None) -> int:
+        """Drop entries that have outlived their lifetimes in any namespace, as `Index.expire` does."""
         if not self._due:
             return 0
-        now, count = self._clock(), 0
-        while self._due and self._due[0][0] <= now:
-            count += self._held[self._due[0][1]].expire()
+        now, limit, count = self._clock(), self._at_once if most is None else most, 0
+        while self._due and self._due[0][0] <= now and count < limit:
+            dropped = self._held[self._due[0][1]].expire(limit - count)
+            if not dropped:
+                break  # a watcher is told of that one just now, and asks
+            count += dropped
         return count
 
     def _admit(self, namespace: str) -> None:
         if len(self._held) >= self._most:
             self.expire()
-        if len(self._held) >= self._most and namespace not in self._held:
-            raise TooManyNamespaces(self._most)
+        if len(self._held) >= self._most:
+            others = sum(self._has_entries(name, index) for name, index in self._held.items() if name != namespace)
+            if others >= self._most:
+                raise TooManyNamespaces(self._most)
 
     def _account(self, namespace: str, index: Index, share: _Share) -> None:
         before = self._shares.get(namespace, _Share())

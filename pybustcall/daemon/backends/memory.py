@@ -52,6 +52,7 @@ class MemoryBackend:
 
     async def begin(self, scope: Scope, *, soft: bool, wide: bool = False) -> int:  # noqa: ARG002 - as the others do
         """Begin a generation: what is registered from now on is left alone by this bust."""
+        self._indexes.expire()  # busts of keys ask nothing else that would drop what is over
         return self._indexes.begin()
 
     async def fence(self, namespace: str, keys: Sequence[str], *, generation: int) -> None:
@@ -64,6 +65,9 @@ class MemoryBackend:
         """Find the entries that `scope` names, in order, in batches; the event loop has its turn between two."""
         after: str | None = None
         while (index := self._indexes.peek(scope.namespace)) is not None:
+            if index.expire():  # all that is over goes first, or one batch might have to pass by any number of those
+                await asyncio.sleep(0)
+                continue
             batch = _some(index, scope, after)
             if batch:
                 yield batch
@@ -73,7 +77,7 @@ class MemoryBackend:
             await asyncio.sleep(0)
 
     async def estimate(self, scope: Scope) -> int | None:
-        """Tell exactly how many entries `scope` names now."""
+        """Tell how many entries `scope` names now, of those that are over some too many."""
         index = self._indexes.peek(scope.namespace)
         if index is None:
             return 0
