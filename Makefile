@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 LOCK   := .ci/requirements-dev.txt
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint types floors pytest interop simulate bench-failover bench-latency bench-journal bench-index openapi schema lock clean
+.PHONY: demo test lint types floors pytest interop simulate bench-failover bench-latency bench-journal bench-index bench-delegation bench-redis openapi schema lock clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -48,6 +48,14 @@ bench-journal: $(READY)
 # Counted steps and time of each operation of the index, from 10^3 to 10^6 entries.
 bench-index: $(READY)
 	$(BIN)/python -m bench.index_scaling
+
+# Counted steps and latency of busts, from 10^3 to 10^6 registered entries.
+bench-delegation: $(READY)
+	$(BIN)/python -m bench.delegation
+
+# A bust of 100,000 entries in Redis: time to the answer, longest block of the daemon, what others wait for meanwhile.
+bench-redis: $(READY)
+	$(BIN)/python -m bench.redis_prefix
 
 # One environment, pinned and hashed; made again only when the lock or the project's metadata change.
 $(READY): $(LOCK) pyproject.toml
