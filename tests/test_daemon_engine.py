@@ -277,6 +277,50 @@ def test_the_engine_agrees_with_a_naive_model_and_strategies_are_nested(
 # Slices
 
 
+async def test_what_many_depend_on_in_common_is_looked_at_once(engine: Engine, indexes: Indexes) -> None:
+    """However many of the named lead to it; and so is what bears a tag, though cache and registry both know it."""
+    index = indexes.of("shared")
+    subjects = [f"p/{number}" for number in range(3 * SLICE)]
+    for subject in subjects:
+        index.add(subject, tags=["t"])
+    index.add("feed", subjects)
+    for number in range(2 * SLICE):
+        index.add(f"page/{number}", ["feed"])
+    for kind, target in (("prefix", "p"), ("tag", "t")):
+        bust = engine.bust(wish(target, kind=kind, namespace="shared", soft=True))
+        await bust.visit(engine.layers[0])
+        assert bust.done == 5 * SLICE + 1
+
+
+async def test_what_is_told_of_progress_never_falls(engine: Engine, indexes: Indexes) -> None:
+    """Also where a second visit goes over the same keys again."""
+    for number in range(2 * SLICE):
+        indexes.of("many").add(f"p/{number}")
+    bust = engine.bust(wish("p", "hybrid", kind="prefix", namespace="many", soft=True))
+    told: list[int] = []
+    engine.step = lambda _step: told.append(bust.done)
+    bust._step = engine.step
+    await bust.visit(engine.layers[0], "first")
+    await bust.visit(engine.layers[0], "rest")
+    assert (told, told[-1], bust.total) == (sorted(told), 2 * SLICE, 2 * SLICE)
+
+
+async def test_no_layer_removes_what_its_neighbour_must_look_up_first() -> None:
+    """The chain of dependents is known before the registry, being a cache of the same number, forgets it."""
+    indexes, shelf = Indexes(), Shelf("end")
+    names = ["start", *(f"link/{number}" for number in range(2 * SLICE)), "end"]
+    for name, needed in zip(names[1:], names, strict=False):
+        indexes.of(DEFAULT_NAMESPACE).add(name, [needed])
+    layers = [
+        Layer(name="memory", number=0, backend=MemoryBackend(indexes)),
+        Layer(name="b", number=0, backend=Plain(shelf)),
+    ]
+    async with opened(Engine(layers, indexes)) as both:
+        bust = both.bust(wish("start"))
+        await asyncio.gather(*(bust.visit(layer) for layer in both.layers))
+    assert (shelf.held, len(indexes)) == ({}, 0)
+
+
 async def test_a_sweep_gives_the_event_loop_its_turn_after_every_slice(engine: Engine) -> None:
     """And counts what it looked at."""
     for number in range(4 * SLICE):

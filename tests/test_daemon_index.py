@@ -84,6 +84,23 @@ def test_dependents_are_found_by_way_of_others() -> None:
     assert index.dependencies("page") == ("fragment",)
 
 
+def test_a_walk_tells_each_dependent_once_and_none_that_was_found_before() -> None:
+    """Whichever of the names lead there, and however the index changes meanwhile."""
+    index = Index()
+    for number in range(600):
+        index.add(f"page/{number}", ["feed"])
+    index.add("feed", ["a", "b"])
+    index.add("of/a", ["a"])
+    found = {"of/a"}
+    told = [name for some in index.walk(["a", "b", "nobody"], found) for name in some]
+    assert sorted(told) == sorted(["feed", *(f"page/{number}" for number in range(600))])
+    assert found == {"of/a", *told}
+    walk = index.walk(["feed", "late"], set())
+    first = next(walk)
+    index.add("page/late", ["page/0"])
+    assert "page/late" in {name for some in walk for name in some} - set(first)
+
+
 def test_a_cycle_of_dependencies_ends() -> None:
     """Entries that depend on each other are each other's dependents, and never their own."""
     index = Index()

@@ -170,7 +170,7 @@ async def test_a_full_disk_refuses_busts_instead_of_promising_until_there_is_roo
             (pages / "refused").touch()
             status, problem = await post(daemon.url, "refused")
             assert (status, problem["status"]) == (507, 507)
-            assert "disk is full" in str(problem["detail"])
+            assert "disk is full; make room on its disk" in str(problem["detail"])
             assert str(problem["detail"]).endswith("nothing was busted")
             assert (pages / "refused").exists()
             assert (await client.status()).daemon_pid == daemon.process.pid

@@ -329,8 +329,8 @@ class Daemon:
             raise Refusal(422, f"target {error}", field_name="target", binding=binding) from None
         except JournalFailure as error:
             _log.error("a bust was refused: %s", error)
-            status = 507 if error.full else 500
-            raise Refusal(status, f"{error}; nothing was busted", stage=_BROKEN, binding=binding) from None
+            status, advice = (507, "; make room on its disk, and busts are taken again") if error.full else (500, "")
+            raise Refusal(status, f"{error}{advice}; nothing was busted", stage=_BROKEN, binding=binding) from None
         except BustFailed as error:
             _log.error("a bust was not applied in full: %s", error)
             raise Refusal(500, f"the bust was not applied in full: {error}", stage=_BROKEN, binding=binding) from None

@@ -270,7 +270,11 @@ class Engine:
     def dependents(self, names: Iterable[str]) -> list[str]:
         """List the entries that depend on any of these names, also by way of others."""
         index = self.indexes.peek(DEFAULT_NAMESPACE)
-        return [] if index is None else sorted({key for name in names for key in index.dependents(name)})
+        found: set[str] = set()
+        if index is not None:
+            for _ in index.walk(names, found):
+                pass
+        return sorted(found)
 
     async def _remove_keys(self, layer: Layer, keys: Sequence[str]) -> int:
         try:
@@ -356,8 +360,8 @@ class Bust:
     """One bust, layer by layer.
 
     - `removed`: how many entries went at each layer, over all its visits
-    - `done`: how many keys the visit of each layer has looked at; `total`: about how many there are at the layers that
-      were begun, None if one cannot tell
+    - `done`: how many keys were looked at in each layer, by the visit that came furthest; `total`: about how many there
+      are at the layers that were begun, None if one cannot tell
     """
 
     def __init__(self, engine: Engine, wish: Wish) -> None:
@@ -370,6 +374,7 @@ class Bust:
         self._step = engine.step
         self._begun: dict[str, tuple[Layer, int]] = {}
         self._broken: set[str] = set()  # begun, and to be begun anew: what failed there may know nothing of it any more
+        self._looking = asyncio.Lock()
         self._looked_up: tuple[list[str], list[str]] | None = None
         self._wide = wish.strategy != "direct"
         self._since = 0  # keys since the event loop had its turn
@@ -435,7 +440,6 @@ class Bust:
         begun = self._begun.get(layer.name)
         if begun is not None and layer.name not in self._broken:
             return begun[1]
-        await self._look_up()
         backend = layer.backend
         generation = await backend.begin(self.scope, soft=self.wish.soft, wide=self._wide)
         self._begun[layer.name] = (layer, generation)
@@ -447,7 +451,7 @@ class Bust:
     async def _sweep(self, layer: Layer, generation: int, *, wide: bool) -> None:
         backend, wish = layer.backend, self.wish
         failures: list[BackendFailure] = []
-        self._looked_at[layer.name] = 0
+        looked_at = 0
         async with aclosing(self._covered(layer, wide=wide, fenced=generation)) as covered:
             async for keys in covered:
                 try:
@@ -462,7 +466,8 @@ class Bust:
                     if error.unreachable:
                         raise
                     failures.append(error)
-                self._looked_at[layer.name] += len(keys)
+                looked_at += len(keys)
+                self._looked_at[layer.name] = max(looked_at, self._looked_at.get(layer.name, 0))
                 self._step(f"swept {layer.name}")
                 await self._take_turns(len(keys))
         if failures:
@@ -499,6 +504,7 @@ class Bust:
         """
         backend, namespace = layer.backend, self.wish.namespace
         named, dependents = await self._look_up()
+        seen: set[str] = set()  # dependents that were found here
         async with aclosing(self._named(layer, named)) as batches:
             async for batch in batches:
                 for keys in _slices(batch):
@@ -506,13 +512,13 @@ class Bust:
                     if wide and self.wish.kind in {"prefix", "tag"}:
                         # The variants of what a prefix covers are covered, too, but for those of the prefix itself.
                         alone = keys if self.wish.kind == "tag" else []
-                        async for more in self._belonging(layer, alone, self._dependents_of(keys), fenced):
+                        async for more in self._belonging(layer, alone, await self._walk(keys, seen), fenced):
                             yield more
         if not wide or self.wish.kind == "all":
             return
         # The named itself need not be held for its variants and dependents to be.
         roots = _holdable(layer, namespace, [self.wish.target]) if self.wish.kind in {"key", "prefix"} else []
-        for some in _slices(dependents):
+        for some in _slices([key for key in dependents if key not in seen]):
             async for more in self._belonging(layer, roots, some, fenced):
                 yield more
             roots = []
@@ -524,11 +530,14 @@ class Bust:
             # Whether it is held is for `remove` to tell, which also refuses what can be seen only there.
             yield _holdable(layer, self.wish.namespace, [self.wish.target])
             return
+        left = dict.fromkeys(registered)
         # A walk of files has descriptors open, so that it is closed at once where the visit ends early.
         async with aclosing(layer.backend.select(self.scope)) as found:
             async for batch in found:
                 yield batch
-        for some in _slices(_holdable(layer, self.wish.namespace, registered)):
+                for key in batch if left else ():
+                    left.pop(key, None)
+        for some in _slices(_holdable(layer, self.wish.namespace, left)):
             yield some
 
     async def _belonging(
@@ -546,24 +555,26 @@ class Bust:
         for some in _slices(more):
             yield some
 
-    def _dependents_of(self, keys: Sequence[str]) -> list[str]:
-        index = self._index
-        return [] if index is None else list(dict.fromkeys(one for key in keys for one in index.dependents(key)))
+    async def _walk(self, names: Sequence[str], seen: set[str]) -> list[str]:
+        """List what the registry knows to depend on these, also by way of others, and is not in `seen` yet."""
+        found: list[str] = []
+        if (index := self._index) is not None:
+            for some in index.walk(names, seen):
+                found += some
+                await self._take_turns(len(some) + min(len(names), SLICE))
+        return found
 
     async def _look_up(self) -> tuple[list[str], list[str]]:
-        """Tell what the registry knows to be named by a tag, and to depend on what is named, as it was at the begin."""
-        if self._looked_up is None:
-            named: list[str] = []
-            found: dict[str, None] = {}
-            if (index := self._index) is not None:
-                if self.wish.kind == "tag":
-                    named = index.tagged(self.wish.target)
-                for some in _slices(self._subjects(index, named) if self._wide else []):
-                    before = len(found)
-                    found.update(dict.fromkeys(one for name in some for one in index.dependents(name)))
-                    await self._take_turns(len(some) + len(found) - before)
-            self._looked_up = (named, list(found))
-        return self._looked_up
+        """Tell what the registry knows to be named by a tag, and to depend on what is named, before it is removed."""
+        async with self._looking:  # of layers that are busted together none removes before this is known
+            if self._looked_up is None:
+                named: list[str] = []
+                subjects: list[str] = []
+                if (index := self._index) is not None:
+                    named = index.tagged(self.wish.target) if self.wish.kind == "tag" else []
+                    subjects = self._subjects(index, named) if self._wide else []
+                self._looked_up = (named, await self._walk(subjects, set()))
+            return self._looked_up
 
     def _subjects(self, index: Index, named: list[str]) -> list[str]:
         match self.wish.kind:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["Entry", "Index", "Indexes", "TooManyNamespaces"]
 
 _BATCH: Final = 500  # keys that going through all of them looks up at a time
+_STRIDE: Final = 250  # names whose dependents are looked up at a time
+_NONE: Final[frozenset[str]] = frozenset()
 _AT_ONCE: Final = 250  # entries that are dropped at a time: about a millisecond
 
 
@@ -398,16 +400,32 @@ class Index:
 
     def dependents(self, key: str) -> list[str]:
         """List the entries that depend on `key`, also by way of others, sorted; never `key` itself."""
-        now = self._passed(drop=False)
         found: set[str] = set()
-        ahead = [key]
-        while ahead:
-            new = self._dependents.get(ahead.pop(), set()) - found
-            if now is not None:
-                new = set(self._answer(new, now))
-            found |= new
-            ahead += new
+        for _ in self.walk([key], found):
+            pass
         return sorted(found - {key})
+
+    def walk(self, names: Iterable[str], found: set[str]) -> Iterator[list[str]]:
+        """Go through the entries that depend on any of `names`, also by way of others, a few at a time.
+
+        Each is told once, added to `found`, and left out if it was there before. The index may change between two
+        answers; a list may be empty. What depends on what is left out is not looked for, since that was done.
+        """
+        ahead = list(names)
+        while ahead:
+            now = self._passed(drop=False)
+            batch: list[str] = []
+            for _ in range(min(len(ahead), _STRIDE)):
+                new = self._dependents.get(ahead.pop(), _NONE) - found
+                if now is not None:
+                    new = set(self._answer(new, now))
+                found |= new
+                ahead += new
+                batch += new
+                if len(batch) >= _STRIDE:
+                    break
+            batch.sort()
+            yield batch
 
     def subjects(self) -> list[str]:
         """List the names that entries depend on, in order; they need be no entries."""

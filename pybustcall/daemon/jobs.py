@@ -256,10 +256,10 @@ class Jobs:
         return [(entry, self._progress(entry)) for entry in found]
 
     def _progress(self, entry: Entry) -> Progress:
-        """Tell how far a bust came: of one that is done, that nothing is left of what it removed."""
-        if (run := self._runs.get(entry.job)) is not None:
+        """Tell how far a bust came: of one that is applied, that nothing is left of what it removed."""
+        if (run := self._runs.get(entry.job)) is not None and not run.settling:
             return Progress(done=run.bust.done, total=run.bust.total)
-        return Progress(done=entry.removed, total=entry.removed if entry.state == "done" else None)
+        return Progress(done=entry.removed, total=entry.removed if entry.state in {"settling", "done"} else None)
 
     async def cancel(self, job: str) -> Entry:
         """Do no more for a bust; what is removed stays removed. One that is over stays as it is. Raises `NoSuchJob`."""
@@ -385,7 +385,6 @@ class Jobs:
         if run.entry.state in OVER:
             return
         if run.errors and not self.journal.durable:
-            _log.error("a bust was not applied in full: %s", "; ".join(run.errors.values()))
             self._over(run, "failed")
         elif run.owed:
             self._enqueue(run)
