@@ -67,6 +67,7 @@ _BINDINGS_MAP: Final = TypeAdapter(dict[str, BindingCapabilities], config=Config
 _NO_SUCH_ROUTE: Final = frozenset({404, 405, 410, 501})
 _ACCEPTED: Final = 202
 _NO_ROOM: Final = 507  # by our daemon, which changes nothing then
+_CANCELLED: Final = "urn:bustcall:problem:cancelled"  # a bust that was under way
 _NO_SUCH_JOB: Final = "urn:bustcall:problem:no-such-job"
 _JSON: Final = "application/json"
 
@@ -398,8 +399,8 @@ class DaemonClient:
         kind = kind_of_status(answer.status)
         if kind is None:
             return
-        said = _quote(answer)
-        if (problem := _problem(answer)) is not None and problem.type == _NO_SUCH_JOB:
+        said, problem = _quote(answer), _problem(answer)
+        if problem is not None and problem.type == _NO_SUCH_JOB:
             kind = FaultKind.REJECTED  # it is our daemon's route: what is not there is the job
         if 300 <= answer.status < 400:
             message = f"it answered with a redirect (HTTP {answer.status}), which is never followed{said}"
@@ -420,6 +421,8 @@ class DaemonClient:
             wait = "" if answer.retry_after is None else f", and asks to wait {answer.retry_after:g} s"
             message = f"it answered HTTP {answer.status}{wait}{said}"
         applied = "no" if answer.status == _NO_ROOM else _APPLIED.get(kind, "no")
+        if problem is not None and problem.type == _CANCELLED:
+            applied = "maybe"
         raise self._failed(kind, message, applied, answer)
 
     def _read(self, model: type[_Model], answer: _Answer) -> _Model:

@@ -13,7 +13,7 @@ import pytest
 
 from pybustcall.daemon import BackendFailure, Engine, Indexes, Jobs, Journal, Layer, MemoryBackend, RefusedKey
 from pybustcall.daemon.backends import Scope, Traits
-from pybustcall.daemon.jobs import Answer, BustFailed, NoSuchJob, pause_before
+from pybustcall.daemon.jobs import Answer, BustCancelled, BustFailed, NoSuchJob, pause_before
 from pybustcall.daemon.journal import Wish
 from pybustcall.models import DEFAULT_NAMESPACE
 from tests.conftest import eventually
@@ -93,14 +93,14 @@ STUCK = BackendFailure("that key is stuck")
 class House:
     """Jobs over an inner and an outer layer."""
 
-    def __init__(self, path: Path | None, *, settle: float = 0, **more: Any) -> None:
+    def __init__(self, path: Path | None, *, settle: float = 0, outer_settle: float = 0, **more: Any) -> None:
         self.log: list[str] = []
         self.steps: list[str] = []
         self.inner = Layered("inner", self.log)
         self.outer = Layered("outer", self.log)
         layers = [
             Layer(name="inner", number=0, backend=self.inner, settle=settle),
-            Layer(name="outer", number=1, backend=self.outer),
+            Layer(name="outer", number=1, backend=self.outer, settle=outer_settle),
         ]
         self.journal = Journal(path)
         settings = {"pause": lambda _: 0.001, "daemon": "here", "step": self.steps.append, **more}
@@ -391,17 +391,161 @@ def test_the_pause_doubles_to_half_a_minute() -> None:
 
 
 async def test_a_layer_that_needs_it_is_busted_a_second_time(path: Path) -> None:
-    """What a late writer stored meanwhile goes; layers that need no second bust get none."""
+    """What a late writer stored meanwhile goes, and what an outer layer was refilled with from there."""
     async with house(path, settle=0.01) as it:
         answer = await it.bust()
         assert (answer.accepted, answer.entry.state) == (False, "settling")
-        assert [layer.settle for layer in answer.entry.layers] == [0.01, None]
+        assert [layer.settle for layer in answer.entry.layers] == [0.01, 0.01]
         it.inner.put("a")
         await it.over(answer)
         assert it.inner.keys == []
-        assert it.log == ["inner a", "inner end", "outer a", "outer end", "inner a", "inner end"]
+        assert it.log == ["inner a", "inner end", "outer a", "outer end"] * 2
         entry, _ = await it.jobs.find(answer.entry.job)
         assert (entry.state, entry.removed) == ("done", 1)
+
+
+async def test_layers_settle_each_at_its_time(path: Path) -> None:
+    """And those outside of them, too: what settles first does not wait for what settles last."""
+    async with house(path, settle=0.03, outer_settle=0.01) as it:
+        answer = await it.bust()
+        assert [layer.settle for layer in answer.entry.layers] == [0.03, 0.03]
+        await it.over(answer)
+        assert it.log == [
+            *("inner a", "inner end", "outer a", "outer end"),
+            *("outer a", "outer end"),
+            *("inner a", "inner end", "outer a", "outer end"),
+        ]
+        assert it.steps == ["journaled", "applied", "settled", "settled", "over"]
+
+
+async def test_closing_does_all_second_busts_early_where_nobody_else_will() -> None:
+    """One after another, however many are still to come."""
+    async with house(settle=3600.0, outer_settle=1800.0) as it:
+        await it.bust()
+    assert it.steps == ["journaled", "applied", "settled", "settled", "over"]
+
+
+async def test_what_these_layers_cannot_do_is_not_gone_on_with(path: Path) -> None:
+    """A soft bust is not made a hard one by a restart with other layers: it has failed, and the audit says why."""
+    async with house(path, pause=lambda _: 3600.0) as it:
+        it.inner.failure = AWAY
+        answer = await it.bust(soft=True)
+    it = House(path)
+    it.inner.traits = Traits(soft=False)
+    await it.jobs.open()
+    try:
+        entry, _ = await it.jobs.find(answer.entry.job)
+        assert (entry.state, it.log) == ("failed", [])
+        assert "cannot mark entries as stale" in str(entry.layers[0].error)
+    finally:
+        await it.jobs.close()
+
+
+async def test_a_cache_whose_own_client_was_cancelled_has_failed(path: Path) -> None:
+    """It is tried again, as any failure: nobody has cancelled the bust."""
+    async with house(path) as it:
+        it.inner.failure = asyncio.CancelledError()  # type: ignore[assignment]
+        answer = await it.bust()
+        assert (answer.accepted, answer.entry.layers[0].error) == (True, "the daemon failed there; its log says why")
+        it.inner.failure = None
+        await it.over(answer)
+        assert await it.state(answer) == "done"
+
+
+async def test_what_fails_beside_the_layers_is_tried_again(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """No bust is left behind by a mistake of ours; and one that all layers have done is done."""
+    failures = [RuntimeError("odd")]
+
+    class Groups(tuple[Any, ...]):
+        def __iter__(self) -> Any:
+            if failures:
+                raise failures.pop()
+            return super().__iter__()
+
+    async def save() -> None:
+        if failures:
+            raise failures.pop()
+
+    async with house(path, save=save) as it:
+        assert (await it.bust()).entry.state == "done"
+        assert caplog.text.count("unexpected error while busting") == 1
+        failures.append(RuntimeError("odder"))
+        it.jobs.engine._groups = Groups(it.jobs.engine.groups)
+        answer = await it.bust()
+        assert (answer.accepted, it.log.count("inner a")) == (True, 1)
+        await it.over(answer)
+        assert (await it.state(answer), it.log.count("inner a")) == ("done", 2)
+
+
+async def test_what_the_registry_lost_is_written_down_before_a_job_is_done(path: Path) -> None:
+    """A job that goes on after its answer, too: else a killed daemon would come back with what was busted."""
+    order: list[str] = []
+
+    async def save() -> None:
+        order.append("saved")
+
+    async with house(path, answer_within=0.01, save=save) as it:
+        it.jobs._step = order.append
+        it.inner.put("a")
+        it.inner.passing.clear()
+        answer = await it.bust()
+        assert order == ["journaled"]
+        it.inner.passing.set()
+        await it.over(answer)
+        assert order == ["journaled", "saved", "applied", "over"]
+
+
+async def test_the_registry_goes_last_and_only_once_the_others_are_done(path: Path) -> None:
+    """It knows what belongs to the named; also after a restart."""
+    indexes = Indexes()
+    indexes.of(DEFAULT_NAMESPACE).add("page", ["a"])
+
+    @asynccontextmanager
+    async def with_registry() -> AsyncIterator[House]:
+        it = House(path)
+        registry = Layer(name="registry", number=-1, backend=MemoryBackend(indexes))
+        it.jobs.engine = Engine([registry, *it.jobs.engine.layers], indexes)
+        await it.jobs.open()
+        try:
+            yield it
+        finally:
+            await it.jobs.close()
+
+    async with with_registry() as it:
+        it.outer.failure = AWAY
+        answer = await it.bust(strategy="hybrid")
+        assert answer.accepted
+        assert {layer.name: layer.error for layer in answer.entry.layers}["registry"] == (
+            "it will be busted once the layers inside of it are"
+        )
+        assert len(indexes) == 1
+    async with with_registry() as it:
+        it.outer.put("page")
+        await it.over(answer)
+        assert (it.outer.keys, len(indexes)) == ([], 0)
+
+
+async def test_a_job_that_is_cancelled_under_way_tells_what_it_did(path: Path) -> None:
+    """And whoever waits for it is told that it was cancelled, not that it goes on."""
+    async with house(path, answer_within=60.0) as it:
+        it.inner.put("a")
+        it.outer.put("a")
+        it.outer.passing.clear()
+        asking = asyncio.create_task(it.bust())
+        await eventually(lambda: "outer a" in it.log)
+        [(entry, _)] = await it.jobs.recent()
+        assert entry.removed == 1
+        assert (await it.jobs.find(entry.job))[0].removed == 1
+        cancelled = await it.jobs.cancel(entry.job)
+        assert (cancelled.state, cancelled.removed) == ("cancelled", 1)
+        with pytest.raises(BustCancelled, match="what was removed by then stays removed"):
+            await asking
+        await it.journal.flush()
+        assert (await it.jobs.find(entry.job))[0] == cancelled
+        assert [(layer.name, layer.ok, layer.error) for layer in cancelled.layers] == [
+            ("inner", True, None),
+            ("outer", False, "it was cancelled before it was done here"),
+        ]
 
 
 async def test_settling_is_off_by_request(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ from pybustcall.daemon import (
     MemoryBackend,
     create_app,
 )
+from pybustcall.daemon.jobs import NoSuchJob
+from pybustcall.daemon.journal import Entry, JournalFailure, Wish
 from pybustcall.models import BustReply, JobReply, JobsReply
 from tests.conftest import eventually
 from tests.test_daemon_jobs import Layered
@@ -198,6 +201,95 @@ async def test_a_job_is_answered_with_202_told_and_cancelled(tmp_path: Path) -> 
         for _ in range(2):
             cancelled = (await ask(client, "DELETE", f"/api/v1/jobs/{told['job']}"))[1]
             assert (cancelled["state"], "ended" in cancelled) == ("cancelled", True)
+        anew = (await ask(client, "POST", "/api/v1/bust", {"target": "a"}, **key))[1]
+        assert (anew["status"], anew["job"] == told["job"]) == ("accepted", False)
+        assert (await ask(client, "POST", "/api/v1/bust", {"target": "a"}, **key))[1] == anew
+
+
+@pytest.mark.parametrize("failure", ["unreadable", "gone"])
+async def test_a_promise_that_cannot_be_looked_up_is_kept_or_made_anew(tmp_path: Path, failure: str) -> None:
+    """A journal that fails for now takes nothing back; what it has forgotten is applied again."""
+    layer = Layered("redis", [])
+    layer.failure = BackendFailure("no route to the cache", unreachable=True)
+    engine = Engine([Layer(name="redis", number=0, backend=layer)], Indexes())
+    jobs = Jobs(engine, Journal(tmp_path / "journal"))
+
+    async def fail(_job: str) -> Any:
+        raise JournalFailure("odd") if failure == "unreadable" else NoSuchJob
+
+    async with serving(engine, jobs) as client:
+        key = {"Idempotency-Key": "k"}
+        told = (await ask(client, "POST", "/api/v1/bust", {"target": "a"}, **key))[1]
+        jobs.find = fail  # type: ignore[method-assign, assignment]
+        again = (await ask(client, "POST", "/api/v1/bust", {"target": "a"}, **key))[1]
+        assert (again["job"] == told["job"]) is (failure == "unreadable")
+
+
+async def test_who_waits_for_a_bust_is_told_that_it_was_cancelled(tmp_path: Path) -> None:
+    """With a type of its own: what was removed by then stays removed."""
+    layer = Layered("slow", [])
+    layer.passing.clear()
+    engine = Engine([Layer(name="slow", number=0, backend=layer)], Indexes())
+    async with serving(engine, journal=tmp_path / "journal", answer_within=60.0) as client:
+        asking = asyncio.create_task(bust(client))
+        await eventually(lambda: bool(layer.log))
+        [job] = (await ask(client, "GET", "/api/v1/jobs"))[1]["jobs"]
+        await ask(client, "DELETE", f"/api/v1/jobs/{job['job']}")
+        status, told = await asking
+        assert (status, told["type"]) == (409, "urn:bustcall:problem:cancelled")
+
+
+async def test_what_is_taken_up_finds_the_whole_registry_and_leaves_nothing_in_it(tmp_path: Path) -> None:
+    """A job of the process before, which was killed, begins when the registry is there, and ends before that closes."""
+
+    def parts() -> tuple[Engine, dict[str, Any]]:
+        indexes = Indexes()
+        files = FilesBackend(tmp_path / "root")
+        layers = [Layer(name=it.name, number=0, backend=it, settle=0) for it in (MemoryBackend(indexes), files)]
+        return Engine(layers, indexes), {"registry": tmp_path / "r", "journal": tmp_path / "j"}
+
+    (tmp_path / "root").mkdir()
+    engine, settings = parts()
+    async with serving(engine, **settings) as client:
+        await register(client, "page.html", depends_on=["model"], tags=["t"])
+    (tmp_path / "root" / "page.html").write_text("old")
+    wish = Wish(namespace="default", kind="key", target="model", strategy="dimensional")
+    journal = Journal(tmp_path / "j")
+    await journal.open()
+    begun = await journal.begin(Entry(job="j" * 32, wish=wish, at=0, state="running"))
+    await journal.close()
+    engine, settings = parts()
+    async with serving(engine, **settings) as client:
+
+        async def is_done() -> bool:
+            return bool((await ask(client, "GET", f"/api/v1/jobs/{begun.job}"))[1]["state"] == "done")
+
+        async with asyncio.timeout(10.0):
+            while not await is_done():
+                await asyncio.sleep(0.01)
+        assert not (tmp_path / "root" / "page.html").exists()
+    engine, settings = parts()
+    async with serving(engine, **settings):
+        assert len(engine.indexes) == 0
+
+
+async def test_where_namespaces_are_listed_the_default_one_is_one_of_them_or_none(tmp_path: Path) -> None:
+    """A request that names none means it."""
+    async with serving(namespaces=("shop",)) as client:
+        status, told = await bust(client)
+        assert (status, told["field"]) == (422, "namespace")
+        assert told["detail"].endswith("serves; say which")
+        assert (await bust(client, namespace="shop"))[0] == 200
+    async with serving(namespaces=("shop", "default")) as client:
+        assert (await bust(client))[0] == 200
+
+
+@pytest.mark.parametrize("limit", ["0", "1001", "0000000001", "0" * 5000, "0000000010000000000000", "-1", "1.5", "٣"])
+async def test_only_a_number_is_a_limit(limit: str) -> None:
+    """However it is written."""
+    async with serving() as client:
+        async with client.get("/api/v1/jobs", params={"limit": limit}) as response:
+            assert (response.status, (await response.json())["field"]) == (422, "limit")
 
 
 async def test_without_a_lasting_journal_a_failing_layer_is_a_500() -> None:

@@ -21,7 +21,7 @@ import os
 import re
 import socket
 import time
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -55,7 +55,7 @@ from pybustcall.daemon.engine import IndexFull, Unsupported
 from pybustcall.daemon.history import FaultHistory
 from pybustcall.daemon.idempotency import Idempotency, KeyReused, fingerprint_of, name_of
 from pybustcall.daemon.index import TooManyNamespaces
-from pybustcall.daemon.jobs import BustFailed, Jobs, NoSuchJob
+from pybustcall.daemon.jobs import BustCancelled, BustFailed, Jobs, NoSuchJob
 from pybustcall.daemon.journal import Journal, JournalFailure, Wish
 from pybustcall.daemon.openapi import openapi_document
 from pybustcall.daemon.reading import (
@@ -115,6 +115,7 @@ DELEGATE: Final = "pybustcall-daemon"
 
 _UNRESOLVED: Final = "urn:bustcall:problem:unresolved"
 _SWAP_REFUSED: Final = "urn:bustcall:problem:swap-refused"
+_CANCELLED: Final = "urn:bustcall:problem:cancelled"
 _NO_SUCH_JOB: Final = "urn:bustcall:problem:no-such-job"
 _IDEMPOTENT: Final = "cache.bust.idempotent"  # a header of busts and hot swaps, not a route
 _ACCEPTED: Final = b'{"status": "accepted"'  # how the body of a bust that is a job begins: see `_bust`
@@ -297,7 +298,7 @@ class Daemon:
             return _answered(await apply())
         try:
             name = name_of(self._admission.credential(request), key)
-            answer = await self._idempotency.once(name, fingerprint_of(asked), apply)
+            answer = await self._idempotency.once(name, fingerprint_of(asked), apply, self._stands)
         except KeyReused as error:
             raise Refusal(422, f"{KEY_HEADER}: {error}", field_name=KEY_HEADER, binding=binding) from None
         return _answered(answer.body, {_REPLAYED_HEADER: "true"} if answer.replayed else None)
@@ -334,8 +335,8 @@ class Daemon:
         except BustFailed as error:
             _log.error("a bust was not applied in full: %s", error)
             raise Refusal(500, f"the bust was not applied in full: {error}", stage=_BROKEN, binding=binding) from None
-        finally:
-            await self._swaps.registry.try_save()
+        except BustCancelled as error:
+            raise Refusal(409, str(error), kind=_CANCELLED, binding=binding) from None
         return json.dumps(
             {
                 "status": reply.pop("status"),
@@ -348,15 +349,25 @@ class Daemon:
             }
         ).encode()
 
+    async def _stands(self, body: bytes) -> bool:
+        """Tell whether what was answered to a bust still holds: a job that was cancelled, or has failed, does not."""
+        if not body.startswith(_ACCEPTED):
+            return True
+        try:
+            entry, _ = await self._jobs.find(json.loads(body)["job"])
+        except NoSuchJob:
+            return False
+        except JournalFailure:
+            return True
+        return entry.state not in {"cancelled", "failed"}
+
     def _namespace(self, asked: str | None, binding: str) -> str:
         """Tell the namespace that is meant. Raises the refusal of one that may not be used."""
-        if asked is None:
-            return DEFAULT_NAMESPACE
-        if self._settings.namespaces and asked not in self._settings.namespaces:
-            raise Refusal(
-                422, "namespace is none of those that this daemon serves", field_name="namespace", binding=binding
-            )
-        return asked
+        meant = DEFAULT_NAMESPACE if asked is None else asked
+        if self._settings.namespaces and meant not in self._settings.namespaces:
+            told = "namespace is none of those that this daemon serves" + ("; say which" if asked is None else "")
+            raise Refusal(422, told, field_name="namespace", binding=binding)
+        return meant
 
     def _who(self, request: web.Request) -> str:
         """Tell whose request it is, as the audit says it."""
@@ -373,7 +384,7 @@ class Daemon:
     async def jobs(self, request: web.Request) -> web.Response:
         """GET /api/v1/jobs: the busts of the journal, the newest first."""
         limit = request.query.get("limit", "100")
-        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= _MOST_JOBS):
+        if not (limit.isascii() and limit.isdigit() and len(limit) < 10 and 1 <= int(limit) <= _MOST_JOBS):
             raise Refusal(422, f"limit is a number from 1 to {_MOST_JOBS}", field_name="limit")
         state = request.query.get("state")
         if state is not None and state not in get_args(JobState):
@@ -690,7 +701,19 @@ def _told(error: RegistryFull | RegistryFailure, became: str, binding: str) -> R
     return Refusal(507 if full else 500, f"{error}; {became}", stage=_BROKEN, binding=binding)
 
 
-def _remembering(memory: Idempotency | Swaps | Jobs) -> Callable[[web.Application], AsyncIterator[None]]:
+async def _busting(jobs: Jobs, swaps: Swaps, _app: web.Application) -> AsyncIterator[None]:
+    """Open layers, journal and registry, in this order, before anything is busted; close them after the last bust."""
+    async with AsyncExitStack() as stack:
+        await jobs.prepare()
+        stack.push_async_callback(jobs.close)
+        await swaps.open()
+        stack.push_async_callback(swaps.close)
+        jobs.start()
+        stack.push_async_callback(jobs.finish)
+        yield
+
+
+def _remembering(memory: Idempotency) -> Callable[[web.Application], AsyncIterator[None]]:
     """Make a memory part of an application's life: open before its first request, closed after its last."""
 
     async def context(_app: web.Application) -> AsyncIterator[None]:
@@ -733,6 +756,7 @@ def create_app(
     if jobs is None:
         journal = Journal(settings.journal, retention=settings.journal_retention, most=settings.journal_most)
         jobs = Jobs(engine, journal, daemon=_name_of(settings), answer_within=settings.answer_within)
+    jobs.save = hot.registry.try_save
     app = web.Application(middlewares=[_guard], client_max_size=settings.max_body_bytes)
     daemon = Daemon(
         engine,
@@ -745,8 +769,7 @@ def create_app(
     )
     app[DAEMON] = daemon
     app.cleanup_ctx.append(_remembering(memory))
-    app.cleanup_ctx.append(_remembering(jobs))
-    app.cleanup_ctx.append(_remembering(hot))
+    app.cleanup_ctx.append(partial(_busting, jobs, hot))
     app.on_startup.append(partial(_remember_faults, past, jobs.journal))
     app.on_response_prepare.append(_say_expectation)
     app.on_response_prepare.append(_say_digest)

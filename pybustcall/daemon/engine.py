@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ __all__ = [
 
 SLICE: Final = 250
 """How many keys are looked at between two turns of the event loop."""
+
+_log = logging.getLogger("pybustcall.daemon")
 
 _SIZE_AGE: Final = 5.0  # seconds: walking a large cache for its size more often would hold up busts
 
@@ -89,6 +92,8 @@ class Layer:
 
     def settles_after(self, asked: float | None) -> float:
         """Tell after how many seconds a bust is repeated here, `asked` being what the request says; 0 for never."""
+        if self.backend.traits.registry:
+            return 0.0
         if asked is not None:
             return asked
         return self.backend.traits.settle if self.settle is None else self.settle
@@ -118,6 +123,9 @@ class Engine:
         self, layers: Sequence[Layer], indexes: Indexes, *, step: Callable[[str], None] = lambda _step: None
     ) -> None:
         self.layers = tuple(sorted(layers, key=lambda layer: layer.number))
+        last_of_all = sorted(self.layers, key=lambda layer: layer.backend.traits.registry)
+        grouped = groupby(last_of_all, key=lambda layer: (layer.backend.traits.registry, layer.number))
+        self._groups = tuple(tuple(group) for _, group in grouped)
         self.indexes = indexes
         self.step = step
         self._measuring = asyncio.Lock()
@@ -128,8 +136,22 @@ class Engine:
 
     @property
     def groups(self) -> tuple[tuple[Layer, ...], ...]:
-        """The layers inside out; those of one number together."""
-        return tuple(tuple(group) for _, group in groupby(self.layers, key=lambda layer: layer.number))
+        """The layers in the order of a bust: inside out, those of one number together; a registry comes last."""
+        return self._groups
+
+    def rounds(self, asked: float | None) -> list[tuple[float, frozenset[str]]]:
+        """Tell when which layers are busted a second time, in seconds from the first; `asked` as of `settles_after`.
+
+        With a layer all that lie outside of it are, for they may have been refilled from it meanwhile.
+        """
+        own = {layer: seconds for layer in self.layers if (seconds := layer.settles_after(asked)) > 0}
+        rounds = []
+        for seconds in sorted(set(own.values())):
+            due = {layer for layer, its in own.items() if its == seconds}
+            inmost = min(layer.number for layer in due)
+            outside = {it for it in self.layers if it.number > inmost and not it.backend.traits.registry}
+            rounds.append((seconds, frozenset(layer.name for layer in due | outside)))
+        return rounds
 
     async def open(self) -> None:
         """Open the backends. One that does not answer is no error: see `check_ready`."""
@@ -245,16 +267,22 @@ class Engine:
     async def bust_dependents(self, names: Iterable[str]) -> Removal:
         """Remove what depends on any of these names, with the variants; the names themselves need be no keys.
 
-        In the default namespace, where dependencies live. Raises `BackendFailure` if a layer could not do it, after all
-        the others were tried.
+        In all namespaces: a dependency is the whole daemon's. Raises `BackendFailure` if a layer could not do it, after
+        all the others were tried; the registry then still knows what is owed.
         """
         found = self.dependents(names)
         removed, failures = 0, list[BackendFailure]()
-        for layer in self.layers:
-            try:
-                removed += await self._remove_keys(layer, found)
-            except BackendFailure as error:
-                failures.append(error)
+        for layer in (layer for group in self.groups for layer in group):
+            traits = layer.backend.traits
+            if failures and traits.registry:
+                continue
+            for namespace, keys in found.items():
+                if not traits.namespaces and namespace != DEFAULT_NAMESPACE:
+                    continue
+                try:
+                    removed += await self._remove_keys(layer, namespace, keys[::-1] if traits.registry else keys)
+                except BackendFailure as error:
+                    failures.append(error)
         if failures:
             first = failures[0]
             removed += sum(error.removed for error in failures)
@@ -267,33 +295,36 @@ class Engine:
             ) from first
         return Removal(removed)
 
-    def dependents(self, names: Iterable[str]) -> list[str]:
-        """List the entries that depend on any of these names, also by way of others."""
-        index = self.indexes.peek(DEFAULT_NAMESPACE)
-        found: set[str] = set()
-        if index is not None:
-            for _ in index.walk(names, found):
-                pass
-        return sorted(found)
+    def dependents(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """List for each namespace the entries that depend on any of these names, also by way of others.
 
-    async def _remove_keys(self, layer: Layer, keys: Sequence[str]) -> int:
+        Each comes after those that it was found by way of. A registry forgets them in the other order, so that a
+        removal that ends early leaves nothing behind that is not found again.
+        """
+        asked = list(names)
+        found = {
+            namespace: [key for some in index.walk(asked, set()) for key in some] for namespace, index in self.indexes
+        }
+        return {namespace: keys for namespace, keys in found.items() if keys}
+
+    async def _remove_keys(self, layer: Layer, namespace: str, keys: Sequence[str]) -> int:
         try:
-            return await self._remove_each(layer, keys)
+            return await self._remove_each(layer, namespace, keys)
         except BackendFailure as error:
             failed = len(keys) - error.removed if error.unreachable else error.failed
             raise BackendFailure(
                 str(error), removed=error.removed, failed=failed, unreachable=error.unreachable
             ) from error
 
-    async def _remove_each(self, layer: Layer, keys: Sequence[str]) -> int:
+    async def _remove_each(self, layer: Layer, namespace: str, keys: Sequence[str]) -> int:
         backend, removed = layer.backend, 0
-        for some in _slices(_holdable(layer, DEFAULT_NAMESPACE, keys)):
-            scope = Scope(DEFAULT_NAMESPACE, "key", some[0])
+        for some in _slices(_holdable(layer, namespace, keys)):
+            scope = Scope(namespace, "key", some[0])
             generation = await backend.begin(scope, soft=False, wide=True)
             if more := some[1:]:
-                await backend.fence(DEFAULT_NAMESPACE, more, generation=generation)
-            for named in _slices([*some, *await backend.variants(DEFAULT_NAMESPACE, some)]):
-                removed += await _told(backend.remove(DEFAULT_NAMESPACE, named, generation=generation, soft=False))
+                await backend.fence(namespace, more, generation=generation)
+            for named in _slices([*some, *await backend.variants(namespace, some)]):
+                removed += await _told(backend.remove(namespace, named, generation=generation, soft=False))
             await backend.end(scope, generation)
             await asyncio.sleep(0)
         return removed
@@ -406,7 +437,9 @@ class Bust:
             generation = await self._begin(layer)
             if part == "first":
                 if not (layer.backend.traits.fences and self.wish.kind != "key" and not self.wish.soft):
-                    await self._sweep(layer, generation, wide=False)
+                    # A registry that has forgotten who bears a tag could not tell any more what depends on these.
+                    last = layer.backend.traits.registry and self.wish.kind == "tag"
+                    await self._sweep(layer, generation, wide=last and self._wide)
                 return
             await self._sweep(layer, generation, wide=self._wide)
             if self.wish.verify:
@@ -426,6 +459,8 @@ class Bust:
                 await layer.backend.end(self.scope, generation)
             except BackendFailure:
                 continue  # its cache is gone, or tells nobody anything
+            except Exception:  # noqa: BLE001 - logged in full; the others are ended, too
+                _log.exception("unexpected error at the layer %s while a bust was broken off", layer.name)
 
     async def count(self, layer: Layer) -> int:
         """Tell how many entries this bust would remove or mark at a layer now."""
@@ -451,6 +486,7 @@ class Bust:
     async def _sweep(self, layer: Layer, generation: int, *, wide: bool) -> None:
         backend, wish = layer.backend, self.wish
         failures: list[BackendFailure] = []
+        refused: RefusedKey | None = None
         looked_at = 0
         async with aclosing(self._covered(layer, wide=wide, fenced=generation)) as covered:
             async for keys in covered:
@@ -459,7 +495,8 @@ class Bust:
                     self.removed[layer.name] += await removing
                 except RefusedKey as error:
                     if wish.kind == "key" and keys == [wish.target]:
-                        raise
+                        refused = error  # it cannot be there, and what depends on it can
+                        continue
                     failures.append(BackendFailure(f"a key {error}"))
                 except BackendFailure as error:
                     self.removed[layer.name] += error.removed
@@ -470,6 +507,8 @@ class Bust:
                 self._looked_at[layer.name] = max(looked_at, self._looked_at.get(layer.name, 0))
                 self._step(f"swept {layer.name}")
                 await self._take_turns(len(keys))
+        if refused is not None and wide == self._wide and not looked_at and not failures:
+            raise refused
         if failures:
             removed, failed = self.removed[layer.name], sum(error.failed for error in failures)
             raise BackendFailure(
@@ -502,9 +541,13 @@ class Bust:
 
         With a generation (`fenced`), late fills of what depends on the named are refused from then on.
         """
-        backend, namespace = layer.backend, self.wish.namespace
         named, dependents = await self._look_up()
         seen: set[str] = set()  # dependents that were found here
+        if wide and layer.backend.traits.registry:
+            # What belongs to the named goes first, and of a chain its end: see `Engine.dependents`.
+            seen.update(dependents)
+            async for more in self._belonging_to_target(layer, dependents[::-1], fenced):
+                yield more
         async with aclosing(self._named(layer, named)) as batches:
             async for batch in batches:
                 for keys in _slices(batch):
@@ -514,16 +557,20 @@ class Bust:
                         alone = keys if self.wish.kind == "tag" else []
                         async for more in self._belonging(layer, alone, await self._walk(keys, seen), fenced):
                             yield more
-        if not wide or self.wish.kind == "all":
+        if wide and not layer.backend.traits.registry:
+            async for more in self._belonging_to_target(layer, [key for key in dependents if key not in seen], fenced):
+                yield more
+
+    async def _belonging_to_target(
+        self, layer: Layer, dependents: Sequence[str], fenced: int | None
+    ) -> AsyncGenerator[list[str], None]:
+        """Find the variants of what was named, and these dependents with their variants."""
+        if self.wish.kind == "all":
             return
         # The named itself need not be held for its variants and dependents to be.
-        roots = _holdable(layer, namespace, [self.wish.target]) if self.wish.kind in {"key", "prefix"} else []
-        for some in _slices([key for key in dependents if key not in seen]):
-            async for more in self._belonging(layer, roots, some, fenced):
-                yield more
-            roots = []
-        for keys in _slices(await backend.variants(namespace, roots) if roots else []):
-            yield keys
+        roots = _holdable(layer, self.wish.namespace, [self.wish.target]) if self.wish.kind in {"key", "prefix"} else []
+        async for more in self._belonging(layer, roots, dependents, fenced):
+            yield more
 
     async def _named(self, layer: Layer, registered: Sequence[str]) -> AsyncGenerator[Sequence[str], None]:
         if self.wish.kind == "key":
@@ -537,20 +584,29 @@ class Bust:
                 yield batch
                 for key in batch if left else ():
                     left.pop(key, None)
-        for some in _slices(_holdable(layer, self.wish.namespace, left)):
-            yield some
+        for some in _slices(list(left)):
+            yield _holdable(layer, self.wish.namespace, some)
 
     async def _belonging(
         self, layer: Layer, keys: Sequence[str], dependents: Sequence[str], fenced: int | None
     ) -> AsyncGenerator[list[str], None]:
-        """Find the variants of these keys, and their dependents with the variants of those."""
+        """Find the variants of these keys, and these dependents with the variants of those."""
         backend, namespace = layer.backend, self.wish.namespace
-        more = _holdable(layer, namespace, dependents)
-        if more and fenced is not None:
-            for some in _slices(more):
-                await backend.fence(namespace, some, generation=fenced)
-        for some in _slices([*keys, *more]):
-            more += await backend.variants(namespace, some)
+        for some in _slices(dependents):
+            more = _holdable(layer, namespace, some)
+            if more and fenced is not None:
+                await backend.fence(namespace, more, generation=fenced)
+            async for found in self._with_variants(layer, more, more):
+                yield found
+        async for found in self._with_variants(layer, [], keys):
+            yield found
+
+    async def _with_variants(
+        self, layer: Layer, these: Sequence[str], of: Sequence[str]
+    ) -> AsyncGenerator[list[str], None]:
+        more = list(these)
+        for some in _slices(of):
+            more += await layer.backend.variants(self.wish.namespace, some)
             await self._take_turns(len(some))
         for some in _slices(more):
             yield some

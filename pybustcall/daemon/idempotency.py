@@ -174,6 +174,10 @@ def _date_back(db: sqlite3.Connection, now: float) -> None:
 # On the event loop
 
 
+async def _always(_body: bytes) -> bool:
+    return True
+
+
 @final
 @dataclass(slots=True, eq=False)
 class _Flight:
@@ -250,10 +254,17 @@ class Idempotency:
                     "the memory of idempotency keys was not closed properly; the last of them may be forgotten"
                 )
 
-    async def once(self, name: bytes, request: bytes, apply: Callable[[], Awaitable[bytes]]) -> Answer:
+    async def once(
+        self,
+        name: bytes,
+        request: bytes,
+        apply: Callable[[], Awaitable[bytes]],
+        stands: Callable[[bytes], Awaitable[bool]] = _always,
+    ) -> Answer:
         """Have a request applied, unless that was done: then tell its body again.
 
-        `name` is `name_of` its key, `request` its fingerprint; `apply` returns the body to answer with. While the same
+        `name` is `name_of` its key, `request` its fingerprint; `apply` returns the body to answer with; `stands` tells
+        of a remembered body whether it still holds: if not, the request is applied anew. While the same
         request is being applied, wait for it. What `apply` raises is raised here and not remembered; then one of those
         who waited applies it. Raises `KeyReused` if the key belongs to another request. A caller that is cancelled
         breaks nothing off.
@@ -261,15 +272,21 @@ class Idempotency:
         while True:
             flight = self._flights.get(name)
             if flight is None:
-                return await self._take_off(name, request, apply)
+                return await self._take_off(name, request, apply, stands)
             if flight.request != request:
                 raise KeyReused
             await asyncio.wait({flight.task})
             if not flight.task.cancelled() and flight.task.exception() is None:
                 return Answer(flight.task.result().body, replayed=True)
 
-    async def _take_off(self, name: bytes, request: bytes, apply: Callable[[], Awaitable[bytes]]) -> Answer:
-        flight = _Flight(request, asyncio.create_task(self._fly(name, request, apply)))
+    async def _take_off(
+        self,
+        name: bytes,
+        request: bytes,
+        apply: Callable[[], Awaitable[bytes]],
+        stands: Callable[[bytes], Awaitable[bool]],
+    ) -> Answer:
+        flight = _Flight(request, asyncio.create_task(self._fly(name, request, apply, stands)))
         self._flights[name] = flight
         flight.task.add_done_callback(partial(self._land, name, flight))
         try:
@@ -279,7 +296,13 @@ class Idempotency:
             raise
         return flight.task.result()
 
-    async def _fly(self, name: bytes, request: bytes, apply: Callable[[], Awaitable[bytes]]) -> Answer:
+    async def _fly(
+        self,
+        name: bytes,
+        request: bytes,
+        apply: Callable[[], Awaitable[bytes]],
+        stands: Callable[[bytes], Awaitable[bool]],
+    ) -> Answer:
         try:
             found = await self._ask(partial(self._store.recall, name))
         except _FAILURES as error:
@@ -288,7 +311,8 @@ class Idempotency:
         if found is not None:
             if found[0] != request:
                 raise KeyReused
-            return Answer(found[1], replayed=True)
+            if await stands(found[1]):
+                return Answer(found[1], replayed=True)
         body = await apply()
         try:
             await self._ask(partial(self._store.remember, name, request, body))

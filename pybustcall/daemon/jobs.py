@@ -27,22 +27,25 @@ from typing import TYPE_CHECKING, Final, final
 from uuid import uuid4
 
 from pybustcall.daemon.backends import BackendFailure, RefusedKey
+from pybustcall.daemon.engine import Unsupported
 from pybustcall.daemon.journal import Entry
 from pybustcall.daemon.registry import Errands, report
 from pybustcall.models import OVER, LayerReply, Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from pybustcall.daemon.engine import Bust, Engine, Layer, Part
     from pybustcall.daemon.journal import Journal, Wish
     from pybustcall.models import JobState
 
-__all__ = ["Answer", "BustFailed", "Jobs", "NoSuchJob", "pause_before"]
+__all__ = ["Answer", "BustCancelled", "BustFailed", "Jobs", "NoSuchJob", "pause_before"]
 
 _PATIENCE: Final = 1.0  # seconds that closing waits for what is under way; a journal that lasts ends the rest later
 _FIRST_PAUSE: Final = 0.5
 _LONGEST_PAUSE: Final = 30.0
+
+_UNEXPECTED: Final = "the daemon failed there; its log says why"
 
 _log = logging.getLogger("pybustcall.daemon")
 
@@ -59,6 +62,14 @@ class BustFailed(Exception):
 
     def __init__(self, why: str, entry: Entry) -> None:
         super().__init__(why)
+        self.entry = entry
+
+
+class BustCancelled(Exception):
+    """Somebody cancelled the job before its answer. `entry` tells each layer."""
+
+    def __init__(self, entry: Entry) -> None:
+        super().__init__("the bust was cancelled while it was under way; what was removed by then stays removed")
         self.entry = entry
 
 
@@ -82,7 +93,9 @@ class _Run:
     """A bust that is not over: what of it is owed, and who waits for it.
 
     - `owed`: the names of the layers at which it is not done
-    - `settling`: whether it is applied, and what is owed is the second bust
+    - `settling`: whether it is applied, and what is owed is a second bust
+    - `rounds`: the second busts that are still to come: seconds from the first one, and the layers of each
+    - `waited`: seconds from the first bust to the round that is due, or was last
     - `answerable`: done once all that must come before an answer is done, or has failed; whoever asked waits for it
     """
 
@@ -91,6 +104,8 @@ class _Run:
     owed: set[str]
     answerable: asyncio.Future[None]
     settling: bool = False
+    rounds: list[tuple[float, frozenset[str]]] = field(default_factory=list)
+    waited: float = 0.0
     task: asyncio.Task[None] | None = None
     timer: asyncio.TimerHandle | None = None
     errors: dict[str, str] = field(default_factory=dict)
@@ -112,8 +127,11 @@ class Jobs:
     - `step`: is told each step once it is done: "journaled", "applied", "settled", "over"
     - `pause`: tells how many seconds to wait before the n-th round of the queue, from 0
     - `patience`: seconds that closing waits for what is under way
+    - `save`: has what was removed from the registry written down, before a bust is told to be done
 
-    Belongs to one event loop, between `open` and `close`.
+    Belongs to one event loop, between `open` and `close`. What it takes up needs the registry: where that is opened
+    only once the layers are, and closed before them, `prepare` and `start` stand for `open`, and `finish` comes before
+    `close`.
     """
 
     def __init__(
@@ -126,6 +144,7 @@ class Jobs:
         step: Callable[[str], None] = lambda _step: None,
         pause: Callable[[int], float] = pause_before,
         patience: float = _PATIENCE,
+        save: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.engine = engine
         self.journal = journal
@@ -134,12 +153,15 @@ class Jobs:
         self._step = step
         self._pause = pause
         self._patience = patience
+        self.save = save
         self._errands = Errands()
         self._runs: dict[str, _Run] = {}
         self._queue: dict[int, _Run] = {}
         self._down: dict[str, str] = {}  # layers that cannot be reached, and why
         self._trouble = asyncio.Event()
         self._mending: asyncio.Task[None] | None = None
+        self._unfinished: tuple[Entry, ...] = ()
+        self._is_open = False
 
     def __repr__(self) -> str:
         down = f", down: {', '.join(self._down)}" if self._down else ""
@@ -147,30 +169,49 @@ class Jobs:
 
     async def open(self) -> None:
         """Open layers and journal, and take up what a process before this one left. Raises as `Journal.open` does."""
+        await self.prepare()
+        self.start()
+
+    async def prepare(self) -> None:
+        """Open layers and journal. Raises as `Journal.open` does."""
         await self.engine.open()
         try:
-            unfinished = await self.journal.open()
+            self._unfinished = await self.journal.open()
         except BaseException:
             await self.engine.close()
             raise
+        self._is_open = True
+
+    def start(self) -> None:
+        """Take up what a process before this one left, and begin to try again what fails."""
+        unfinished, self._unfinished = self._unfinished, ()
+        self._mending = asyncio.create_task(self._mend())  # which has its turn once all is taken up
         for entry in unfinished:
             self._take_up(entry)
-        self._mending = asyncio.create_task(self._mend())
 
-    async def close(self) -> None:
-        """Finish what is under way within `patience` seconds, and close all. A second time it does nothing."""
+    async def finish(self) -> None:
+        """Finish what is under way within `patience` seconds, and try nothing again. A second time it does nothing."""
         mending, self._mending = self._mending, None
         if mending is None:
             return
-        try:
-            mending.cancel()
-            await asyncio.wait({mending})
+        mending.cancel()
+        await asyncio.wait({mending})
+        if not self.journal.durable:  # nobody else will: early is better than never
             for run in list(self._runs.values()):
                 if run.timer is not None:
-                    run.timer.cancel()
-                    if not self.journal.durable:  # nobody else will: early is better than never
-                        self._settle(run)
-            await self._errands.end(self._patience)
+                    self._settle(run)
+        await self._errands.end(self._patience)
+        for run in self._runs.values():
+            if run.timer is not None:
+                run.timer.cancel()
+
+    async def close(self) -> None:
+        """Finish what is under way, and close all. A second time it does nothing."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        try:
+            await self.finish()
         finally:
             try:
                 await self.journal.close()
@@ -207,7 +248,11 @@ class Jobs:
             raise run.refusal
         if run.entry.state == "failed":
             raise BustFailed("; ".join(run.errors.values()), run.entry)
-        return Answer(run.entry, accepted=run.entry.state not in {"done", "settling"})
+        if run.entry.state == "cancelled":
+            raise BustCancelled(run.entry)
+        if run.entry.state not in {"done", "settling"}:
+            return Answer(self._now(run), accepted=True)
+        return Answer(run.entry, accepted=False)
 
     async def _begin(self, entry: Entry) -> _Run:
         run = self._start(await self.journal.begin(entry))
@@ -242,7 +287,7 @@ class Jobs:
     async def find(self, job: str) -> tuple[Entry, Progress]:
         """Tell how a bust stands. Raises `NoSuchJob`."""
         run = self._runs.get(job)
-        found = await self.journal.find(job) if run is None else run.entry
+        found = await self.journal.find(job) if run is None else self._now(run)
         if found is None:
             raise NoSuchJob
         return found, self._progress(found)
@@ -253,7 +298,12 @@ class Jobs:
         """List busts, the newest first; those older than the job `before`. Raises `NoSuchJob` if there is no such."""
         number = None if before is None else (await self.find(before))[0].number
         found = await self.journal.recent(before=number, limit=limit, state=state)
-        return [(entry, self._progress(entry)) for entry in found]
+        current = [self._now(run) if (run := self._runs.get(it.job)) is not None else it for it in found]
+        return [(entry, self._progress(entry)) for entry in current]
+
+    def _now(self, run: _Run) -> Entry:
+        """Tell the entry of a bust that is under way, with what it has removed by now."""
+        return replace(run.entry, removed=sum(run.bust.removed.values()))
 
     def _progress(self, entry: Entry) -> Progress:
         """Tell how far a bust came: of one that is applied, that nothing is left of what it removed."""
@@ -271,30 +321,40 @@ class Jobs:
             run.task.cancel()
             await asyncio.wait({run.task})
         await run.bust.abandon()
+        if not run.settling:
+            for name in run.owed:
+                run.errors.setdefault(name, "it was cancelled before it was done here")
+            self._note(run, attempts=run.entry.attempts)
+            self.journal.put(run.entry)
+        await self._save()
         return run.entry
 
     # Doing
 
     def _start(self, entry: Entry, *, settling: bool = False) -> _Run:
-        owed = self._owed_at_first(entry.wish, settling=settling)
         answerable = asyncio.get_running_loop().create_future()
-        run = _Run(entry, self.engine.bust(entry.wish), owed, answerable, settling)
-        self._runs[entry.job] = run
+        owed = {layer.name for layer in self.engine.layers}
+        run = self._runs[entry.job] = _Run(entry, self.engine.bust(entry.wish), owed, answerable, settling)
         return run
-
-    def _owed_at_first(self, wish: Wish, *, settling: bool) -> set[str]:
-        return {layer.name for layer in self.engine.layers if not settling or layer.settles_after(wish.settle) > 0}
 
     def _take_up(self, entry: Entry) -> None:
         """Go on with what a process before this one began: from its beginning, since nobody knows how far it came."""
         run = self._start(entry, settling=entry.state == "settling")
         run.answer()
-        if run.settling and run.owed:
-            self._settle_later(run)
-        elif run.settling:
-            self._over(run, "done")
-        else:
+        try:
+            self.engine.check(entry.wish)
+        except (Unsupported, RefusedKey) as error:  # the layers are others today
+            run.errors = dict.fromkeys(run.owed, f"after a restart it cannot be done with these layers: {error}")
+            _log.error("a bust that was to be gone on with %s", run.errors[next(iter(run.owed))])
+            self._note(run, attempts=run.entry.attempts)
+            self._over(run, "failed")
+            return
+        if not run.settling:
             self._enqueue(run)
+            return
+        run.rounds = self.engine.rounds(entry.wish.settle)
+        if not self._settle_next(run):
+            self._over(run, "done")
 
     async def _work(self, run: _Run) -> None:
         """Do a bust for the first time, or for the second (settling)."""
@@ -306,6 +366,11 @@ class Jobs:
             await self._attempt(run, "whole")
         except RefusedKey as error:
             self._refused(run, error)
+        except Exception:  # noqa: BLE001 - logged in full, and tried again as what fails is
+            _log.exception("unexpected error while busting")
+            run.errors.update(dict.fromkeys(run.owed, _UNEXPECTED))
+            self._note(run, attempts=run.entry.attempts)
+            self._conclude(run)
         else:
             self._conclude(run)
         finally:
@@ -325,6 +390,10 @@ class Jobs:
         known = self._down if down is None else down
         failed_inside = False
         for group in self.engine.groups:
+            if group[0].backend.traits.registry and (
+                failed_inside or (part == "first" and len(self.engine.groups) > 1)
+            ):
+                break  # what it knows is needed until all others are done
             owed = [layer for layer in group if layer.name in run.owed]
             visits = [self._visit(run, layer, part, known) for layer in owed]
             refused = await asyncio.gather(*visits) if len(visits) > 1 else [await visit for visit in visits]
@@ -335,6 +404,7 @@ class Jobs:
             if any(refused) and not run.errors and len(self.engine.layers) == 1:
                 raise next(error for error in refused if error is not None)
         self._note(run, attempts=run.entry.attempts + (part != "first"))
+        await self._save()
 
     async def _visit(self, run: _Run, layer: Layer, part: Part, down: dict[str, str]) -> RefusedKey | None:
         """Bust at one layer, and note why it failed; tell why the key cannot be there, if that is so."""
@@ -349,10 +419,18 @@ class Jobs:
             run.errors[layer.name] = str(error)
             if error.unreachable and self.journal.durable:
                 self._is_down(layer, str(error), down)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling() or run.entry.state in OVER:
+                raise
+            self._failed_unexpectedly(run, layer)  # nobody has cancelled us: the cache's own client was
         except Exception:  # noqa: BLE001 - logged in full, and the layer counts as failed
-            _log.exception("unexpected error while busting at the layer %s", layer.name)
-            run.errors[layer.name] = "the daemon failed there; its log says why"
+            self._failed_unexpectedly(run, layer)
         return None
+
+    def _failed_unexpectedly(self, run: _Run, layer: Layer) -> None:
+        _log.exception("unexpected error while busting at the layer %s", layer.name)
+        run.errors[layer.name] = _UNEXPECTED
 
     def _is_down(self, layer: Layer, why: str, round_: dict[str, str]) -> None:
         if layer.name not in self._down:
@@ -362,23 +440,27 @@ class Jobs:
     def _note(self, run: _Run, *, attempts: int) -> None:
         """Write down how a bust stands."""
         layers = []
+        settles = {name: at for at, names in self.engine.rounds(run.entry.wish.settle) for name in names}
         for layer in self.engine.layers:
-            settle = layer.settles_after(run.entry.wish.settle)
             error = run.errors.get(layer.name)
-            owed = error is None and layer.name in run.owed and bool(run.errors) and not run.settling
-            if owed:
-                error = "it will be busted again once the layers inside of it are"
+            if error is None and layer.name in run.owed and run.errors and not run.settling:
+                word = "" if layer.backend.traits.registry else "again "
+                error = f"it will be busted {word}once the layers inside of it are"
             layers.append(
                 LayerReply(
                     name=layer.name,
                     ok=error is None,
                     removed=run.bust.removed[layer.name],
                     error=error,
-                    settle=settle if settle > 0 and not run.settling else None,
+                    settle=None if run.settling else settles.get(layer.name),
                 )
             )
         removed = sum(run.bust.removed.values())
         run.entry = replace(run.entry, layers=tuple(layers), removed=removed, attempts=attempts)
+
+    async def _save(self) -> None:
+        if self.save is not None:
+            await self.save()
 
     def _conclude(self, run: _Run) -> None:
         """Decide what comes after an attempt: the end, the second bust, or the queue."""
@@ -388,23 +470,37 @@ class Jobs:
             self._over(run, "failed")
         elif run.owed:
             self._enqueue(run)
-        elif run.settling or not self._owed_at_first(run.entry.wish, settling=True):
-            self._step("settled" if run.settling else "applied")
-            self._over(run, "done")
+        elif run.settling:
+            self._step("settled")
+            if not self._settle_next(run):
+                self._over(run, "done")
         else:
             self._step("applied")
+            run.rounds = self.engine.rounds(run.entry.wish.settle)
+            if not run.rounds:
+                self._over(run, "done")
+                return
             self._put(run, "settling")
             run.settling = True
-            run.owed = self._owed_at_first(run.entry.wish, settling=True)
-            self._settle_later(run)
+            self._settle_next(run)
 
-    def _settle_later(self, run: _Run) -> None:
-        wish = run.entry.wish
-        seconds = max(layer.settles_after(wish.settle) for layer in self.engine.layers)
-        run.timer = asyncio.get_running_loop().call_later(seconds, self._settle, run)
+    def _settle_next(self, run: _Run) -> bool:
+        """Have the next second bust done when it is time; tell whether there is one."""
+        if not run.rounds:
+            return False
+        at, names = run.rounds.pop(0)
+        run.owed = set(names)
+        wait, run.waited = at - run.waited, at
+        if self._mending is None and not self.journal.durable:  # closing: early is better than never
+            self._settle(run)
+        elif self._mending is not None:
+            run.timer = asyncio.get_running_loop().call_later(wait, self._settle, run)
+        return True
 
     def _settle(self, run: _Run) -> None:
-        run.timer = None
+        if run.timer is not None:
+            run.timer.cancel()
+            run.timer = None
         removed = dict(run.bust.removed)
         run.bust = self.engine.bust(run.entry.wish)
         run.bust.removed.update(removed)

@@ -167,7 +167,8 @@ _REFUSALS: Final[Mapping[int, _Refusal]] = MappingProxyType(
         409: _Refusal(
             "Conflict",
             "What is asked does not go with what is: another version is current, the dependency is in use, or the swap"
-            " breaks a rule (`urn:bustcall:problem:swap-refused`, with every reason in `unmet`). Nothing was changed.",
+            " breaks a rule (`urn:bustcall:problem:swap-refused`, with every reason in `unmet`), and nothing was"
+            " changed. Or the bust was cancelled as a job before its answer (`urn:bustcall:problem:cancelled`).",
         ),
         413: _Refusal("ContentTooLarge", "The body is larger than `limits.max_body_bytes`."),
         415: _Refusal("UnsupportedMediaType", "The body does not say that it is application/json."),
@@ -298,7 +299,7 @@ def _operations() -> tuple[_Operation, ...]:
                 "layers": [{"name": "redis", "ok": False, "removed": 2, "error": "it cannot be reached"}],
                 "job": _JOB["job"],
             },
-            refusals=(507,),
+            refusals=(409, 507),
             keyed=True,
             links={
                 "repeat": {

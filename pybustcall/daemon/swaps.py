@@ -253,7 +253,8 @@ class Swaps:
             raise
         except Exception as error:
             _log.exception("unexpected error while busting for a hot swap")
-            raise BackendFailure("the daemon's log says why", failed=len(self._engine.dependents(names))) from error
+            failed = sum(map(len, self._engine.dependents(names).values()))
+            raise BackendFailure("the daemon's log says why", failed=failed) from error
         finally:
             await self.registry.try_save()
         return removal.count

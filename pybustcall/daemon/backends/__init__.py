@@ -78,6 +78,8 @@ class Traits:
     - `remote`: whether it is reached over a network, and so may be away while the daemon is well
     - `settle`: seconds after which a second bust is needed, since a fill in flight could be stored after the first;
       0 where the cache itself refuses late fills
+    - `registry`: whether it is nothing but what the engine's indexes know. Nobody reads from it, so it is busted after
+      all other layers, which need what it knows, and never a second time
     """
 
     kinds: frozenset[Kind] = frozenset(KINDS)
@@ -86,6 +88,7 @@ class Traits:
     fences: bool = False
     remote: bool = False
     settle: float = 0.0
+    registry: bool = False
 
 
 class Backend(Protocol):

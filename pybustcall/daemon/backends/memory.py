@@ -30,7 +30,7 @@ class MemoryBackend:
     """
 
     name: Final = "memory"
-    traits: Final = Traits(soft=True)
+    traits: Final = Traits(soft=True, registry=True)
 
     def __init__(self, indexes: Indexes) -> None:
         self._indexes = indexes
