@@ -625,7 +625,7 @@ async def test_abandoning_goes_on_after_an_odd_error(caplog: pytest.LogCaptureFi
 
 
 def test_with_a_layer_that_settles_those_outside_of_it_do() -> None:
-    """They may have been refilled from it; a registry never, since nobody reads from it."""
+    """They may have been refilled from it; a registry beside them not, since nobody reads from it."""
     told: list[str] = []
     layers = [
         Layer(name="registry", number=0, backend=MemoryBackend(Indexes()), settle=9),
@@ -638,6 +638,7 @@ def test_with_a_layer_that_settles_those_outside_of_it_do() -> None:
     assert engine.rounds(None) == [(1, frozenset({"mid", "out"})), (6, frozenset({"in", "mid", "out"}))]
     assert engine.rounds(2.0) == [(2.0, frozenset({"in", "beside", "mid", "out"}))]
     assert engine.rounds(0.0) == []
+    assert Engine(layers[:1], Indexes()).rounds(None) == [(9, frozenset({"registry"}))]
 
 
 # Files, and failures

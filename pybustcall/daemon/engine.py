@@ -92,8 +92,6 @@ class Layer:
 
     def settles_after(self, asked: float | None) -> float:
         """Tell after how many seconds a bust is repeated here, `asked` being what the request says; 0 for never."""
-        if self.backend.traits.registry:
-            return 0.0
         if asked is not None:
             return asked
         return self.backend.traits.settle if self.settle is None else self.settle
@@ -142,14 +140,16 @@ class Engine:
     def rounds(self, asked: float | None) -> list[tuple[float, frozenset[str]]]:
         """Tell when which layers are busted a second time, in seconds from the first; `asked` as of `settles_after`.
 
-        With a layer all that lie outside of it are, for they may have been refilled from it meanwhile.
+        With a layer all that lie outside of it are, for they may have been refilled from it meanwhile. A registry
+        beside other layers is not: what was registered since the first bust would be forgotten.
         """
-        own = {layer: seconds for layer in self.layers if (seconds := layer.settles_after(asked)) > 0}
+        layers = [layer for layer in self.layers if not layer.backend.traits.registry] or self.layers
+        own = {layer: seconds for layer in layers if (seconds := layer.settles_after(asked)) > 0}
         rounds = []
         for seconds in sorted(set(own.values())):
             due = {layer for layer, its in own.items() if its == seconds}
             inmost = min(layer.number for layer in due)
-            outside = {it for it in self.layers if it.number > inmost and not it.backend.traits.registry}
+            outside = {layer for layer in layers if layer.number > inmost}
             rounds.append((seconds, frozenset(layer.name for layer in due | outside)))
         return rounds
 

@@ -79,7 +79,7 @@ class Traits:
     - `settle`: seconds after which a second bust is needed, since a fill in flight could be stored after the first;
       0 where the cache itself refuses late fills
     - `registry`: whether it is nothing but what the engine's indexes know. Nobody reads from it, so it is busted after
-      all other layers, which need what it knows, and never a second time
+      all other layers, which need what it knows, and beside them not a second time
     """
 
     kinds: frozenset[Kind] = frozenset(KINDS)
