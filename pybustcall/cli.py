@@ -990,7 +990,7 @@ def _printable(text: str) -> str:
 @click.option(
     "--registry",
     type=click.Path(path_type=Path),
-    help="File to keep dependencies and registered entries in, over restarts.",
+    help="File to keep dependencies and registered entries in, over restarts; by default beside the journal.",
 )
 @click.option(
     "--journal", type=click.Path(path_type=Path), help="File to write busts down in, so that they survive a crash."

@@ -315,6 +315,7 @@ def test_each_layer_has_a_name_of_its_own() -> None:
         ("[[layers]]\nbackend = 'redis'\nurl = ['s3cret']", "expected a string"),
         ("[[layers]]\nbackend = 'redis'\nurl_file = 'redis://:s3cret@a'", "the path of a file"),
         ("[[layers]]\nbackend = 'redis'\nurl_env = 'redis://:s3cret@a'", "the name of a variable"),
+        ("[[layers]]\nbackend = 'redis'\nurl_file = 5", "layers.0.url_file: expected a string"),
         ("[[layers]]\nbackend = 'redis'\nurl_env = 'A'\npassword = 's3cret'", "url_file or url_env"),
     ],
 )

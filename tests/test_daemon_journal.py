@@ -165,6 +165,15 @@ async def test_what_was_begun_is_found_by_the_next_process(tmp_path: Path) -> No
     await journal.close()
 
 
+@pytest.mark.parametrize("path", ["j", None])
+async def test_a_bust_may_be_kept_for_ever(tmp_path: Path, path: str | None) -> None:
+    """However large the number is that says so."""
+    async with journaling(None if path is None else tmp_path / path, retention=1e300) as journal:
+        journal.put(replace(await journal.begin(a_bust()), state="done"))
+        await journal.flush()
+        assert [it.state for it in await journal.recent()] == ["done"]
+
+
 async def test_numbers_only_grow(tmp_path: Path) -> None:
     """Over restarts, also if nothing is left of those before."""
     clock = Clock()

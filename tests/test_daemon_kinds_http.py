@@ -239,14 +239,20 @@ async def test_who_waits_for_a_bust_is_told_that_it_was_cancelled(tmp_path: Path
         assert (status, told["type"]) == (409, "urn:bustcall:problem:cancelled")
 
 
-async def test_what_is_taken_up_finds_the_whole_registry_and_leaves_nothing_in_it(tmp_path: Path) -> None:
-    """A job of the process before, which was killed, begins when the registry is there, and ends before that closes."""
+@pytest.mark.parametrize("registry", ["r", None])
+async def test_what_is_taken_up_finds_the_whole_registry_and_leaves_nothing_in_it(
+    tmp_path: Path, registry: str | None
+) -> None:
+    """A job of the process before, which was killed, begins when the registry is there, and ends before that closes.
+
+    With a journal there is a registry that lasts, whether a file was named for it or not.
+    """
 
     def parts() -> tuple[Engine, dict[str, Any]]:
         indexes = Indexes()
         files = FilesBackend(tmp_path / "root")
         layers = [Layer(name=it.name, number=0, backend=it, settle=0) for it in (MemoryBackend(indexes), files)]
-        return Engine(layers, indexes), {"registry": tmp_path / "r", "journal": tmp_path / "j"}
+        return Engine(layers, indexes), {"registry": registry and tmp_path / registry, "journal": tmp_path / "j"}
 
     (tmp_path / "root").mkdir()
     engine, settings = parts()
@@ -271,6 +277,7 @@ async def test_what_is_taken_up_finds_the_whole_registry_and_leaves_nothing_in_i
     engine, settings = parts()
     async with serving(engine, **settings):
         assert len(engine.indexes) == 0
+    assert (tmp_path / (registry or "j.registry")).exists()
 
 
 async def test_where_namespaces_are_listed_the_default_one_is_one_of_them_or_none(tmp_path: Path) -> None:

@@ -742,7 +742,7 @@ def create_app(
     """Make the web application; `serve` runs it, and so does any other runner of aiohttp's.
 
     - `idempotency`: the memory of keys, opened and closed with the application; by default one in `settings.state`
-    - `swaps`: the dependencies and their swaps, likewise; by default with a registry in `settings.registry`
+    - `swaps`: the dependencies and their swaps, likewise; by default with a registry in `settings.registry_file`
     - `jobs`: the busts under way, and the layers that they are applied to, likewise; by default with a journal in
       `settings.journal`
     - `version`: the installed pybustcall's unless given
@@ -751,7 +751,7 @@ def create_app(
     """
     check_settings(settings)
     memory = Idempotency(settings.state) if idempotency is None else idempotency
-    hot = Swaps(engine, Registry(settings.registry)) if swaps is None else swaps
+    hot = Swaps(engine, Registry(settings.registry_file)) if swaps is None else swaps
     past = FaultHistory() if history is None else history
     if jobs is None:
         journal = Journal(settings.journal, retention=settings.journal_retention, most=settings.journal_most)

@@ -101,7 +101,7 @@ async def _answer(backend: Backend, patience: float) -> str | None:
 
 def _look_at_files(settings: DaemonSettings) -> Iterator[tuple[str, str]]:
     for setting in _OURS:
-        path = getattr(settings, setting)
+        path = settings.registry_file if setting == "registry" else getattr(settings, setting)
         if path is not None and (why := look_at_database(path, setting)) is not None:
             yield setting, f"the {setting} file {os.fspath(path)!r} {why}"
     if settings.socket is not None and (why := look_at_socket(settings.socket)) is not None:

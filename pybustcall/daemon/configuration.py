@@ -164,8 +164,8 @@ def _is_variable(name: str) -> str:
     return name
 
 
-def _is_no_url(path: str) -> str:
-    if "://" in path:
+def _is_no_url(path: object) -> object:
+    if isinstance(path, str) and "://" in path:
         raise ValueError("expected the path of a file; a URL stands in url, or in that file")
     return path
 
@@ -252,7 +252,9 @@ class FilesTable(_Table):
 
     state: _File | None = Field(None, description="where to remember idempotency keys; without it, in memory")
     registry: _File | None = Field(
-        None, description="where to keep registered entries, dependencies and hot swaps; without it, in memory"
+        None,
+        description="where to keep registered entries, dependencies and hot swaps; without it, beside the journal"
+        " (`PATH.registry`), or in memory if there is none",
     )
     register_: _File | None = Field(
         None,

@@ -72,6 +72,7 @@ MOST: Final = 100_000
 GIVE_UP: Final = 5.0
 """Seconds that a disk may take; then begins are refused."""
 
+_FOR_EVER: Final = 4e9  # seconds; in nanoseconds it still is a number of SQLite's
 _PATIENCE: Final = 1.0  # seconds that closing waits for what is being written
 _LINGER: Final = 0.1  # seconds that new versions gather, if no begin takes them along
 _MANY: Final = 500  # new versions that do not wait for that
@@ -321,7 +322,7 @@ class _Store:
     def __init__(self, path: Path | None, retention: float, most: int, clock: Callable[[], int]) -> None:
         self.database = Database(_KIND, path, self._prepare)
         self.known = _Known()
-        self._retention = round(retention * 1e9)
+        self._retention = round(min(retention, _FOR_EVER) * 1e9)
         self._most = most
         self._clock = clock
         self._over = 0  # how many rows are over

@@ -77,6 +77,17 @@ class DaemonSettings:
     max_namespaces: int = 1000
     answer_within: float = 1.0
 
+    @property
+    def registry_file(self) -> str | os.PathLike[str] | None:
+        """Where the registry is kept: beside the journal unless `registry` says it, in memory if there is neither.
+
+        What a bust by tag or with dependents reaches is known to the registry; a promise that outlives the process
+        needs that, too.
+        """
+        if self.registry is not None or self.journal is None:
+            return self.registry
+        return f"{os.fspath(self.journal)}.registry"
+
 
 _LEAST: Final = {
     "max_body_bytes": ("the largest body must be 1 byte or more", 1),
@@ -144,7 +155,8 @@ def _check_place(settings: DaemonSettings) -> None:
 def _check_files(settings: DaemonSettings) -> None:
     """Raise `ConfigurationError` if two databases would share a file."""
     seen: dict[str, str] = {}
-    for setting, path in (("state", settings.state), ("registry", settings.registry), ("journal", settings.journal)):
+    files = (("state", settings.state), ("registry", settings.registry_file), ("journal", settings.journal))
+    for setting, path in files:
         if path is None:
             continue
         other = seen.setdefault(os.path.realpath(path), setting)
