@@ -201,8 +201,13 @@ class BustResult:
         return repr(self.target) if self.reveal else redact(self.target)
 
     def __repr__(self) -> str:
+        what = self.label if self.kind == "key" else f"{self.kind} {self.label}"
+        more = {"removed": self.removed, "matched": self.matched, "job": self.job}
+        if self.dry_run:
+            del more["removed"]
+        told = "".join(f", {name}={value}" for name, value in more.items() if value is not None)
         return (
-            f"BustResult({self.label} {self.status}, stage={self.stage} {self.band}, daemon={self.daemon}, "
+            f"BustResult({what} {self.status}, stage={self.stage} {self.band}{told}, daemon={self.daemon}, "
             f"attempts={len(self.attempts)}, elapsed={self.elapsed:.3f})"
         )
 

@@ -338,3 +338,14 @@ def test_incidents_are_counted_as_the_model_says(steps: list[tuple[str, float, f
             assert one.failed(now - age, now) == (expected, new)
             count, ended, since = count + new, now if new else ended, now
         assert one.count(now) == count
+
+
+def test_a_result_shows_what_was_busted_and_how_much() -> None:
+    """Its kind where that is no key, the number that went or would go, and the job that goes on."""
+    shown = repr(BustResult("cdn", "accepted", 8, kind="prefix", removed=3, job="f00", reveal=True))
+    assert shown.startswith("BustResult(prefix 'cdn' accepted, stage=8")
+    assert ", removed=3, job=f00, daemon=None" in shown
+    dry = repr(BustResult("cdn/a", "dry_run", 12, dry_run=True, removed=0, matched=7, reveal=True))
+    assert dry.startswith("BustResult('cdn/a' dry_run, stage=12")
+    assert ", matched=7, daemon" in dry
+    assert "removed" not in dry
