@@ -265,6 +265,19 @@ async def test_names_that_are_no_text_or_no_path_are_no_keys(root: Path) -> None
         assert await backend.variants(HERE, ["a/m.css"]) == ["a/m.css.gz"]
 
 
+async def test_the_query_of_a_variant_may_have_slashes(tmp_path: Path) -> None:
+    """Then it lies in directories, of which none is left out, and none is entered by a link."""
+    names = ["page", "page?next=/a/b", "page.gz?to=x/y.html", "page?v=2", "page.gz/other", "page2?v=/a", "p/page?a=/b"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "page?next=" / "link").symlink_to(tmp_path / "p")
+    async with opened(tmp_path) as backend:
+        found = await backend.variants(HERE, ["page"])
+        assert found == ["page.gz?to=x/y.html", "page?next=/a/b", "page?next=/link", "page?v=2"]
+        assert await backend.variants(HERE, ["p/page"]) == ["p/page?a=/b"]
+
+
 async def test_a_path_that_is_too_long_is_no_key(root: Path) -> None:
     """Below a directory that no path leads to there is nothing that could be named."""
     here = os.open(root, os.O_RDONLY)

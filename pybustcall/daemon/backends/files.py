@@ -280,8 +280,9 @@ class FilesBackend:
                         key
                         for entry in entries
                         if _is_variant_of_any(wanted, entry.name)
-                        and (key := _key_of(_joined(head, entry.name))) is not None
-                        and _is_file(entry)
+                        for name in _files_of(entry, _opened(directory))
+                        if (name == entry.name or _is_variant_of_any(wanted, name))
+                        and (key := _key_of(_joined(head, name))) is not None
                     ]
         return sorted(found)
 
@@ -603,6 +604,24 @@ def _is_file_at(name: bytes, directory: int) -> bool:
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
     return entry.is_symlink() or entry.is_file(follow_symlinks=False)
+
+
+def _files_of(entry: os.DirEntry[str], directory: int) -> Iterator[str]:
+    """Go through the files that begin here: this one, or those below a directory in whose name a query begins.
+
+    A query may have slashes, as in `page?next=/a/b`. Raises OSError where a directory cannot be read.
+    """
+    if _is_file(entry):
+        yield entry.name
+    elif "?" in entry.name and entry.is_dir(follow_symlinks=False):
+        for way, directories, files, opened in os.fwalk(entry.name, dir_fd=directory, onerror=_raise):
+            for name in (*files, *directories):
+                if _is_file_at(os.fsencode(name), opened):
+                    yield f"{way}/{name}"
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _stat(name: bytes, directory: int) -> os.stat_result | None:
