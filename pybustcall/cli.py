@@ -54,12 +54,12 @@ from pybustcall.outbox import RowState
 from pybustcall.results import BustResult, error_class, summary
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+    from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 
     from click._termui_impl import ProgressBar
 
     from pybustcall.capabilities import DaemonCapabilities
-    from pybustcall.daemon.configuration import Configuration
+    from pybustcall.daemon.configuration import Configuration, Finding
     from pybustcall.daemon.engine import Layer
     from pybustcall.hotswap import Dependency, Resolution, SwapResult
     from pybustcall.models import Access, CapabilityDocument, DaemonStatus, Kind
@@ -1016,6 +1016,7 @@ def daemon(
         from pybustcall.daemon.configuration import (  # noqa: PLC0415 - likewise
             Configuration,
             FilesLayer,
+            InvalidConfiguration,
             MemoryLayer,
             load,
         )
@@ -1033,6 +1034,11 @@ def daemon(
         if only_check:
             return _run(_check_daemon(configuration, register, given, as_json=as_json))
         _serve(configuration, register, given, as_json=as_json)
+    except InvalidConfiguration as error:
+        if not only_check:
+            raise _Failure(str(error), _CANNOT_START) from error
+        _tell_findings(error.findings, as_json=as_json)
+        return _CANNOT_START
     except (ConfigurationError, package.BackendFailure) as error:
         raise _Failure(str(error), _CANNOT_START) from error
     return 0
@@ -1067,9 +1073,7 @@ async def _check_daemon(
     from pybustcall.daemon.checking import check  # noqa: PLC0415 - needs an extra
 
     checked = await check(configuration, os.environ, register=register, **given)
-    for finding in checked.findings:
-        line = {"ok": False, "file": finding.file, "key": finding.key, "text": finding.text}
-        click.echo(json.dumps(line) if as_json else str(finding))
+    _tell_findings(checked.findings, as_json=as_json)
     if checked.findings:
         return _CANNOT_START
     count = len(checked.layers)
@@ -1077,6 +1081,12 @@ async def _check_daemon(
     line = {"ok": True, "file": configuration.file, "layers": _layers_as_dicts(checked.layers)}
     click.echo(json.dumps(line) if as_json else ": ".join(filter(None, [configuration.file, told])))
     return 0
+
+
+def _tell_findings(findings: Iterable[Finding], *, as_json: bool) -> None:
+    for finding in findings:
+        line = {"ok": False, "file": finding.file, "key": finding.key, "text": finding.text}
+        click.echo(json.dumps(line) if as_json else str(finding))
 
 
 def _serve(configuration: Configuration, register: Path | None, given: dict[str, Any], *, as_json: bool) -> None:

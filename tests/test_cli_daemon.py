@@ -148,6 +148,24 @@ def test_a_file_that_is_wrong_gets_a_sentence_and_exit_code_4(text: str | None, 
     assert says.removeprefix("Error: ") in out + err
 
 
+def test_a_check_tells_of_a_file_that_cannot_be_read_as_of_one_that_is_wrong() -> None:
+    """One object a line, each with its key, on standard output."""
+    write("[listen]\nport = 'a'\nhots = 'b'\n")
+    code, out, err = call("daemon", "--config", "bustcall.toml", "--check", "--json")
+    told = [json.loads(line) for line in out.splitlines()]
+    assert (code, err, [(it["ok"], it["key"]) for it in told]) == (
+        4, "", [(False, "listen.port"), (False, "listen.hots")],
+    )  # fmt: skip
+    code, out, err = call("daemon", "--config", "bustcall.toml", "--check")
+    assert (code, err, [line.split(":")[0] for line in out.splitlines()]) == (4, "", ["bustcall.toml"] * 2)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file() -> None:
+    """Some editors write one."""
+    Path("bustcall.toml").write_bytes(b"\xef\xbb\xbf[limits]\ndrain = 3\n")
+    assert call("daemon", "--config", "bustcall.toml", "--check")[0] == 0
+
+
 def test_a_check_of_what_is_in_order_is_told_in_one_line() -> None:
     """With exit code 0, also while a daemon runs with it."""
     write(f"[listen]\nport = 0\n[journal]\npath = 'journal.db'\n[[layers]]\nbackend = 'memory'\n{PAGES}")

@@ -599,7 +599,7 @@ def load(path: str | os.PathLike[str]) -> Configuration:
     """Read a configuration from a TOML file. Raises `InvalidConfiguration` with all that is wrong in it."""
     file = os.fspath(path)
     try:
-        document = tomllib.loads(Path(path).read_bytes().decode())
+        document = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))  # some editors write a mark
     except OSError as error:
         raise InvalidConfiguration([Finding(file, "", f"cannot be read ({error.strerror})")]) from error
     except UnicodeDecodeError as error:
