@@ -160,6 +160,25 @@ def test_a_check_tells_of_a_file_that_cannot_be_read_as_of_one_that_is_wrong() -
     assert (code, err, [line.split(":")[0] for line in out.splitlines()]) == (4, "", ["bustcall.toml"] * 2)
 
 
+@pytest.mark.parametrize(
+    ("text", "options", "key", "says"),
+    [
+        (None, [], "", "cannot be read (No such file or directory)"),
+        ("a = \n", [], "line 1, column 5", "Invalid value"),
+        (PAGES, ["--root", "pages"], "layers", "the file says which layers there are; leave --root and --backend out"),
+    ],
+)
+def test_a_check_that_cannot_begin_tells_so_in_an_object(
+    text: str | None, options: list[str], key: str, says: str
+) -> None:
+    """A program reads one kind of line, whatever is wrong."""
+    if text is not None:
+        write(text)
+    code, out, err = call("daemon", "--config", "bustcall.toml", "--check", "--json", *options)
+    assert (code, err) == (4, "")
+    assert json.loads(out) == {"ok": False, "file": "bustcall.toml", "key": key, "text": says}
+
+
 def test_a_byte_order_mark_is_no_part_of_the_file() -> None:
     """Some editors write one."""
     Path("bustcall.toml").write_bytes(b"\xef\xbb\xbf[limits]\ndrain = 3\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import sqlite3
 from pathlib import Path
@@ -15,6 +16,7 @@ from pybustcall.daemon import idempotency, journal, registry
 from pybustcall.daemon.checking import Checked, check, look_at_database, look_at_socket
 from pybustcall.daemon.configuration import Configuration, load
 from pybustcall.daemon.database import Database, Kind, transaction
+from pybustcall.errors import ConfigurationError
 from tests.redis_harness import shared_redis
 
 KINDS = {"state": idempotency._KIND, "registry": registry._KIND, "journal": journal._KIND}
@@ -96,7 +98,7 @@ def test_everything_that_is_wrong_is_told() -> None:
         "access.token_file", "", "files.state", "files.registry", "journal.path", "layers.0.root", "files.register",
         "layers.1",
     ]  # fmt: skip
-    assert told[2][1].endswith("state.db' is a text and no database; choose another path")
+    assert told[2][1].endswith("state.db' is a text and no database, and is left as it is; choose another path")
     assert told[3][1].endswith("registry.db' is a database of the journal; choose another path")
     assert told[4][1].endswith("journal.db' is in a directory that does not exist; make it first")
     assert told[7][1].startswith("the layer redis cannot be used now: ")
@@ -178,6 +180,49 @@ def test_a_file_that_is_empty_or_damaged_is_the_daemons_to_mend(content: bytes) 
     """It makes a new one, and sets the damaged one aside."""
     Path("state.db").write_bytes(content + bytes(100) * bool(content))
     assert look_at_database("state.db", "state") is None
+
+
+@pytest.mark.parametrize("setting", KINDS)
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0",
+        b"a text",
+        b'{"index.html": []}',
+        b"x" * 200 + bytes(5000),
+        b"x" * 65535 + b"\0",
+        b"x" * 65536 + b"\0",
+        b"SQLite format 3",
+        b"SQLite format 3\0" + b"x" * 5000,
+        b"SQLite format 3\0" + bytes(5000),
+        b"SQLite format 3\0\x10\0\1\3\0@  " + b"x" * 5000,
+        b"SQLite format 3\0\x10\0\1\1\0@@@" + b"x" * 5000,
+    ],
+    ids=[
+        "empty",
+        "nul",
+        "text",
+        "json",
+        "nul after 200",
+        "nul within the head",
+        "nul after the head",
+        "magic cut short",
+        "no page size",
+        "all zero",
+        "version 3",
+        "other fractions",
+    ],
+)
+def test_what_is_no_database_is_judged_as_the_daemon_judges_it(content: bytes, setting: str) -> None:
+    """Both refuse a text, in the same words; what is damaged the check leaves to the daemon, which sets it aside."""
+    path = Path("it.db")
+    path.write_bytes(content)
+    if (why := look_at_database(path, setting)) is None:
+        make(KINDS[setting], path)
+        return
+    with pytest.raises(ConfigurationError, match=f"^the {setting} file 'it.db' {re.escape(why)}$"):
+        make(KINDS[setting], path)
 
 
 def test_what_is_no_file_is_refused() -> None:

@@ -962,6 +962,27 @@ async def test_a_look_that_the_disk_fails_is_told(tmp_path: Path) -> None:
         await in_thread(journal, lambda db: db.execute("ALTER TABLE other RENAME TO busts").fetchall())
 
 
+@pytest.mark.parametrize("path", ["j", None])
+async def test_a_fault_of_ours_is_told_as_what_it_is_and_ends_no_writer(
+    tmp_path: Path, path: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits hears of it at once, the log has all of it, and what can be written later is."""
+    monkeypatch.setattr(module, "_RETRY", 0.01)
+    clock = Clock()
+    async with journaling(None if path is None else tmp_path / path, clock=clock) as journal:
+        (entry,) = await begun(journal, "a")
+        right, clock.now = clock.now, 2**63  # no number of SQLite's
+        journal.put(replace(entry, state="done"))
+        if path is not None:
+            with pytest.raises(JournalFailure, match=r"an unexpected error \(OverflowError\), which the daemon's log"):
+                await journal.begin(a_bust("b"))
+        await eventually(lambda: "OverflowError: Python int too large" in caplog.text)
+        clock.now = right
+        await begun(journal, "c")
+        await eventually(lambda: not journal._unwritten)
+        assert [it.state for it in await journal.recent()] == ["waiting", "done"]
+
+
 async def test_an_error_of_the_database_is_no_damage(tmp_path: Path) -> None:
     """While rows are read."""
     store = module._Store(tmp_path / "j", 1, 1, Clock())

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pybustcall.daemon.app import ROUTES as SERVED
 from tests.conftest import PATIENCE
 
 if TYPE_CHECKING:
@@ -155,6 +156,18 @@ def test_every_route_is_shown_with_curl(route: str) -> None:
         and example.answer is not None
         for example in EXAMPLES
     )
+
+
+def test_the_table_of_routes_has_all_that_is_served() -> None:
+    """Each with its capability, and with a link to a section that there is, or to the contract."""
+    page = HTTP_PAGE.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[?`([A-Z]+) ([^`]+)`(?:\]\(#([^)]+)\))? \|.*\| `([a-z.]+)` \|$", page, re.MULTILINE)
+    assert sorted((method, path, name) for method, path, _, name in rows) == sorted(
+        (route.method, route.path, route.capability) for route in SERVED
+    )
+    titles = re.findall(r"^## (.+)$", page, re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
+    assert {anchor for _, _, anchor, _ in rows if anchor} <= anchors
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 409, 413, 415, 417, 421, 422, 426, 428, 500, 503, 507])

@@ -4,7 +4,8 @@ This module decides what is looked at before a daemon is started: the settings, 
 would read, and whether each cache answers. It tells all that it finds, not only the first. What may stand in the file
 is `configuration`'s to decide. Whether the address is free is not asked: the daemon that runs now has it.
 
-Files are looked at from outside, by their first bytes. To open one with SQLite would make files beside it, and would
+Files are looked at from outside, by their first bytes; which of them are texts, or databases at all, is `database`'s
+to say, as it is when the daemon opens them. To open one with SQLite would make files beside it, and would
 wait for the daemon that has it locked.
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
 from pybustcall.daemon.backends import BackendFailure
+from pybustcall.daemon.database import HEAD_BYTES, is_header, refuse_text
 from pybustcall.daemon.engine import Engine, Layer, read_registrations
 from pybustcall.daemon.index import Indexes
 from pybustcall.errors import ConfigurationError
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Checked", "check", "look_at_database", "look_at_socket"]
 
-_MAGIC: Final = b"SQLite format 3\0"
-_HEAD_BYTES: Final = 100  # SQLite's own header: what follows differs from database to database
 _COOKIE: Final = slice(40, 44)  # changes with the schema, 0 where there never was one
 _APPLICATION: Final = slice(68, 72)
 _OURS: Final = {"state": b"pbId", "registry": b"pbRg", "journal": b"pbJn"}
@@ -119,7 +119,7 @@ def look_at_database(path: str | os.PathLike[str], setting: str) -> str | None:
         if why is not None:
             return why
         with file.open("rb") as opened:
-            head = opened.read(_HEAD_BYTES)
+            head = opened.read(HEAD_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -139,8 +139,8 @@ def _look_at_mode(file: Path, found: os.stat_result) -> str | None:
 
 def _judge(head: bytes, setting: str, *, is_settled: bool) -> str | None:
     """Judge a file by its first bytes. What is not `is_settled` has newer pages beside it, which may say otherwise."""
-    if not head.startswith(_MAGIC):
-        return "is a text and no database; choose another path" if head and b"\0" not in head else None
+    if not is_header(head):
+        return refuse_text(head, setting)
     application = head[_APPLICATION]
     if application == _OURS[setting]:
         return None

@@ -26,7 +26,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from concurrent.futures import ThreadPoolExecutor
 
-__all__ = ["Damaged", "Database", "Kind", "close_in", "error_code", "is_damage", "open_in", "transaction"]
+__all__ = [
+    "HEAD_BYTES",
+    "Damaged",
+    "Database",
+    "Kind",
+    "close_in",
+    "error_code",
+    "is_damage",
+    "is_header",
+    "open_in",
+    "refuse_text",
+    "transaction",
+]
 
 _T = TypeVar("_T")
 
@@ -36,8 +48,12 @@ _DAMAGE: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _OPERATORS_TO_MEND: Final = frozenset({sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM})
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
+HEAD_BYTES: Final = 65536
+"""Bytes of a file by which it is judged: whether it is a database, or a text, or neither."""
+
 _MAGIC: Final = b"SQLite format 3\0"
-_HEAD_BYTES: Final = 65536  # of a file that is no database, to tell whether it is a text
+_PAGE_SIZES: Final = frozenset({1, *(2**power for power in range(9, 16))})  # as in the header; 1 is 65536
+_FRACTIONS: Final = bytes((64, 32, 32))  # as they are in every database
 
 _log = logging.getLogger("pybustcall.daemon")
 
@@ -148,13 +164,9 @@ class Database:
         if self._path is None:
             return
         with self._path.open("rb") as file:
-            head = file.read(_HEAD_BYTES)
-        if head.startswith(_MAGIC) or b"\0" in head:
-            return
-        why = "is a text and no database, and is left as it is; choose another path"
-        if self._kind.setting == "registry" and head.lstrip()[:1] in {b"{", b"["}:
-            why += ", and give JSON that lists entries with --register"
-        raise _refuse(self._path, self._kind.setting, why)
+            why = refuse_text(file.read(HEAD_BYTES), self._kind.setting)
+        if why is not None:
+            raise _refuse(self._path, self._kind.setting, why)
 
     def _connect(self) -> None:
         if self._path is None:
@@ -214,6 +226,25 @@ class Database:
                 db.execute(statement)
             db.execute(f"PRAGMA user_version = {version + 1}")
         _log.info("the %s file %r was upgraded to version %d", self._kind.setting, str(self._path), version + 1)
+
+
+def refuse_text(head: bytes, setting: str) -> str | None:
+    """Tell why a file that begins so is none for this `setting`, if people write such; None if they do not.
+
+    `head` are its first `HEAD_BYTES` bytes. An empty file is no text.
+    """
+    if not head or head.startswith(_MAGIC) or b"\0" in head:
+        return None
+    why = "is a text and no database, and is left as it is; choose another path"
+    if setting == "registry" and head.lstrip()[:1] in {b"{", b"["}:
+        why += ", and give JSON that lists entries with --register"
+    return why
+
+
+def is_header(head: bytes) -> bool:
+    """Tell whether SQLite would take a file that begins so for a database, and believe the rest of its header."""
+    size, reads, fractions = int.from_bytes(head[16:18]), head[19:20], head[21:24]
+    return head.startswith(_MAGIC) and size in _PAGE_SIZES and reads <= b"\2" and fractions == _FRACTIONS
 
 
 def _make_private(path: Path, setting: str) -> int:

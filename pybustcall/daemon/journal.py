@@ -695,6 +695,7 @@ class Journal:
         self._due = bool(self._begins)
         self._since = asyncio.get_running_loop().time()
         failure: JournalFailure | None = JournalFailure("it was closed meanwhile")
+        fault: Exception | None = None
         try:
             waited_for = bool(begins or flushes)
             self._due = await self._mending(lambda: self._attempt(begins, durable=waited_for)) or self._due
@@ -702,12 +703,15 @@ class Journal:
             failure = None
         except _FAILURES as error:
             failure = _failure(error)
+        except Exception as error:  # noqa: BLE001 - a fault of ours, which those who wait are to hear of, too
+            failure = JournalFailure(f"an unexpected error ({type(error).__name__}), which the daemon's log tells of")
+            fault = error
         finally:
             self._since = None
             self._tell(begins, flushes, failure)
             self._has_failed = failure is not None
         if failure is not None:
-            self._warn(failure)
+            self._warn(failure, fault)
             if self._unwritten or self._fault_changes:
                 self._soon()
 
@@ -755,11 +759,12 @@ class Journal:
         self._unwritten[entry.number] = None
         self._soon()
 
-    def _warn(self, failure: JournalFailure) -> None:
+    def _warn(self, failure: JournalFailure, fault: Exception | None) -> None:
         now = asyncio.get_running_loop().time()
         if now - self._warned >= _QUIET:
             self._warned = now
-            _log.warning("busts cannot be written down, and those that must be are refused: %s", failure.why)
+            text = "busts cannot be written down, and those that must be are refused: %s"
+            _log.warning(text, failure.why, exc_info=fault)
 
     # Using the file
 
