@@ -104,7 +104,7 @@ class Delegation:
         gone, self._gone = self._gone, []
         index = self.indexes.of(DEFAULT_NAMESPACE)
         for key, entry in gone:
-            index.put_back(Counted(key), entry)
+            index.put_back({Counted(key): entry})
 
 
 @asynccontextmanager

@@ -122,14 +122,116 @@ def test_adding_again_replaces_what_an_entry_depends_on() -> None:
 
 
 def test_removing_an_entry_removes_its_own_edges_only() -> None:
-    """What depends on a removed entry stays registered as depending on it."""
+    """What depends on a removed entry stays registered as depending on it, and on what that depended on."""
     index = Index()
-    index.add("fragment", ["product:7"])
+    index.add("fragment", ["product:7"], tags=["t"])
     index.add("page", ["fragment"])
     assert index.remove("fragment")
-    assert index.dependents("product:7") == []
+    assert index.dependents("product:7") == ["page"]
     assert index.dependents("fragment") == ["page"]
+    assert (index.subjects_under("product"), index.tagged("t"), list(index)) == (["product:7"], [], ["page"])
     assert not index.remove("fragment")
+    assert index.dependencies("fragment") == ()
+
+
+def test_a_chain_holds_though_what_is_between_is_over() -> None:
+    """As long as somebody depends on its name; the end of that is the end of all the links, however many."""
+    clock = Clock()
+    index = Index(clock=clock)
+    for number in range(10_000):
+        index.add(f"f{number}", [f"f{number + 1}"], ttl=1.0)
+    index.add("page", ["f0"])
+    clock.now = 1.0
+    while index.expire():
+        pass
+    assert (list(index), len(index._kept)) == (["page"], 10_000)
+    assert index.dependents("f10000") == ["page"]
+    index.remove("page")
+    seen = 0
+    while some := index.expire():
+        assert some <= 250
+        seen += some
+    assert seen > 9000
+    check_empty(index)
+
+
+@pytest.mark.parametrize("again", [["other"], ["frag"], []])
+def test_links_are_kept_of_a_name_while_it_is_depended_on(again: list[str]) -> None:
+    """Whoever is registered anew and still depends on it may have been made of the old one."""
+    index = Index()
+    index.add("frag", ["k"])
+    index.add("page", ["frag"])
+    index.remove("frag")
+    index.add("page", again)
+    assert index.dependents("k") == (["page"] if again == ["frag"] else [])
+    assert index.subjects() == (["frag", "k"] if again == ["frag"] else again)
+    check_whole(index)
+
+
+def test_an_entry_under_the_name_replaces_the_links_that_were_kept() -> None:
+    """The newest registration counts."""
+    index = Index()
+    index.add("frag", ["k"])
+    index.add("page", ["frag"])
+    index.remove("frag")
+    index.add("frag", ["other"])
+    assert (index.dependents("k"), index.dependents("other")) == ([], ["frag", "page"])
+    check_whole(index)
+
+
+def test_links_in_a_cycle_go_when_no_entry_is_left_that_needs_them() -> None:
+    """Though each of them is depended on by another; also where an entry that hung on it goes last."""
+    index = Index()
+    index.add("beside")
+    index.add("a", ["b", "k"])
+    index.add("b", ["c"])
+    index.add("c", ["a"])
+    index.add("page", ["c"])
+    for key in "abc":
+        index.remove(key)
+    assert (index.dependents("k"), index.dependents("b")) == (["page"], ["page"])
+    index.remove("page")
+    assert (index.subjects(), index._kept, index._loose) == ([], {}, {})
+    assert list(index) == ["beside"]
+
+
+def test_what_is_over_and_not_dropped_yet_is_gone_through() -> None:
+    """As what is dropped is; and nothing of it is told."""
+    clock = Clock()
+    index = Index(clock=clock, at_once=0)
+    index.add("frag", ["k"], ttl=1.0)
+    index.add("alone", ["k", "z"], ttl=1.0)
+    index.add("page", ["frag"])
+    clock.now = 1.0
+    assert index.overdue == 2
+    assert (index.dependents("k"), index.subjects(), index.dependents("z")) == (["page"], ["frag", "k"], [])
+    assert index.known("frag") == Entry(depends_on=("k",), ttl=0.0, deadline=-math.inf)
+    assert (index.known("alone"), index.known("page")) == (None, index.entry("page"))
+
+
+def test_a_namespace_of_which_only_links_are_left_is_none() -> None:
+    """They go a slice at a time, by whoever comes next, and then nothing is left of it."""
+    indexes = Indexes(most=1, at_once=100)
+    index = indexes.of("a")
+    index.update({f"f{number:04}": Entry(depends_on=(f"f{number + 1:04}",)) for number in range(2000)})
+    for number in reversed(range(2000)):
+        index.remove(f"f{number:04}")
+    assert (indexes.peek("a"), list(indexes), len(indexes), indexes.overdue) == (None, [], 0, 0)
+    indexes.of("b").add("page")
+    while indexes.expire():
+        pass
+    assert set(indexes._held) == set(indexes._shares) == {"b"}
+    check_empty(index)
+
+
+def test_what_was_gone_before_a_restart_is_kept_as_far_as_it_is_of_use() -> None:
+    """And is no entry."""
+    index = Index()
+    index.add("frag")
+    gone = Entry(ttl=0.0, depends_on=("k",))
+    index.update({"page": Entry(depends_on=("frag",)), "frag": gone, "nobodys": gone})
+    assert (list(index), index.dependents("k"), [key for key, _ in index.kept()]) == (["page"], ["page"], ["frag"])
+    check_whole(index)
 
 
 def test_what_is_depended_on_is_no_entry_by_that() -> None:
@@ -214,17 +316,6 @@ def test_registering_again_gives_a_new_lifetime_or_none() -> None:
     assert list(index) == ["for good"]
 
 
-def test_lifetimes_that_begin_together_can_end_apart() -> None:
-    """So that nobody has to drop all of them at once."""
-    clock = Clock()
-    index = Index(clock=clock)
-    index.update({key: Entry(ttl=1.0) for key in "abc"}, apart=0.25)
-    clock.now = 1.25
-    assert list(index) == ["c"]
-    clock.now = 1.5
-    assert list(index) == []
-
-
 def test_however_many_end_in_one_moment_nobody_drops_more_than_a_slice() -> None:
     """They are no entries all the same, and whoever asks next goes on; what was registered anew is none of them."""
     clock = Clock()
@@ -234,10 +325,10 @@ def test_however_many_end_in_one_moment_nobody_drops_more_than_a_slice() -> None
     index.add("p/alive", ["p/000"], tags=["t"])
     clock.now = 1.0
     index.add("p/099", tags=["t"])
-    assert (index.overdue, indexes.overdue) == (89, 89)
-    assert (index.dependents("s"), index.dependents("p/000"), index.variants("p")) == ([], ["p/alive"], [])
+    assert (index.overdue, indexes.overdue) == (90, 90)  # the links of one are kept, which is a look more
+    assert (index.dependents("s"), index.dependents("p/000"), index.variants("p")) == (["p/alive"], ["p/alive"], [])
     assert not any([index.remove("p/098"), index.mark_stale("p/097"), "p/096" in index, index.entry("p/095")])
-    assert index.overdue == 88  # of which single keys drop none but themselves
+    assert index.overdue == 89  # of which single keys drop none but themselves
     questions: list[Callable[[], list[str]]] = [
         lambda: index.under("p"),
         lambda: index.tagged("t"),
@@ -247,9 +338,9 @@ def test_however_many_end_in_one_moment_nobody_drops_more_than_a_slice() -> None
         before = index.overdue
         assert ask() == ["p/099", "p/alive"]
         assert before - index.overdue == 10
-    assert (index.count_under("p"), index.count_tagged("t")) == (2 + 48, 2 + 38)
+    assert (index.count_under("p"), index.count_tagged("t")) == (2 + 49, 2 + 39)
     assert len(indexes) == 2
-    assert [indexes.expire() for _ in range(4)] == [10, 10, 8, 0]
+    assert [indexes.expire() for _ in range(4)] == [10, 10, 9, 0]
     assert (index.count_under("p"), index.count_tagged("t"), indexes.size_bytes) == (2, 2, 12)
 
 
@@ -336,11 +427,28 @@ def test_what_is_put_back_is_as_it_was() -> None:
     index.begin()
     clock.now = 5.0
     index.add("page", ["b"])
-    index.put_back("page", before)
+    index.put_back({"page": before})
     assert index.entry("page") == before
     assert (index.tagged("t"), index.subjects(), index.born("page")) == (["page"], ["a"], 0)
     clock.now = 10.0
     assert len(index) == 0
+
+
+def test_links_that_were_kept_are_put_back_with_what_needs_them() -> None:
+    """In whatever order they are told; those that nothing needs any more are not kept."""
+    index = Index()
+    index.add("a", ["k"])
+    index.add("b", ["a"])
+    index.add("page", ["b"])
+    index.remove("a")
+    index.remove("b")
+    before = {"a": index.known("a"), "b": index.known("b"), "page": index.entry("page")}
+    index.add("page", ["new"])
+    assert index.dependents("k") == []
+    index.put_back(before)
+    assert index.dependents("k") == ["page"]
+    index.put_back({"page": None, "a": before["a"], "none": None})
+    check_empty(index)
 
 
 # What is named
@@ -421,21 +529,67 @@ class Known:
 
 @dataclass
 class Model:
-    """An index that is a dict, searched from end to end."""
+    """An index that is a few dicts, searched from end to end.
 
-    entries: dict[str, Known] = field(default_factory=dict)
+    - `held`: what is not dropped yet, and may be over if nothing is dropped
+    - `kept`: what that which is gone depended on
+    """
 
-    def expire(self, now: float) -> None:
-        """Forget what is over."""
-        self.entries = {key: it for key, it in self.entries.items() if it.deadline > now}
+    dropping: bool
+    held: dict[str, Known] = field(default_factory=dict)
+    kept: dict[str, list[str]] = field(default_factory=dict)
+    now: float = 0.0
+
+    @property
+    def entries(self) -> dict[str, Known]:
+        return {key: it for key, it in self.held.items() if it.deadline > self.now}
+
+    def links(self) -> dict[str, set[str]]:
+        of_held = {key: set(it.depends_on) - {key} for key, it in self.held.items()}
+        return of_held | {key: set(names) - {key} for key, names in self.kept.items()}
+
+    def above(self, names: set[str]) -> set[str]:
+        """Tell all that depends on any of these, and need be no entry any more."""
+        links, found = self.links(), set[str]()
+        while new := {key for key, on in links.items() if on & (names | found)} - found:
+            found |= new
+        return found
+
+    def wait(self, now: float) -> None:
+        """Drop what is over."""
+        self.now = now
+        for key in [key for key, it in self.held.items() if it.deadline <= now and self.dropping]:
+            self.kept[key] = self.held.pop(key).depends_on
+        self.prune()
+
+    def put(self, entries: dict[str, Known]) -> None:
+        self.held |= entries
+        self.kept = {key: names for key, names in self.kept.items() if key not in entries}
+        self.prune()
+
+    def remove(self, key: str) -> bool:
+        known = self.held.pop(key, None)
+        if known is not None:
+            self.kept[key] = known.depends_on
+        self.prune()
+        return known is not None and known.deadline > self.now
+
+    def prune(self) -> None:
+        self.kept = {
+            key: names for key, names in self.kept.items() if set(names) - {key} and self.above({key}) & set(self.held)
+        }
 
 
 def check_whole(index: Index) -> None:
     """Check that the inner structures say the same, and that none has an empty or needless part."""
-    held = index._entries
+    held, kept = index._entries, index._kept
     assert list(held) == sorted(held)
+    assert not index._changed
+    assert not index._loose
+    assert not set(held) & set(kept)
+    assert all(entry.gone and entry.depends_on for entry in kept.values())
     dependents: dict[str, set[str]] = {}
-    for key, entry in held.items():
+    for key, entry in [*held.items(), *kept.items()]:
         for name in entry.depends_on:
             dependents.setdefault(name, set()).add(key)
     assert dict(index._dependents) == dependents
@@ -443,6 +597,13 @@ def check_whole(index: Index) -> None:
     deadlines = sorted((entry.deadline, key) for key, entry in held.items() if entry.deadline is not None)
     assert list(index._deadlines) == deadlines
     assert index._size == sum(len(key.encode()) for key in held)
+
+
+def check_empty(index: Index) -> None:
+    """Check that nothing is left in any structure."""
+    structures = [getattr(index, name) for name in vars(index)]
+    assert not any(len(it) for it in structures if hasattr(it, "__len__"))
+    assert index._size == 0
 
 
 PATHS = ["a", "a/", "a/b", "a/b/c", "a/b:c", "a/bc", "a?x", "b", "é/b", "a#1"]
@@ -461,14 +622,13 @@ class IndexAgainstModel(RuleBasedStateMachine):
         super().__init__()
         self.clock = Clock()
         self.index = Index(clock=self.clock, at_once=self.at_once)
-        self.model = Model()
+        self.model = Model(dropping=self.at_once > 0)
         self.watched: dict[str, Entry | None] = {}
         self.index.watch(self.note)
 
     def note(self, key: str, before: Entry | None) -> None:
         assert self.watched.get(key) == before
-        entry = self.index._entries.get(key)
-        self.watched[key] = entry
+        self.watched[key] = self.index._entries.get(key) or self.index._kept.get(key)
 
     def known(self, depends_on: list[str], tagged: list[str], ttl: float | None) -> Known:
         deadline = math.inf if ttl is None else self.clock.now + ttl
@@ -477,16 +637,23 @@ class IndexAgainstModel(RuleBasedStateMachine):
     @rule(key=names, depends_on=several, tagged=st.lists(tags, max_size=3), ttl=ttls)
     def add(self, key: str, depends_on: list[str], tagged: list[str], ttl: float | None) -> None:
         self.index.add(key, depends_on, tags=tagged, ttl=ttl)
-        self.model.entries[key] = self.known(depends_on, tagged, ttl)
+        self.model.put({key: self.known(depends_on, tagged, ttl)})
 
     @rule(chosen=st.dictionaries(names, several, max_size=6), tagged=st.lists(tags, max_size=2), ttl=ttls)
     def update(self, chosen: dict[str, list[str]], tagged: list[str], ttl: float | None) -> None:
         self.index.update({key: Entry(depends_on=tuple(on), tags=tuple(tagged), ttl=ttl) for key, on in chosen.items()})
-        self.model.entries.update({key: self.known(on, tagged, ttl) for key, on in chosen.items()})
+        self.model.put({key: self.known(on, tagged, ttl) for key, on in chosen.items()})
 
     @rule(key=names)
     def remove(self, key: str) -> None:
-        assert self.index.remove(key) is (self.model.entries.pop(key, None) is not None)
+        assert self.index.remove(key) is self.model.remove(key)
+
+    @rule()
+    def clear(self) -> None:
+        for key in self.index:
+            assert self.index.remove(key) is self.model.remove(key)
+        if not self.index._entries:
+            check_empty(self.index)
 
     @rule(key=names)
     def mark(self, key: str) -> None:
@@ -504,7 +671,7 @@ class IndexAgainstModel(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.5, 1.0, 5.0]))
     def wait(self, seconds: float) -> None:
         self.clock.now += seconds
-        self.model.expire(self.clock.now)
+        self.model.wait(self.clock.now)
 
     @rule(key=names, tag=tags, after=st.none() | names, limit=st.none() | st.integers(0, 3))
     def ask(self, key: str, tag: str, after: str | None, limit: int | None) -> None:
@@ -515,10 +682,7 @@ class IndexAgainstModel(RuleBasedStateMachine):
     def ask_of_one(self, key: str) -> None:
         held = self.model.entries
         known = held.get(key)
-        found: set[str] = set()
-        while new := {name for name, it in held.items() if set(it.depends_on) - {name} & (found | {key})} - found:
-            found |= new
-        assert self.index.dependents(key) == sorted(found - {key})
+        assert self.index.dependents(key) == sorted(self.model.above({key}) & set(held) - {key})
         assert self.index.variants(key) == sorted(name for name in held if is_variant(key, name))
         assert self.index.is_stale(key) is (known is not None and known.stale)
         assert self.index.born(key) == (None if known is None else known.born)
@@ -533,7 +697,8 @@ class IndexAgainstModel(RuleBasedStateMachine):
         behind = [key for key in below if after is None or key > after]
         assert self.index.under(prefix, after=after, limit=limit) == behind[:limit]
         assert 0 <= self.index.count_under(prefix) - len(below) <= self.index.overdue
-        subjects = {name for key, it in held.items() for name in it.depends_on if name != key}
+        named = set[str]().union(*self.model.links().values())
+        subjects = {name for name in named if self.model.above({name}) & set(held)}
         assert self.index.subjects_under(prefix) == sorted(name for name in subjects if covers(prefix, name))
         assert self.index.subjects() == sorted(subjects)
 
@@ -552,7 +717,10 @@ class IndexAgainstModel(RuleBasedStateMachine):
     def is_whole(self) -> None:
         assert len(self.index) == len(self.model.entries)
         assert [key for key, _ in self.index.items()] == list(self.index) == sorted(self.model.entries)
-        watched = {key: it for key, it in self.watched.items() if it is not None}
+        assert {key: set(it.depends_on) for key, it in self.index.kept()} == {
+            key: set(names) - {key} for key, names in self.model.kept.items()
+        }
+        watched = {key: it for key, it in self.watched.items() if it is not None and not it.gone}
         assert self.index.size_bytes == sum(len(key.encode()) for key in watched)
         assert self.index.overdue == len(watched) - len(self.model.entries)
         assert self.index.overdue == 0 or not self.at_once

@@ -211,11 +211,12 @@ async def test_what_a_file_says_is_joined_with_what_is_registered_already(tmp_pa
 
 
 async def test_keys_that_no_cache_could_hold_are_left_out(tmp_path: Path) -> None:
-    """Whoever knows the caches is asked for each, with its namespace."""
+    """Whoever knows the caches is asked for each, with its namespace; the links of one that goes are kept."""
     async with keeping(tmp_path / "r") as (registry, indexes):
         for namespace in ("default", "other"):
             for key in ("page", "/absolute"):
                 indexes.of(namespace).add(key, ["b"])
+        indexes.of("other").add("end", ["/absolute"])
         await registry.save()
 
     def check(namespace: str, key: str) -> None:
@@ -224,7 +225,8 @@ async def test_keys_that_no_cache_could_hold_are_left_out(tmp_path: Path) -> Non
 
     async with keeping(tmp_path / "r", check=check) as (_, indexes):
         assert entries_of(indexes) == {"page": ("b",), "/absolute": ("b",)}
-        assert entries_of(indexes, "other") == {"page": ("b",)}
+        assert entries_of(indexes, "other") == {"page": ("b",), "end": ("/absolute",)}
+        assert indexes.of("other").dependents("b") == ["end", "page"]
 
 
 @pytest.mark.requirement("IMP-12")
@@ -257,6 +259,103 @@ async def test_what_outlived_its_lifetime_is_gone_from_the_file(tmp_path: Path) 
         clock.now = 1.0
         assert entries_of(indexes) == {"page": ()}
     assert await known(tmp_path / "r") == {"page": ()}
+
+
+async def test_a_chain_holds_over_a_restart_though_what_is_between_is_gone(tmp_path: Path) -> None:
+    """Whether it was over or removed, and dropped or not; when the links are of no use any more, the file says so."""
+    clock = Clock(0.0)
+    async with keeping(tmp_path / "r", Indexes(clock=clock, at_once=0)) as (registry, indexes):
+        await register(registry, indexes, "a", "k", ttl=1.0)
+        await register(registry, indexes, "b", "a")
+        await register(registry, indexes, "c", "b")
+        await register(registry, indexes, "page", "c")
+        clock.now = 1.0
+        indexes.of("default").remove("b")
+        await registry.save()
+        indexes.of("default").expire(1)
+        indexes.of("default").remove("c")
+        await registry.try_save()
+    async with keeping(tmp_path / "r") as (registry, indexes):
+        assert entries_of(indexes) == {"page": ("c",)}
+        assert indexes.of("default").dependents("k") == ["page"]
+        bust(indexes, "k")
+        await registry.try_save()
+        assert await in_thread(registry, lambda db: db.execute("SELECT key FROM entries").fetchall()) == []
+
+
+async def test_links_that_were_of_no_use_at_the_start_go_from_the_file(tmp_path: Path) -> None:
+    """As whoever needed them was registered without them in the configuration, or is not told in the file."""
+    async with keeping(tmp_path / "r"):
+        pass
+    spoiling(ENTRY, "default", "a", '["k"]', "[]", 0.0)(tmp_path / "r")
+    async with keeping(tmp_path / "r") as (registry, indexes):
+        assert not indexes.of("default").kept()
+        await registry.try_save()
+        assert await in_thread(registry, lambda db: db.execute("SELECT key FROM entries").fetchall()) == []
+
+
+async def test_links_are_taken_back_with_what_was_made_of_them(tmp_path: Path) -> None:
+    """A page that is registered anew without a fragment, but not in the file, may still be the old one."""
+    async with keeping(tmp_path / "r") as (registry, indexes):
+        await register(registry, indexes, "frag", "k")
+        await register(registry, indexes, "page", "frag")
+        index = indexes.of("default")
+        index.remove("frag")
+        await registry.try_save()
+        async with full(registry):
+            with pytest.raises(RegistryFailure):
+                await register(registry, indexes, "page", *LARGE)
+            assert index.dependents("k") == ["page"]
+            with pytest.raises(RegistryFailure):
+                await register(registry, indexes, "frag", *LARGE)
+            assert (index.dependents("k"), list(index)) == (["page"], ["page"])
+    async with keeping(tmp_path / "r") as (registry, indexes):
+        assert indexes.of("default").dependents("k") == ["page"]
+
+
+async def test_a_commit_that_is_made_ready_in_portions_says_how_things_were_in_one_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is removed meanwhile is still there in it, and gone after the next: nothing goes before what went first."""
+    monkeypatch.setattr("pybustcall.daemon.registry._PORTION", 2)
+    async with keeping(tmp_path / "r") as (registry, indexes):
+        index = indexes.of("default")
+        index.update({f"p{number}": Entry(depends_on=("k",)) for number in range(9)})
+        saving = asyncio.create_task(registry.save())
+        while not registry._taken:
+            await asyncio.sleep(0)
+        for number in range(8):
+            index.remove(f"p{number}")
+        index.add("p8", ["late"])
+        index.add("p0", ["late"])
+        index.add("new")
+        await saving
+        rows = await in_thread(registry, lambda db: db.execute("SELECT key, depends_on FROM entries").fetchall())
+        assert rows == [(f"p{number}", '["k"]') for number in range(9)]
+        await registry.save()
+        assert not registry._meanwhile
+    assert await known(tmp_path / "r") == {"p0": ("late",), "p8": ("late",), "new": ()}
+
+
+async def test_the_event_loop_has_its_turn_while_much_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for each portion that is made ready, and once for each that is let go of; it is one commit all the same."""
+    monkeypatch.setattr("pybustcall.daemon.registry._PORTION", 10)
+    statements: list[str] = []
+    async with keeping(tmp_path / "r") as (registry, indexes):
+        index = indexes.of("default")
+        index.update({f"{number:03}": Entry() for number in range(300)})
+        await in_thread(registry, lambda db: db.set_trace_callback(statements.append))
+        saving = asyncio.create_task(registry.save())
+        turns = 0
+        while not saving.done():
+            turns += 1
+            await asyncio.sleep(0)
+        await in_thread(registry, lambda db: db.set_trace_callback(None))
+    assert turns >= 60 - 2
+    assert statements.count("COMMIT") == 1
+    assert len(await known(tmp_path / "r")) == 300
 
 
 async def test_more_namespaces_than_may_be_are_known_after_a_restart(tmp_path: Path) -> None:
@@ -503,7 +602,7 @@ BY_HAND = {
     "a number in a list": spoiling(ENTRY, "default", "a", "[1]", "[]", None),
     "a number as tag": spoiling(ENTRY, "default", "a", "[]", "[1]", None),
     "a text as lifetime": spoiling(ENTRY, "default", "a", "[]", "[]", "long"),
-    "no lifetime at all": spoiling(ENTRY, "default", "a", "[]", "[]", 0),
+    "a lifetime below 0": spoiling(ENTRY, "default", "a", "[]", "[]", -1),
     "no UTF-8": spoiling("INSERT INTO entries VALUES ('default', CAST(x'ff' AS TEXT), '[]', '[]', NULL)"),
     "a name that is none": spoiling(DEPENDENCY, "two words", "1.0.0", "[]"),
     "a blob as name": spoiling(DEPENDENCY, b"model", "1.0.0", "[]"),
@@ -976,9 +1075,9 @@ async def test_a_daemon_that_ends_in_order_still_knows(start_daemon: StartDaemon
 # Any order of things
 
 actions = st.tuples(
-    st.sampled_from(["register", "register", "lend", "lend", "bust", "wait", "cancel", "fill", "make room"]),
+    st.sampled_from(["register", "register", "lend", "lend", "bust", "remove", "wait", "cancel", "fill", "make room"]),
     st.sampled_from("abc"),
-    st.sampled_from([(), ("m",), ("n",), LARGE]),
+    st.sampled_from([(), ("m",), ("a", "n"), ("b",), ("c",), LARGE]),
 )
 Action = tuple[str, str, tuple[str, ...]]
 
@@ -1001,10 +1100,13 @@ async def play(runs: list[tuple[float, list[Action]]], path: Path) -> None:
     Lifetimes end in the midst of anything: they are counted in looks at the clock.
     """
     expected: dict[str, tuple[str, ...]] = {}
+    gone: set[str] = set()
     for ttl, run in runs:
         clock = Ticking()
         async with keeping(path, Indexes(clock=clock), patience=PATIENCE) as (registry, indexes):
-            assert {key: entry.depends_on for key, entry in indexes.of("default")._entries.items()} == expected
+            index = indexes.of("default")
+            assert {key: entry.depends_on for key, entry in [*index._entries.items(), *index.kept()]} == expected
+            assert {key for key, _ in index.kept()} == gone
             asked: list[asyncio.Task[None]] = []
             for what, key, depends_on in run:
                 match what:
@@ -1012,6 +1114,9 @@ async def play(runs: list[tuple[float, list[Action]]], path: Path) -> None:
                         asked.append(asyncio.create_task(register(registry, indexes, key, *depends_on)))
                     case "lend":
                         asked.append(asyncio.create_task(register(registry, indexes, key, *depends_on, ttl=ttl)))
+                    case "remove":
+                        index.remove(key)
+                        asked.append(asyncio.create_task(registry.try_save()))
                     case "bust":
                         bust(indexes, key)
                         asked.append(asyncio.create_task(registry.try_save()))
@@ -1027,11 +1132,16 @@ async def play(runs: list[tuple[float, list[Action]]], path: Path) -> None:
             await in_thread(registry, partial(limit, 1_000_000))
             await registry._errands.end(PATIENCE)
             clock.step = 0.0
-            indexes.expire()
+            while indexes.expire():
+                pass
             await registry.save()
-            expected = entries_of(indexes)
-            rows = await in_thread(registry, lambda db: db.execute("SELECT key, depends_on FROM entries").fetchall())
-            assert {key: tuple(json.loads(names)) for key, names in rows} == expected
+            gone = {key for key, _ in index.kept()}
+            expected = entries_of(indexes) | {key: entry.depends_on for key, entry in index.kept()}
+            rows = await in_thread(
+                registry, lambda db: db.execute("SELECT key, depends_on, ttl FROM entries").fetchall()
+            )
+            assert {key: tuple(json.loads(names)) for key, names, _ in rows} == expected
+            assert {key for key, _, lasting in rows if lasting == 0} == gone
 
 
 @given(st.lists(st.tuples(st.floats(1.0, 40.0), st.lists(actions, max_size=12)), min_size=1, max_size=2))

@@ -8,6 +8,13 @@ each kept sorted, so that whatever begins alike lies side by side: a question is
 answer, O(log n + m). What is empty is dropped at once, so that nothing is left of what was removed. A question in
 batches goes on behind the last key that it told, in the order of keys: what is gone or came meanwhile does not matter.
 
+A page that is made of a fragment is made of what that was made of, also when the fragment is no entry any more. So the
+links of an entry that goes are kept as long as an entry depends on its name, also by way of others that are gone: what
+is reached through them is found, and they themselves are in no answer. Links lose their last use when what depends on
+them goes or is registered anew; then those names are loose, and are looked at, a slice at a time: whether an entry is
+found on the way up, through what is gone. If none is, all that was met goes, in a cycle too, and loosens what it
+depended on. One look mostly ends at the first step; it takes as many steps as there are kept links above at most.
+
 Lifetimes end by themselves, and what is over is dropped by whoever comes next: each addition, and each question for
 many, begins by dropping some, the earliest deadline first, and nobody drops more than a slice. As long as the earliest
 deadline lies ahead that is one look at the clock. If more are over than that, the rest is still there and is left out
@@ -30,6 +37,7 @@ from pybustcall.keys import ENCODINGS, SEPARATORS, ranges_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Set as AbstractSet
 
 __all__ = ["Entry", "Index", "Indexes", "TooManyNamespaces"]
 
@@ -53,7 +61,8 @@ class Entry:
     """What is known of an entry.
 
     - `depends_on`, `tags`: each name once, in the order in which they were given
-    - `ttl`: seconds that it is kept from its registration, None if for good
+    - `ttl`: seconds that it is kept from its registration, None if for good; 0 if it is no entry any more, and nothing
+      but what it depended on is kept
     - `deadline`: when that is over, by the index's clock
     - `born`: the generation that it was registered in
     - `stale`: marked as such since then
@@ -66,6 +75,15 @@ class Entry:
     born: int = 0
     stale: bool = False
 
+    @property
+    def gone(self) -> bool:
+        """Whether it is no entry any more, and only its links are kept."""
+        return self.ttl == 0
+
+    def links(self) -> Entry:
+        """Tell what is kept of it once it is gone."""
+        return Entry(depends_on=self.depends_on, ttl=0.0, deadline=-math.inf)
+
 
 @final
 class _Generations:
@@ -76,10 +94,16 @@ class _Generations:
 
 
 class _Share(NamedTuple):
-    """What an index holds: how many entries, how many bytes of keys, and when the first of them is over."""
+    """What an index holds.
+
+    - `entries`, `size`: how many, and how many bytes of keys
+    - `kept`: of how many that are gone the links
+    - `due`: when there is something to drop: when the first entry is over, or long ago if links may be of no use
+    """
 
     entries: int = 0
     size: int = 0
+    kept: int = 0
     due: float | None = None
 
 
@@ -109,6 +133,9 @@ class Index:
 
     A key may be depended on without being an entry itself: `product:7` is no file and no cached page, but pages are
     made of it. What has outlived its lifetime is no entry any more, for whatever is asked. Not safe between threads.
+
+    Of what is gone the links stay as long as an entry depends on its name, also by way of others. So they take no more
+    room than what was registered under names that what is registered now was made of, once for each name.
     """
 
     def __init__(
@@ -125,6 +152,9 @@ class Index:
         self._dependents: SortedDict[str, set[str]] = SortedDict()
         self._tagged: SortedList[tuple[str, str]] = SortedList()
         self._deadlines: SortedList[tuple[float, str]] = SortedList()
+        self._kept: dict[str, Entry] = {}  # the links of what is gone
+        self._loose: dict[str, None] = {}  # names of which they may have lost their use
+        self._changed: dict[str, Entry | None] = {}  # what is still to be told
         self._size = 0
         self._expiring = False
         self._tell: Callable[[str, Entry | None], None] | None = None
@@ -132,8 +162,8 @@ class Index:
     def watch(self, tell: Callable[[str, Entry | None], None] | None) -> None:
         """Have every change told once it is made: the key, and what was known of it before, None if nothing was.
 
-        What is over is told as what was removed, when it is dropped; a stale mark is not told. There is one watcher at
-        a time; None is nobody.
+        What is over is told as what was removed, when it is dropped, and so are links that were kept; a stale mark is
+        not told. There is one watcher at a time; None is nobody.
         """
         self._tell = tell
 
@@ -147,47 +177,61 @@ class Index:
         It is kept for `ttl` seconds from now, or for good. Raises ValueError unless that is more than 0.
         """
         self.expire()
+        if ttl is not None and not ttl > 0:
+            raise ValueError("ttl must be more than 0 seconds; give None to keep an entry for good")
         entry = self._made(key, Entry(depends_on=tuple(depends_on), tags=tuple(tags), ttl=ttl))
         if len(self._entries) <= self.overdue:
             self._house.admit()
-        self._put(key, entry)
+        self._turn(key, entry)
+        self._end_change()
 
-    def put_back(self, key: str, entry: Entry) -> None:
-        """Undo a change: from now on `key` is again what it was, with its birth, its deadline and its mark."""
-        self._put(key, entry)
+    def put_back(self, entries: Mapping[str, Entry | None]) -> None:
+        """Undo changes: from now on each key is again what it was, with its birth, its deadline and its mark.
 
-    def update(self, entries: Mapping[str, Entry], *, apart: float = 0.0) -> None:
+        None is nothing at all. Links of what was gone already are kept again if they are of use.
+        """
+        for key, entry in entries.items():
+            self._turn(key, entry)
+        self._end_change()
+
+    def update(self, entries: Mapping[str, Entry]) -> None:
         """Register many at once, as by `add`: of each counts what it depends on, its tags, and its lifetime.
 
-        Lifetimes of one length end `apart` seconds one after the other, and so are not all over in one moment. Here it
-        is not asked whether there may be another namespace: this is for what was there before a restart.
+        Of what is gone (`Entry.gone`) the links are kept if they are of use. Here it is not asked whether there may be
+        another namespace: this is for what was there before a restart.
         """
         self.expire()
-        made = {key: self._made(key, entry, apart * number) for number, (key, entry) in enumerate(entries.items())}
-        before = {key: self._forget(key) for key in made if key in self._entries}
+        given = {key: self._made(key, entry) for key, entry in entries.items()}
+        made = {key: entry for key, entry in given.items() if not entry.gone}
+        for key in given:
+            if key in self._entries or key in self._kept:
+                self._turn(key, None)
+            self._changed.setdefault(key, None)
         self._entries.update(made)
         self._size += sum(map(_size_of, made))
+        for key, entry in given.items():
+            if entry.gone:
+                self._kept[key] = entry
+                self._loose[key] = None
         links: dict[str, set[str]] = {}
-        for key, entry in made.items():
+        for key, entry in given.items():
             for name in entry.depends_on:
                 links.setdefault(name, set()).add(key)
         self._dependents.update({name: keys | self._dependents.get(name, set()) for name, keys in links.items()})
         self._tagged.update((tag, key) for key, entry in made.items() for tag in entry.tags)
         self._deadlines.update((it.deadline, key) for key, it in made.items() if it.deadline is not None)
-        self._settle()
-        for key in made:
-            self._report(key, before.get(key))
+        self._end_change()
 
     def remove(self, key: str) -> bool:
         """Forget an entry and all that was known of it; tell whether it was known.
 
-        What depends on it stays registered.
+        What depends on it stays registered, and goes on depending on what it depended on.
         """
-        before = self._forget(key)
+        before = self._entries.get(key)
         if before is None:
             return False
-        self._settle()
-        self._report(key, before)
+        self._forget(key, before)
+        self._end_change()
         return before.deadline is None or not _is_over(before, self._clock())
 
     def mark_stale(self, key: str) -> bool:
@@ -199,26 +243,27 @@ class Index:
         return True
 
     def expire(self, most: int | None = None) -> int:
-        """Drop entries that have outlived their lifetimes, at most `most` (`at_once`); tell how many. O(1) if none has.
+        """Drop entries that have outlived their lifetimes, and links that have lost their use; tell how many were seen.
 
-        Those that are left are no entries all the same. While a watcher is told, nothing is dropped.
+        At most `most` (`at_once`) are. Those entries that are left are none all the same. While a watcher is told,
+        nothing is dropped. O(1) if there is nothing to drop.
         """
-        if not self._deadlines or self._expiring:
+        if self._expiring or not (self._deadlines or self._loose):
             return 0
-        now, limit = self._clock(), self._at_once if most is None else most
-        gone: list[tuple[str, Entry | None]] = []
-        while self._deadlines and self._deadlines[0][0] <= now and len(gone) < limit:
+        limit = self._at_once if most is None else most
+        count = self._tie_up(limit)
+        now = self._clock() if self._deadlines else 0.0
+        while count < limit and self._deadlines and self._deadlines[0][0] <= now:
             key = self._deadlines[0][1]
-            gone.append((key, self._forget(key)))
-        if gone:
+            self._forget(key, self._entries[key])
+            count += 1 + self._tie_up(limit - count - 1)
+        if count:
             self._expiring = True
             try:
-                self._settle()
-                for key, before in gone:
-                    self._report(key, before)
+                self._publish()
             finally:
                 self._expiring = False
-        return len(gone)
+        return count
 
     @property
     def overdue(self) -> int:
@@ -227,55 +272,109 @@ class Index:
             return 0
         return self._deadlines.bisect_left((math.nextafter(now, math.inf), ""))
 
-    def _made(self, key: str, given: Entry, later: float = 0.0) -> Entry:
-        ttl = given.ttl
-        if ttl is not None and not ttl > 0:
-            raise ValueError("ttl must be more than 0 seconds; give None to keep an entry for good")
-        return Entry(
+    def _made(self, key: str, given: Entry) -> Entry:
+        made = Entry(
             depends_on=tuple(dict.fromkeys(name for name in given.depends_on if name != key)),
             tags=tuple(dict.fromkeys(given.tags)),
-            ttl=ttl,
-            deadline=None if ttl is None else self._clock() + ttl + later,
+            ttl=given.ttl,
+            deadline=None if given.ttl is None else self._clock() + given.ttl,
             born=self._house.generations.current,
         )
+        return made.links() if given.gone else made
 
-    def _put(self, key: str, entry: Entry) -> None:
-        before = self._forget(key)
+    def _forget(self, key: str, entry: Entry) -> None:
+        self._turn(key, entry.links() if entry.depends_on and key in self._dependents else None)
+
+    def _turn(self, key: str, entry: Entry | None) -> None:
+        """Have a key be this instead of what it was. What it goes on depending on does not get loose in between."""
+        before = self._entries.pop(key, None)
+        if before is None:
+            before = self._kept.pop(key, None)
+        else:
+            self._size -= _size_of(key)
+            for tag in before.tags:
+                self._tagged.remove((tag, key))
+            if before.deadline is not None:
+                self._deadlines.remove((before.deadline, key))
+        self._changed.setdefault(key, before)
+        links = () if entry is None else entry.depends_on
+        for name in links:
+            self._dependents.setdefault(name, set()).add(key)
+        if before is not None:
+            for name in before.depends_on if not links else set(before.depends_on).difference(links):
+                self._loosen(name, key)
+        if entry is None:
+            return
+        if entry.gone:
+            self._kept[key] = entry
+            self._loose[key] = None
+            return
         self._entries[key] = entry
         self._size += _size_of(key)
-        for name in entry.depends_on:
-            self._dependents.setdefault(name, set()).add(key)
         for tag in entry.tags:
             self._tagged.add((tag, key))
         if entry.deadline is not None:
             self._deadlines.add((entry.deadline, key))
-        self._settle()
-        self._report(key, before)
 
-    def _forget(self, key: str) -> Entry | None:
-        entry = self._entries.pop(key, None)
-        if entry is None:
-            return None
-        self._size -= _size_of(key)
-        for name in entry.depends_on:
-            keys = self._dependents[name]
-            keys.remove(key)
-            if not keys:
-                del self._dependents[name]
-        for tag in entry.tags:
-            self._tagged.remove((tag, key))
-        if entry.deadline is not None:
-            self._deadlines.remove((entry.deadline, key))
-        return entry
+    def _loosen(self, name: str, key: str) -> None:
+        keys = self._dependents[name]
+        keys.remove(key)
+        if not keys:
+            del self._dependents[name]
+        if name in self._kept:
+            self._loose[name] = None
 
-    def _settle(self) -> None:
+    def _tie_up(self, most: int) -> int:
+        """Look at names that are loose, at most `most`, and drop links that are of no use; tell how many were seen."""
+        count = 0
+        while self._loose and count < most:
+            name, _ = self._loose.popitem()
+            count += 1
+            kept = self._kept.get(name)
+            if kept is None:
+                continue
+            if name in self._dependents and not any(it in self._kept for it in kept.depends_on):
+                # It is in no cycle of what is gone: if what depends on it is of no use, that goes by itself.
+                continue
+            for unused in self._without_use(name):
+                self._turn(unused, None)
+                count += 1
+        return count
+
+    def _without_use(self, name: str, now: float = -math.inf) -> set[str]:
+        """Go up from a name through what is gone, or over by now; tell all that was met, but nothing if an entry was.
+
+        The first way up is gone to its end before the next: mostly an entry is there.
+        """
+        met: set[str] = set()
+        ways = [iter(self._dependents.get(name, _NONE))]
+        while ways:
+            key = next(ways[-1], None)
+            if key is None:
+                ways.pop()
+            elif key not in met:
+                entry = self._entries.get(key)
+                if entry is not None and not _is_over(entry, now):
+                    return set()
+                met.add(key)
+                ways.append(iter(self._dependents.get(key, _NONE)))
+        return met | {name}
+
+    def _end_change(self) -> None:
+        self._tie_up(_AT_ONCE)
+        self._publish()
+
+    def _publish(self) -> None:
+        """Tell the others what has changed, once all of it is made."""
         due = self._deadlines[0][0] if self._deadlines else None
-        self._house.changed(self, _Share(len(self._entries), self._size, due))
-
-    def _report(self, key: str, before: Entry | None) -> None:
-        self._house.tell(key, before)
-        if self._tell is not None:
-            self._tell(key, before)
+        if self._loose:
+            due = -math.inf
+        self._house.changed(self, _Share(len(self._entries), self._size, len(self._kept), due))
+        changed, self._changed = self._changed, {}
+        for key, before in changed.items():
+            self._house.tell(key, before)
+            if self._tell is not None:
+                self._tell(key, before)
 
     # Generations
 
@@ -308,6 +407,15 @@ class Index:
         if entry is None or (entry.deadline is not None and _is_over(entry, self._clock())):
             return None
         return entry
+
+    def known(self, key: str) -> Entry | None:
+        """Tell what a restart must still know of `key`: as `entry`, or the links that are kept of what is gone."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return self._kept.get(key)
+        if not _is_over(entry, self._clock()):
+            return entry
+        return entry.links() if entry.depends_on and key in self._dependents else None
 
     def is_stale(self, key: str) -> bool:
         """Tell whether `key` is an entry that was marked as stale since it was registered."""
@@ -350,6 +458,10 @@ class Index:
         """List all entries with what is known of them, in the order of keys."""
         now = self._passed()
         return [(key, entry) for key, entry in self._entries.items() if now is None or not _is_over(entry, now)]
+
+    def kept(self) -> list[tuple[str, Entry]]:
+        """List what is gone and of which the links are kept, in no order."""
+        return list(self._kept.items())
 
     def keys(self, *, after: str | None = None, limit: int | None = None) -> list[str]:
         """List the registered keys, in order: those behind `after`, which need be no entry, at most `limit` of them."""
@@ -408,31 +520,35 @@ class Index:
     def walk(self, names: Iterable[str], found: set[str]) -> Iterator[list[str]]:
         """Go through the entries that depend on any of `names`, also by way of others, a few at a time.
 
-        Each is told once, added to `found`, and left out if it was there before. The index may change between two
-        answers; a list may be empty. What depends on what is left out is not looked for, since that was done.
+        Each is told once, after one that it was found through, added to `found`, and left out if it was there before.
+        The index may change between two answers; a list may be empty. What depends on what is left out is not looked
+        for, since that was done. What is gone is not told, and gone through if its links are kept.
         """
         ahead = list(names)
+        through: set[str] = set()
         while ahead:
             now = self._passed(drop=False)
             batch: list[str] = []
             for _ in range(min(len(ahead), _STRIDE)):
                 new = self._dependents.get(ahead.pop(), _NONE) - found
-                if now is not None:
-                    new = set(self._answer(new, now))
+                if now is not None or self._kept:
+                    gone = self._not_held(new, now)
+                    new -= gone
+                    ahead += gone - through
+                    through |= gone
                 found |= new
                 ahead += new
                 batch += new
                 if len(batch) >= _STRIDE:
                     break
-            batch.sort()
             yield batch
 
     def subjects(self) -> list[str]:
-        """List the names that entries depend on, in order; they need be no entries."""
+        """List the names that entries depend on, also by way of what is gone, in order; they need be no entries."""
         return self._needed(self._dependents, self._passed())
 
     def subjects_under(self, prefix: str) -> list[str]:
-        """List the names that entries depend on and `prefix` covers, in order; they need be no entries."""
+        """List those of the `subjects` that `prefix` covers, in order."""
         return self._needed(_covered(self._dependents, prefix), self._passed())
 
     # What is over and still there
@@ -448,11 +564,19 @@ class Index:
             keys = (key for key in keys if not _is_over(self._entries[key], now))
         return list(islice(keys, limit))
 
+    def _not_held(self, keys: AbstractSet[str], now: float | None) -> set[str]:
+        """Tell those of the keys that are gone, or over by now."""
+        gone = self._kept.keys() & keys  # takes as long as the fewer of both are
+        if now is not None:
+            gone |= {key for key in keys - gone if _is_over(self._entries[key], now)}
+        return gone
+
     def _needed(self, names: Iterable[str], now: float | None) -> list[str]:
         """List those of the names that entries depend on."""
-        if now is None:
+        if now is None and not self._loose:
             return list(names)
-        return [name for name in names if any(not _is_over(self._entries[it], now) for it in self._dependents[name])]
+        at = -math.inf if now is None else now
+        return [name for name in names if not self._without_use(name, at)]
 
 
 def _is_over(entry: Entry, now: float) -> bool:
@@ -576,7 +700,7 @@ class Indexes:
         return self._generations.current
 
     def expire(self, most: int | None = None) -> int:
-        """Drop entries that have outlived their lifetimes in any namespace, as `Index.expire` does."""
+        """Drop what is over or of no use in any namespace, as `Index.expire` does."""
         if not self._due:
             return 0
         now, limit, count = self._clock(), self._at_once if most is None else most, 0
@@ -604,12 +728,12 @@ class Indexes:
                 self._due.remove((before.due, namespace))
             if share.due is not None:
                 self._due.add((share.due, namespace))
-        if share.entries:
+        if share.entries or share.kept:
             self._shares[namespace] = share
-            if not before.entries:
+            if namespace not in self._held:
                 self._held[namespace] = index
                 self._empty.pop(namespace, None)
-        elif before.entries:
+        elif namespace in self._held:
             self._empty[namespace] = index
             del self._held[namespace], self._shares[namespace]
 

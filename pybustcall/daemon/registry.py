@@ -11,8 +11,13 @@ under way the next gathers. If it fails, the registrations in it are taken back,
 are those that gathered meanwhile, for they may stand on these; each is told. Removals are not taken back: what was
 busted is gone, and is written down with the next commit. So is what has outlived its lifetime, for which nobody waits.
 
+What a commit takes is looked up in portions, between which the event loop has its turn. What changes before its portion
+comes is told with what was known of it before, and that is what this commit writes; so it says how things were in one
+moment, and what was removed later than something else is never gone without that.
+
 Lifetimes are measured by a clock that says nothing after a restart, so they begin anew with it: an entry that is kept
-for too long makes a bust reach too far, which costs a miss. Generations and stale marks are not kept.
+for too long makes a bust reach too far, which costs a miss. The links that an index keeps of what is gone are kept in
+the file too, as an entry with a lifetime of 0, or a chain would break there. Generations and stale marks are not kept.
 
 Entries are safe from a killed process; swaps and dependencies, of which a loss could not be noticed, are safe from a
 loss of power too.
@@ -26,10 +31,10 @@ import logging
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, final
 
@@ -51,7 +56,7 @@ from pybustcall.models import check_namespace
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Coroutine, Iterable, Mapping
+    from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 
     from pybustcall.models import AnnounceRequest
 
@@ -64,8 +69,8 @@ WINDOW: Final = 600.0
 MOST_SWAPS: Final = 1000
 """How many swaps that are over are remembered; beyond that the oldest go."""
 
-_APART: Final = 20e-6  # seconds between the ends of lifetimes that begin anew: several times what ending one takes
 _PATIENCE: Final = 1.0  # seconds that closing, and a bust, wait for what is being written
+_PORTION: Final = 2000  # entries that are made ready for a commit before the event loop has its turn: some milliseconds
 
 _ENTRIES: Final = """CREATE TABLE entries (
     namespace TEXT, key TEXT, depends_on TEXT NOT NULL, tags TEXT NOT NULL, ttl REAL, PRIMARY KEY (namespace, key)
@@ -149,7 +154,8 @@ class Swap:
 
 
 _Place = tuple[str, str]  # a namespace, and a key in it
-_Row = tuple[_Place, Entry | None]  # what is known of it, None if it is no entry any more
+_Row = tuple[_Place, Entry | None]  # what is known of it, None if nothing is
+_Portions = list[list[_Row]]
 
 
 @final
@@ -157,7 +163,7 @@ _Row = tuple[_Place, Entry | None]  # what is known of it, None if it is no entr
 class _Writing:
     """What one transaction writes. `gone` are the ids of swaps to forget, `forgotten` the names of dependencies."""
 
-    entries: tuple[_Row, ...] = ()
+    entries: Sequence[Sequence[_Row]] = ()
     dependencies: tuple[Dependency, ...] = ()
     swaps: tuple[Swap, ...] = ()
     gone: tuple[int, ...] = ()
@@ -182,13 +188,14 @@ def _write(db: sqlite3.Connection, writings: tuple[_Writing, ...], *, durable: b
                 "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?)",
                 (
                     (*place, json.dumps(entry.depends_on), json.dumps(entry.tags), entry.ttl)
-                    for place, entry in writing.entries
+                    for portion in writing.entries
+                    for place, entry in portion
                     if entry is not None
                 ),
             )
             db.executemany(
                 "DELETE FROM entries WHERE namespace = ? AND key = ?",
-                (place for place, entry in writing.entries if entry is None),
+                (place for portion in writing.entries for place, entry in portion if entry is None),
             )
             db.executemany(
                 "INSERT OR REPLACE INTO dependencies VALUES (?, ?, ?)",
@@ -243,8 +250,8 @@ def _entries(rows: Iterable[tuple[object, ...]]) -> dict[str, dict[str, Entry]]:
 
 def _lifetime(written: object) -> float:
     ttl = _a(float, written)
-    if not ttl > 0:
-        raise ValueError("an entry is kept for no time at all")
+    if not ttl >= 0:
+        raise ValueError("an entry is kept for less than no time")
     return ttl
 
 
@@ -293,6 +300,15 @@ def _joined(held: Entry | None, known: Entry) -> Entry:
 
 
 # On the event loop
+
+
+async def _drop(batch: dict[_Place, Entry | None], portions: _Portions) -> None:
+    """Let go of what was written a portion at a time: to free much at once takes long, too."""
+    while portions:
+        for place, _ in portions.pop():
+            del batch[place]
+        if portions:
+            await asyncio.sleep(0)
 
 
 @final
@@ -378,6 +394,8 @@ class Registry:
         self._writing = asyncio.Lock()  # held from a decision until what follows from it is in memory
         self._unwritten: dict[_Place, Entry | None] = {}  # what has changed, and what the file says of it
         self._removed = False  # whether there are removals among them
+        self._taken: dict[_Place, Entry | None] = {}  # the same of what is being made ready
+        self._meanwhile: dict[_Place, Entry | None] = {}  # what was known of those that have changed since
         self._gathering: asyncio.Task[None] | None = None
         self._failures = 0
         self._failure = RegistryFailure("not yet")  # the last that took registrations back
@@ -393,7 +411,7 @@ class Registry:
 
         They are joined with what is registered already, for to bust more costs a miss, and are not counted against how
         many namespaces there may be. Left out are those for which `check`, told the namespace and the key, raises
-        `RefusedKey`: no cache could hold them any more. Their lifetimes begin anew.
+        `RefusedKey`: no cache could hold them any more, and only their links are kept. Lifetimes begin anew.
 
         Raises `ConfigurationError` (setting "registry") if the file is another process's or another program's, or
         cannot be there or be written. A damaged one is renamed, and a new one begun.
@@ -416,15 +434,22 @@ class Registry:
         self._ids = max(known.swaps, default=0)
         self._thread = thread
         indexes.watch(self._note)
+        for namespace, entries in known.entries.items():
+            for key, entry in entries.items():
+                if entry.gone and self._known_of((namespace, key)) is None:
+                    self._note(namespace, key, entry)  # its links are of no use any more
 
     def _restore(self, known: Mapping[str, Mapping[str, Entry]], check: Callable[[str, str], None]) -> None:
         for namespace, entries in known.items():
             index, sound = self._indexes.of(namespace), {}
             for key, entry in entries.items():
-                with suppress(RefusedKey):
+                try:
                     check(namespace, key)
+                except RefusedKey:
+                    sound[key] = entry.links()
+                else:
                     sound[key] = _joined(index.entry(key), entry)
-            index.update(sound, apart=_APART)
+            index.update(sound)
 
     async def close(self) -> None:
         """Write what is not written yet, close the file, and end the thread. A second time it does nothing."""
@@ -469,13 +494,18 @@ class Registry:
             _log.warning("what was busted could not be noted, and may be taken as registered after a restart: %s", why)
 
     def _note(self, namespace: str, key: str, before: Entry | None) -> None:
-        self._unwritten.setdefault((namespace, key), before)
-        self._removed = self._removed or self._entry((namespace, key)) is None
+        place = namespace, key
+        self._unwritten.setdefault(place, before)
+        if place in self._taken:
+            self._meanwhile.setdefault(place, before)
+        if not self._removed:
+            index = self._indexes.peek(namespace)
+            self._removed = index is None or key not in index
 
-    def _entry(self, place: _Place) -> Entry | None:
+    def _known_of(self, place: _Place) -> Entry | None:
         namespace, key = place
         index = self._indexes.peek(namespace)
-        return None if index is None else index.entry(key)
+        return None if index is None else index.known(key)
 
     def _gather(self) -> asyncio.Task[None]:
         """Tell the task that writes what has changed by the time it begins: whoever asks until then shares it."""
@@ -489,33 +519,51 @@ class Registry:
             if failures != self._failures:
                 raise RegistryFailure(self._failure.why, full=self._failure.full)
             batch, self._unwritten, self._removed = self._unwritten, {}, False
-            if not batch:
-                return
-            entries = tuple((place, self._entry(place)) for place in batch)
             try:
-                await self._commit(_Writing(entries=entries), durable=False)
+                portions = await self._rows(batch)
+                if portions:
+                    await self._commit(_Writing(entries=portions), durable=False)
             except RegistryFailure as error:
                 self._failures += 1
                 self._failure = error
                 self._unwritten |= batch  # of which the file still says what it said before
                 self._take_back()
                 raise
+            await _drop(batch, portions)
+
+    async def _rows(self, batch: dict[_Place, Entry | None]) -> _Portions:
+        """Look up what is known of all these now, in portions; what changes meanwhile counts as it is now."""
+        portions: _Portions = []
+        self._taken, places = batch, iter(batch)
+        try:
+            while some := list(islice(places, _PORTION)):
+                if portions:
+                    await asyncio.sleep(0)
+                portions.append([(place, self._row_of(place)) for place in some])
+        finally:
+            self._taken, self._meanwhile = {}, {}
+        return portions
+
+    def _row_of(self, place: _Place) -> Entry | None:
+        if place in self._meanwhile:
+            return self._meanwhile[place]
+        return self._known_of(place)
 
     def _take_back(self) -> None:
         """Make what has changed again what the file says of it, but for what is gone, which stays to be written.
 
+        Links that were kept are again, if they are of use: what was registered anew without them may not have been.
         All the while lifetimes may end, also that of what was just put back; that is noted as at any other time.
         """
-        for place, before in list(self._unwritten.items()):
-            namespace, key = place
-            if self._entry(place) is not None:
-                index = self._indexes.of(namespace)
-                if before is None:
-                    index.remove(key)
-                else:
-                    index.put_back(key, before)
-            if before is None or self._entry(place) is not None:
-                del self._unwritten[place]
+        back: dict[str, dict[str, Entry | None]] = {}
+        for (namespace, key), before in self._unwritten.items():
+            if before is None or before.gone or key in self._indexes.of(namespace):
+                back.setdefault(namespace, {})[key] = before
+        for namespace, entries in back.items():
+            self._indexes.of(namespace).put_back(entries)
+            for key, before in entries.items():
+                if self._known_of((namespace, key)) == before:
+                    del self._unwritten[namespace, key]
         self._removed = bool(self._unwritten)
 
     # Dependencies
@@ -660,7 +708,8 @@ class Registry:
     def _everything(self) -> _Writing:
         return _Writing(
             entries=tuple(
-                ((namespace, key), entry) for namespace, index in self._indexes for key, entry in index.items()
+                tuple(((namespace, key), entry) for key, entry in (*index.items(), *index.kept()))
+                for namespace, index in self._indexes
             ),
             dependencies=tuple(self._dependencies.values()),
             swaps=tuple(self._swaps.values()),
