@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import json
 import os
@@ -841,3 +842,60 @@ def test_a_missing_extra_is_told_with_what_to_install() -> None:
     code = "import sys; sys.modules['sortedcontainers'] = None; import pybustcall.daemon"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ImportError: the daemon needs an extra: pip install 'pybustcall[daemon]'" in done.stderr
+
+
+def left_below(root: Path) -> set[str]:
+    """Tell the files below a directory."""
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+
+async def test_what_cannot_be_looked_through_keeps_nothing_else_from_being_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory that cannot be read is told when all the rest is done: what it is beside, and what depends on it."""
+    for name in ("a/x", "a/bad/y", "page", "page.gz", "page?q=/z"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("old")
+    indexes = Indexes()
+    indexes.of(DEFAULT_NAMESPACE).add("page", ["a/gone"])
+    engine = Engine([Layer(name="files", number=0, backend=FilesBackend(tmp_path))], indexes)
+    real, refused = os.open, {b"bad", b"page?q="}
+
+    def opening(path: Any, *args: Any, **more: Any) -> int:
+        if path in refused:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, *args, **more)
+
+    await engine.open()
+    try:
+        monkeypatch.setattr(os, "open", opening)
+        with pytest.raises(BackendFailure, match="3 removed, 2 not removed: not all files of prefix"):
+            await engine.bust(wish("a", kind="prefix")).visit(engine.layers[0])
+        with pytest.raises(BackendFailure, match="not all files of prefix"):
+            await engine.count(wish("a", kind="prefix"))
+    finally:
+        await engine.close()
+    assert left_below(tmp_path) == {"a/bad/y", "page?q=/z"}
+
+
+async def test_a_prefix_below_which_nothing_could_be_held_is_refused(tmp_path: Path) -> None:
+    """As its keys are, unless something that depends on what is there can be held."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "page").write_text("old")
+    indexes = Indexes()
+    engine = Engine([Layer(name="files", number=0, backend=FilesBackend(tmp_path))], indexes)
+    for prefix in ("../x", "a//b", "/p", "/", "./p", "a//"):
+        with pytest.raises(RefusedKey):
+            engine.check(wish(prefix, kind="prefix"))
+    for prefix in ("a/", "..", "a/..", "a:", "?", "x" * 254 + ":"):
+        engine.check(wish(prefix, kind="prefix"))
+    await engine.open()
+    try:
+        with pytest.raises(RefusedKey, match="through a link"):
+            await engine.bust(wish("link/", kind="prefix")).visit(engine.layers[0])
+        indexes.of(DEFAULT_NAMESPACE).add("page", ["/p/1", "link/x"])
+        engine.check(wish("/p", kind="prefix"))
+        await engine.bust(wish("link/", kind="prefix")).visit(engine.layers[0])
+    finally:
+        await engine.close()
+    assert not (tmp_path / "page").exists()

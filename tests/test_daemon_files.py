@@ -188,7 +188,11 @@ async def test_nothing_outside_the_root_is_ever_touched(target: str, kind: Kind)
     with world() as (root, outside):
         before, sentinel = content(root), content(outside)
         async with opened(root) as backend:
-            named = {target} if kind == "key" else set(await select(backend, kind, target))
+            try:
+                named = {target} if kind == "key" else set(await select(backend, kind, target))
+            except RefusedKey:
+                assert kind == "prefix"
+                named = set()
             named |= set(await backend.variants(HERE, [target]))
             try:
                 for key in sorted(named):
@@ -278,6 +282,56 @@ async def test_the_query_of_a_variant_may_have_slashes(tmp_path: Path) -> None:
         assert await backend.variants(HERE, ["p/page"]) == ["p/page?a=/b"]
 
 
+async def test_the_query_of_a_variant_may_lie_deep(root: Path) -> None:
+    """Very many directories below one another are gone through with few descriptors and no recursion."""
+    way = "page?" + "/a" * 1200
+    here = os.open(root, os.O_RDONLY)
+    for name in way.split("/"):
+        os.mkdir(name, dir_fd=here)
+        below = os.open(name, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(os.open("b", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+    os.close(here)
+    before = descriptors()
+    async with opened(root) as backend:
+        assert await backend.variants(HERE, ["page"]) == [f"{way}/b"]
+    assert descriptors() == before
+
+
+async def test_what_is_beside_an_unreadable_directory_is_found_as_a_variant(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be read is told when all else was looked through, with what was found."""
+    make(root, "page.gz", "page?a=/b", "page?c=/d", "private/page.gz", "x/page.gz")
+    (root / "link").symlink_to("x")
+    monkeypatch.setattr(os, "open", failing(os.open, errno.EACCES, "private", "page?c="))
+    async with opened(root) as backend:
+        with pytest.raises(BackendFailure, match="not all variants can be listed: Permission denied") as caught:
+            await backend.variants(HERE, ["private/page", "page", "link/page", "x/page"])
+    assert caught.value.found == ["page.gz", "page?a=/b", "x/page.gz"]
+    assert (caught.value.failed, caught.value.unreachable) == (2, False)
+
+
+async def test_the_query_of_a_variant_that_goes_meanwhile_is_none(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that vanishes, or is swapped for a link, between the listing and a look into it holds nothing."""
+    make(root, "page.gz", "page?a=/b", "page?c=/d", "else/d")
+    real = os.open
+
+    def swapping(path: Any, *args: Any, **more: Any) -> int:
+        if path == b"page?a=":
+            shutil.rmtree(root / "page?a=")
+        elif path == b"page?c=" and not (root / "page?c=").is_symlink():
+            shutil.rmtree(root / "page?c=")
+            (root / "page?c=").symlink_to("else")
+        return real(path, *args, **more)
+
+    async with opened(root) as backend:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "open", swapping)
+            assert await backend.variants(HERE, ["page"]) == ["page.gz"]
+
+
 async def test_a_path_that_is_too_long_is_no_key(root: Path) -> None:
     """Below a directory that no path leads to there is nothing that could be named."""
     here = os.open(root, os.O_RDONLY)
@@ -338,8 +392,9 @@ async def test_a_way_through_a_link_is_refused(root: Path) -> None:
         assert (caught.value.removed, caught.value.failed, caught.value.unreachable) == (1, 2, False)
         assert await backend.held(HERE, ["link/file", "real/file"]) == ["real/file"]
         assert await backend.variants(HERE, ["link/file", "real/file"]) == ["real/file.gz"]
-        assert await select(backend, "prefix", "link/") == []
-        assert await select(backend, "prefix", "link/file") == []
+        for branch in ("link/", "link/file", "link/sub/"):
+            with pytest.raises(RefusedKey, match="leads through a link"):
+                await select(backend, "prefix", branch)
         assert await select(backend, "prefix", "link") == ["link"]
     assert (root / "real" / "file").exists()
 
@@ -544,13 +599,23 @@ async def test_a_branch_is_what_a_filter_over_all_files_finds(
         async with opened(root) as backend:
             assert await select(backend, "all", EVERYTHING) == everything
             for prefix in prefixes:
-                assert await select(backend, "prefix", prefix) == [key for key in everything if covers(prefix, key)]
+                if _leads_through_a_link(root, prefix):
+                    with pytest.raises(RefusedKey):
+                        await select(backend, "prefix", prefix)
+                else:
+                    assert await select(backend, "prefix", prefix) == [key for key in everything if covers(prefix, key)]
             sound = [key for key in prefixes if _sound(key)]
             there = [key for key in everything if any(is_variant(one, key) for one in sound)]
             assert await backend.variants(HERE, prefixes) == there
             assert await backend.held(HERE, [*prefixes, *everything]) == list(
                 dict.fromkeys(key for key in [*prefixes, *everything] if key in everything)
             )
+
+
+def _leads_through_a_link(root: Path, prefix: str) -> bool:
+    way = prefix.split("/")[:-1]
+    heads = ["/".join(way[:number]) for number in range(1, len(way) + 1)]
+    return bool(way) and _sound(heads[-1]) and any((root / head).is_symlink() for head in heads)
 
 
 def _sound(key: str) -> bool:
@@ -660,7 +725,7 @@ async def test_a_disk_that_fails_while_a_directory_is_read_is_told(root: Path, m
             patched.setattr(os, "scandir", scandir)
             with pytest.raises(BackendFailure, match="can be listed: Input/output error"):
                 await select(backend, "prefix", "a")
-            with pytest.raises(BackendFailure, match="cannot be reached: Input/output error"):
+            with pytest.raises(BackendFailure, match="not all variants can be listed: Input/output error"):
                 await backend.variants(HERE, ["a/private"])
             with pytest.raises(BackendFailure, match="cannot be counted: Input/output error"):
                 await backend.size_bytes()
@@ -722,7 +787,7 @@ async def test_an_error_of_the_system_is_a_failure_without_the_key(
             if call == "open":
                 acts.append(lambda: backend.variants(HERE, ["cdn/private-name"]))
             for act in acts:
-                with pytest.raises(BackendFailure, match="cannot be reached: Input/output error") as caught:
+                with pytest.raises(BackendFailure, match=r" be (?:reached|listed): Input/output error") as caught:
                     await act()
                 assert "private-name" not in str(caught.value)
     assert descriptors() == before

@@ -221,21 +221,20 @@ class Engine:
                     f"the layer {layer.name} ({layer.backend.name}) has no namespaces; nothing was removed anywhere",
                     "namespace",
                 )
-        if wish.kind == "key":
-            self._check_key(wish)
+        if wish.kind in {"key", "prefix"}:
+            self._check_holdable(wish)
 
-    def _check_key(self, wish: Wish) -> None:
-        refusal: RefusedKey | None = None
-        for layer in self.layers:
-            try:
-                layer.backend.check(wish.namespace, wish.target)
-            except RefusedKey as error:
-                refusal = error
-            else:
-                return
-        index = self.indexes.peek(wish.namespace)
-        if refusal is not None and (index is None or not index.dependents(wish.target)):
-            raise refusal
+    def _check_holdable(self, wish: Wish) -> None:
+        try:
+            self.check_key(wish.namespace, wish.target)
+        except RefusedKey:
+            index = self.indexes.peek(wish.namespace)
+            if wish.kind == "key":
+                if index is None or not index.dependents(wish.target):
+                    raise
+            elif index is None or not index.subjects_under(wish.target):
+                # `a/` is no path of a file and covers some, and `..` covers `..:a`: what is below may be sound.
+                self.check_key(wish.namespace, wish.target + ":")
 
     def check_key(self, namespace: str, key: str) -> None:
         """Raise `RefusedKey` if no layer could ever hold `key`, telling the reason of the outermost."""
@@ -486,9 +485,10 @@ class Bust:
     async def _sweep(self, layer: Layer, generation: int, *, wide: bool) -> None:
         backend, wish = layer.backend, self.wish
         failures: list[BackendFailure] = []
+        missed: list[BackendFailure | RefusedKey] = []
         refused: RefusedKey | None = None
         looked_at = 0
-        async with aclosing(self._covered(layer, wide=wide, fenced=generation)) as covered:
+        async with aclosing(self._covered(layer, wide=wide, fenced=generation, missed=missed)) as covered:
             async for keys in covered:
                 try:
                     removing = backend.remove(wish.namespace, keys, generation=generation, soft=wish.soft)
@@ -507,6 +507,11 @@ class Bust:
                 self._looked_at[layer.name] = max(looked_at, self._looked_at.get(layer.name, 0))
                 self._step(f"swept {layer.name}")
                 await self._take_turns(len(keys))
+        for miss in missed:
+            if isinstance(miss, RefusedKey):
+                refused = miss
+            else:
+                failures.append(miss)
         if refused is not None and wide == self._wide and not looked_at and not failures:
             raise refused
         if failures:
@@ -536,59 +541,83 @@ class Bust:
 
     # What is covered
 
-    async def _covered(self, layer: Layer, *, wide: bool, fenced: int | None = None) -> AsyncGenerator[list[str], None]:
+    async def _covered(
+        self,
+        layer: Layer,
+        *,
+        wide: bool,
+        fenced: int | None = None,
+        missed: list[BackendFailure | RefusedKey] | None = None,
+    ) -> AsyncGenerator[list[str], None]:
         """Find all that is covered at a layer, in slices; what belongs to the named comes after it.
 
-        With a generation (`fenced`), late fills of what depends on the named are refused from then on.
+        With a generation (`fenced`), late fills of what depends on the named are refused from then on. With a list
+        (`missed`), what cannot be looked through is noted there, and all the rest is found; else it ends the search.
         """
         named, dependents = await self._look_up()
         seen: set[str] = set()  # dependents that were found here
         if wide and layer.backend.traits.registry:
             # What belongs to the named goes first, and of a chain its end: see `Engine.dependents`.
             seen.update(dependents)
-            async for more in self._belonging_to_target(layer, dependents[::-1], fenced):
+            async for more in self._belonging_to_target(layer, dependents[::-1], fenced, missed):
                 yield more
-        async with aclosing(self._named(layer, named)) as batches:
+        async with aclosing(self._named(layer, named, missed)) as batches:
             async for batch in batches:
                 for keys in _slices(batch):
                     yield keys
                     if wide and self.wish.kind in {"prefix", "tag"}:
                         # The variants of what a prefix covers are covered, too, but for those of the prefix itself.
                         alone = keys if self.wish.kind == "tag" else []
-                        async for more in self._belonging(layer, alone, await self._walk(keys, seen), fenced):
+                        belonging = self._belonging(layer, alone, await self._walk(keys, seen), fenced, missed)
+                        async for more in belonging:
                             yield more
         if wide and not layer.backend.traits.registry:
-            async for more in self._belonging_to_target(layer, [key for key in dependents if key not in seen], fenced):
+            left = [key for key in dependents if key not in seen]
+            async for more in self._belonging_to_target(layer, left, fenced, missed):
                 yield more
 
     async def _belonging_to_target(
-        self, layer: Layer, dependents: Sequence[str], fenced: int | None
+        self,
+        layer: Layer,
+        dependents: Sequence[str],
+        fenced: int | None,
+        missed: list[BackendFailure | RefusedKey] | None,
     ) -> AsyncGenerator[list[str], None]:
         """Find the variants of what was named, and these dependents with their variants."""
         if self.wish.kind == "all":
             return
         # The named itself need not be held for its variants and dependents to be.
         roots = _holdable(layer, self.wish.namespace, [self.wish.target]) if self.wish.kind in {"key", "prefix"} else []
-        async for more in self._belonging(layer, roots, dependents, fenced):
+        async for more in self._belonging(layer, roots, dependents, fenced, missed):
             yield more
 
-    async def _named(self, layer: Layer, registered: Sequence[str]) -> AsyncGenerator[Sequence[str], None]:
+    async def _named(
+        self, layer: Layer, registered: Sequence[str], missed: list[BackendFailure | RefusedKey] | None
+    ) -> AsyncGenerator[Sequence[str], None]:
         if self.wish.kind == "key":
             # Whether it is held is for `remove` to tell, which also refuses what can be seen only there.
             yield _holdable(layer, self.wish.namespace, [self.wish.target])
             return
         left = dict.fromkeys(registered)
         # A walk of files has descriptors open, so that it is closed at once where the visit ends early.
-        async with aclosing(layer.backend.select(self.scope)) as found:
-            async for batch in found:
-                yield batch
-                for key in batch if left else ():
-                    left.pop(key, None)
+        try:
+            async with aclosing(layer.backend.select(self.scope)) as found:
+                async for batch in found:
+                    yield batch
+                    for key in batch if left else ():
+                        left.pop(key, None)
+        except (BackendFailure, RefusedKey) as error:
+            _pass_over(error, missed)
         for some in _slices(list(left)):
             yield _holdable(layer, self.wish.namespace, some)
 
     async def _belonging(
-        self, layer: Layer, keys: Sequence[str], dependents: Sequence[str], fenced: int | None
+        self,
+        layer: Layer,
+        keys: Sequence[str],
+        dependents: Sequence[str],
+        fenced: int | None,
+        missed: list[BackendFailure | RefusedKey] | None,
     ) -> AsyncGenerator[list[str], None]:
         """Find the variants of these keys, and these dependents with the variants of those."""
         backend, namespace = layer.backend, self.wish.namespace
@@ -596,17 +625,25 @@ class Bust:
             more = _holdable(layer, namespace, some)
             if more and fenced is not None:
                 await backend.fence(namespace, more, generation=fenced)
-            async for found in self._with_variants(layer, more, more):
+            async for found in self._with_variants(layer, more, more, missed):
                 yield found
-        async for found in self._with_variants(layer, [], keys):
+        async for found in self._with_variants(layer, [], keys, missed):
             yield found
 
     async def _with_variants(
-        self, layer: Layer, these: Sequence[str], of: Sequence[str]
+        self,
+        layer: Layer,
+        these: Sequence[str],
+        of: Sequence[str],
+        missed: list[BackendFailure | RefusedKey] | None,
     ) -> AsyncGenerator[list[str], None]:
         more = list(these)
         for some in _slices(of):
-            more += await layer.backend.variants(self.wish.namespace, some)
+            try:
+                more += await layer.backend.variants(self.wish.namespace, some)
+            except BackendFailure as error:
+                _pass_over(error, missed)
+                more += error.found
             await self._take_turns(len(some))
         for some in _slices(more):
             yield some
@@ -654,6 +691,13 @@ def _holdable(layer: Layer, namespace: str, keys: Iterable[str]) -> list[str]:
             continue
         held.append(key)
     return held
+
+
+def _pass_over(error: BackendFailure | RefusedKey, missed: list[BackendFailure | RefusedKey] | None) -> None:
+    """Note what could not be looked through, and go on with the rest; raise it where there is no going on."""
+    if missed is None or (isinstance(error, BackendFailure) and error.unreachable):
+        raise error
+    missed.append(error)
 
 
 def _slices(keys: Sequence[_T]) -> Iterator[list[_T]]:

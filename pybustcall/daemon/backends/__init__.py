@@ -31,13 +31,23 @@ class BackendFailure(Exception):
     """A cache could not do what was asked. The text never shows a whole key.
 
     - `removed`, `failed`: how many keys were removed in spite of it, and how many were not
+    - `found`: the variants that were found in spite of it
     - `unreachable`: the cache as a whole cannot be used now, so that the next bust would meet the same
     """
 
-    def __init__(self, message: str, *, removed: int = 0, failed: int = 1, unreachable: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        removed: int = 0,
+        failed: int = 1,
+        unreachable: bool = False,
+        found: Sequence[str] = (),
+    ) -> None:
         super().__init__(message)
         self.removed = removed
         self.failed = failed
+        self.found = found
         self.unreachable = unreachable
 
 
@@ -135,14 +145,19 @@ class Backend(Protocol):
     def select(self, scope: Scope) -> AsyncGenerator[Sequence[str], None]:
         """Find the keys held that `scope` names, in batches of at most 500, none twice. Holds still for no writer.
 
-        Of a key it tells it if it is held. A key that this backend could never hold is not held.
+        Of a key it tells it if it is held. A key that this backend could never hold is not held. Raises `RefusedKey`
+        for a prefix below which it turns out, only when it is looked at, that nothing could be held, and
+        `BackendFailure` for what cannot be looked through, after all the rest was.
         """
 
     async def estimate(self, scope: Scope) -> int | None:
         """Tell about how many keys `select` will find, if that costs little; None otherwise."""
 
     async def variants(self, namespace: str, keys: Sequence[str]) -> list[str]:
-        """List the keys held that are variants of any of `keys`, each once; what it could never hold has none."""
+        """List the keys held that are variants of any of `keys`, each once; what it could never hold has none.
+
+        A `BackendFailure` for what cannot be looked through has what was `found` in the rest.
+        """
 
     async def remove(self, namespace: str, keys: Sequence[str], *, generation: int, soft: bool) -> int:
         """Remove these keys, or mark them as stale; tell how many of them there were.

@@ -29,7 +29,7 @@ import os
 import re
 import stat
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, closing, contextmanager, suppress
+from contextlib import aclosing, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -157,8 +157,9 @@ class FilesBackend:
     async def select(self, scope: Scope) -> AsyncGenerator[Sequence[str], None]:
         """Find the files that `scope` names, in no order; none by a tag.
 
-        A directory that cannot be read is a `BackendFailure` after all the others have been looked through. A file that
-        is removed and made again meanwhile may be told once more.
+        A directory that cannot be read is a `BackendFailure` after all the others have been looked through. A branch
+        whose way leads through a link is a `RefusedKey`, as its keys are: readers may follow the link, and would be
+        told that nothing stale is left there. A file that is removed and made again meanwhile may be told once more.
         """
         if scope.kind == "key":
             if held := await self.held(scope.namespace, [scope.target]):
@@ -171,6 +172,8 @@ class FilesBackend:
             async for batch in batches:
                 if batch:
                     yield batch
+        if walk.refusal is not None:
+            raise walk.refusal
         if walk.unread:
             raise BackendFailure(
                 f"not all files of {scope} can be listed: {_reason(walk.unread[0])}", failed=len(walk.unread)
@@ -187,7 +190,10 @@ class FilesBackend:
                 return None
 
     async def variants(self, namespace: str, keys: Sequence[str]) -> list[str]:
-        """List the variants of any of `keys`, each once, sorted. Each directory is looked through once."""
+        """List the variants of any of `keys`, each once, sorted. Each directory is looked through once.
+
+        One that cannot be read is a `BackendFailure` after all the others, with what was found.
+        """
         sound, _ = self._sifted(namespace, keys)
         return await self._in_thread(partial(self._variants, namespace, sound)) if sound else []
 
@@ -272,18 +278,19 @@ class FilesBackend:
 
     def _variants(self, namespace: str, keys: Sequence[str]) -> list[str]:
         found: list[str] = []
+        unread: list[OSError] = []
         with closing(self._directories(namespace, keys)) as directories:
             for some, directory in directories:
-                with _translated(_of(some[0])), suppress(RefusedKey), os.scandir(_opened(directory)) as entries:
-                    head, wanted = _parts(some[0])[0], {_parts(key)[1] for key in some}
-                    found += [
-                        key
-                        for entry in entries
-                        if _is_variant_of_any(wanted, entry.name)
-                        for name in _files_of(entry, _opened(directory))
-                        if (name == entry.name or _is_variant_of_any(wanted, name))
-                        and (key := _key_of(_joined(head, name))) is not None
-                    ]
+                if isinstance(directory, Exception):
+                    unread += [directory] if isinstance(directory, OSError) else []
+                    continue
+                head, wanted = _parts(some[0])[0], {_parts(key)[1] for key in some}
+                names = _variants_in(directory, head, wanted, unread)
+                found += [key for name in names if (key := _key_of(_joined(head, name))) is not None]
+        if unread:
+            raise BackendFailure(
+                f"not all variants can be listed: {_reason(unread[0])}", failed=len(unread), found=sorted(found)
+            ) from unread[0]
         return sorted(found)
 
     def _remove(self, namespace: str, keys: Sequence[str]) -> tuple[int, dict[str, Exception]]:
@@ -405,6 +412,7 @@ class _Walk:
 
     - `goes_into`: tells of the path of a directory whether to go on in there
     - `unread`: what could not be read on the way
+    - `refusal`: why `head` cannot be gone to, if a link is on the way
     - `over`: whether all has been told
 
     May be taken up by one thread after the other. Links are never followed.
@@ -417,9 +425,11 @@ class _Walk:
         goes_into: Callable[[str], bool],
     ) -> None:
         self.unread: list[OSError] = []
+        self.refusal: RefusedKey | None = None
         self.over = False
         self._open_base = open_base
         self._goes_into = goes_into
+        self._head = head
         self._ahead = [head]
         self._entries = self._go()
 
@@ -441,8 +451,10 @@ class _Walk:
         """Go through what lies that way below a directory; all of it has this path from the base."""
         try:
             below = _descend(directory, way)
-        except RefusedKey:  # a link by now
-            return
+        except RefusedKey as error:
+            if path == self._head:
+                self.refusal = error
+            return  # below the head it has become a link meanwhile
         except OSError as error:
             self.unread.append(error)
             return
@@ -606,22 +618,29 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
     return entry.is_symlink() or entry.is_file(follow_symlinks=False)
 
 
-def _files_of(entry: os.DirEntry[str], directory: int) -> Iterator[str]:
-    """Go through the files that begin here: this one, or those below a directory in whose name a query begins.
+def _variants_in(directory: int, head: str, wanted: Collection[str], unread: list[OSError]) -> Iterator[str]:
+    """Go through the files below a directory (`head` is its path) whose names are variants of any of `wanted`.
 
-    A query may have slashes, as in `page?next=/a/b`. Raises OSError where a directory cannot be read.
+    A query may have slashes, as in `page?next=/a/b`, so that directories are gone into in whose names one begins. What
+    cannot be read is noted as `unread`.
     """
-    if _is_file(entry):
-        yield entry.name
-    elif "?" in entry.name and entry.is_dir(follow_symlinks=False):
-        for way, directories, files, opened in os.fwalk(entry.name, dir_fd=directory, onerror=_raise):
-            for name in (*files, *directories):
-                if _is_file_at(os.fsencode(name), opened):
-                    yield f"{way}/{name}"
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if not _is_variant_of_any(wanted, entry.name):
+                    continue
+                if _is_file(entry):
+                    yield entry.name
+                elif "?" in entry.name and entry.is_dir(follow_symlinks=False):
+                    query = _Walk(partial(nullcontext, directory), entry.name, partial(_leads_to_keys, head))
+                    yield from (path for path, below in query if _is_variant_of_any(wanted, path) and _is_file(below))
+                    unread += query.unread
+    except OSError as error:
+        unread.append(error)
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _leads_to_keys(head: str, directory: str) -> bool:
+    return _key_of(_joined(head, directory)) is not None
 
 
 def _stat(name: bytes, directory: int) -> os.stat_result | None:
