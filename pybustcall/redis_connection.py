@@ -208,8 +208,8 @@ class RedisServer:
         loop = asyncio.get_running_loop()
         state = self._states.get(loop)
         if state is None:
-            for other in [it for it in self._states if it.is_closed()]:
-                del self._states[other]
+            for other in [it for it in list(self._states) if it.is_closed()]:
+                self._states.pop(other, None)  # another thread may be at the same
             state = self._states[loop] = _LoopState(loop, self._given or self._open(), self._most)
             if self._given is None:
                 await anext(state.guard)  # never suspends; from here on the loop knows the guard

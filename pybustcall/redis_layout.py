@@ -271,7 +271,13 @@ if not e[1] or e[3] ~= epoch or is_covered(O, key, e[5], tonumber(e[2])) then
     return {epoch, seq, 0}
 end
 if e[4] ~= '1' then return {epoch, seq, 1, e[1]} end
-if lease > 0 and call('SET', P .. ':l:' .. key, '1', 'NX', 'PX', lease) then return {epoch, seq, 3, e[1]} end
+if lease > 0 then
+    -- A server that is full refuses it, and its clock may have been set back since another took it.
+    local L = P .. ':l:' .. key
+    local got = redis.pcall('SET', L, '1', 'NX', 'PX', lease)
+    if not got and call('PTTL', L) > lease then got = redis.pcall('SET', L, '1', 'PX', lease) end
+    if got and got.ok then return {epoch, seq, 3, e[1]} end
+end
 return {epoch, seq, 2, e[1]}
 """
 
@@ -290,7 +296,9 @@ if ARGV[8] ~= '' then
     if since < seq and is_covered(F, key, tags .. '\\n' .. former, since) then return {epoch, seq, 0} end
 end
 
-call('HSET', E, 'v', value, 'g', string.format('%.0f', seq), 'p', epoch, 's', '', 't', tags)
+-- A value made from a token is as old as that: a bust that began meanwhile may find only later that it covers it.
+local born = ARGV[8] ~= '' and since or seq
+call('HSET', E, 'v', value, 'g', string.format('%.0f', born), 'p', epoch, 's', '', 't', tags)
 if ttl > 0 then call('PEXPIRE', E, ttl) else call('PERSIST', E) end
 call('UNLINK', P .. ':l:' .. key)
 more_keys = more_keys + call('ZADD', I, 0, key)

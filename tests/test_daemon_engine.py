@@ -550,6 +550,35 @@ async def test_what_depends_on_swapped_names_goes_in_every_layer() -> None:
     assert removed in (["remove other,page", "end 7"], ["remove page,other", "end 7"])
 
 
+@pytest.mark.parametrize("failing", ["begin", "variants", "remove"])
+async def test_what_fails_in_one_slice_keeps_no_other_from_a_hot_swap(failing: str, monkeypatch: Any) -> None:
+    """It is told at the end; only a cache that is away ends it at once, telling what had gone."""
+    backend = Fenced([])
+    engine = layered((0, "fenced", backend))
+    for number in range(600):
+        engine.register(f"page/{number}", ["model"])
+    calls, sound = 0, getattr(backend, failing)
+
+    async def failing_once(*args: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise failure
+        return await sound(*args, **more)
+
+    monkeypatch.setattr(backend, failing, failing_once)
+    failure = BackendFailure("one directory is unreadable")
+    with pytest.raises(BackendFailure, match="one directory is unreadable") as caught:
+        await engine.bust_dependents(["model"])
+    assert (caught.value.removed, caught.value.failed) == {
+        "begin": (350, 250), "variants": (600, 1), "remove": (350, 1),
+    }[failing]  # fmt: skip
+    calls, failure = 0, BackendFailure("no route", unreachable=True)
+    with pytest.raises(BackendFailure, match="no route") as caught:
+        await engine.bust_dependents(["model"])
+    assert (caught.value.removed, caught.value.failed) == (250, 350)
+
+
 async def test_what_depends_on_swapped_names_goes_in_every_namespace(indexes: Indexes) -> None:
     """A dependency is the whole daemon's; a layer without namespaces has the default one's."""
     indexes.of("shop").add("mine", ["product:7"])

@@ -104,7 +104,9 @@ class House:
         ]
         self.journal = Journal(path)
         settings = {"pause": lambda _: 0.001, "daemon": "here", "step": self.steps.append, **more}
+        save = settings.pop("save", None)
         self.jobs = Jobs(Engine(layers, Indexes()), self.journal, **settings)
+        self.jobs.save = save
 
     async def bust(self, target: str = "a", **more: Any) -> Answer:
         who = {name: more.pop(name) for name in ("who", "binding", "reason", "within") if name in more}
@@ -326,6 +328,31 @@ async def test_busts_queue_in_order_behind_a_layer_that_is_down(path: Path, capl
         assert [entry.state for entry, _ in await it.jobs.recent(limit=1000)] == ["done"] * 100
         await eventually(lambda: "the layer inner is back" in caplog.text)
         assert not (await it.bust()).accepted
+
+
+async def test_what_was_made_of_the_old_value_while_a_bust_waited_goes_with_it(path: Path) -> None:
+    """It was registered after the first attempt, which knew of other dependents; those go, too."""
+    async with house(path, pause=lambda _: 0.05) as it:
+        index = it.jobs.engine.indexes.of(DEFAULT_NAMESPACE)
+        it.inner.put("a", "early", "late")
+        index.add("early", ["a"])
+        it.inner.failure = STUCK
+        answer = await it.bust()
+        index.remove("early")
+        index.add("late", ["a"])
+        it.inner.failure = None
+        await it.over(answer)
+        assert it.inner.keys == []
+
+
+async def test_a_dry_run_does_not_wait_for_a_layer_that_is_known_to_be_down(path: Path) -> None:
+    """It says at once that nothing can be counted there."""
+    async with house(path, pause=lambda _: 60.0) as it:
+        it.inner.failure = AWAY
+        assert (await it.bust()).accepted
+        it.inner.failure = AssertionError("it was asked")
+        with pytest.raises(BustFailed, match=r"cannot be counted while the layer inner is down: no route"):
+            await it.jobs.count(wish())
 
 
 async def test_a_layer_that_stays_down_is_tried_once_a_round(path: Path) -> None:

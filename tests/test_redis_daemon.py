@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,11 @@ from aiohttp import web
 
 from pybustcall import BustcallClient
 from pybustcall.daemon import DaemonSettings, Engine, Indexes, Layer, create_app
+from pybustcall.daemon.backends import Scope
 from pybustcall.daemon.backends.redis import RedisBackend
-from pybustcall.integrations.redis import RedisCache
+from pybustcall.daemon.engine import Bust
+from pybustcall.daemon.journal import Wish
+from pybustcall.integrations.redis import Looked, RedisCache
 from tests.conftest import eventually
 from tests.engines import RedisProcess
 
@@ -130,3 +133,120 @@ async def test_a_dry_run_tells_the_number_that_the_real_bust_then_removes(redis:
         assert (await client.bust("*", kind="all", confirm=True, namespace="ours")).removed == 3
     await ours.aclose()
     await theirs.aclose()
+
+
+class Interrupted:
+    """A layer of Redis at which something happens right after each begin."""
+
+    def __init__(self, url: str, between: Callable[[], Awaitable[object]]) -> None:
+        self.inner = RedisBackend(url)
+        self.between = between
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    async def begin(self, scope: Scope, *, soft: bool, wide: bool = False) -> int:
+        generation = await self.inner.begin(scope, soft=soft, wide=wide)
+        await self.between()
+        return generation
+
+
+class LateReaders:
+    """Readers that have looked for some keys, and come to store the old value only later."""
+
+    def __init__(self, cache: RedisCache) -> None:
+        self.cache = cache
+        self.looked: dict[str, Looked] = {}
+
+    async def look(self, *keys: str) -> None:
+        for key in keys:
+            self.looked[key] = await self.cache.lookup(key)
+            assert self.looked[key].found is None
+
+    async def store(self) -> dict[str, bool]:
+        """Store what each has made; tell for which that was not refused."""
+        return {
+            key: await self.cache.store(key, b"old", token=looked.token, ttl=60.0)
+            for key, looked in self.looked.items()
+        }
+
+    async def seen(self) -> dict[str, bytes | None]:
+        found = {key: await self.cache.get(key) for key in self.looked}
+        return {key: it and it.value for key, it in found.items()}
+
+
+def bust_of(engine: Engine, target: str, **more: Any) -> Bust:
+    return engine.bust(
+        Wish(**{"namespace": "default", "kind": "key", "target": target, "strategy": "dimensional", **more})
+    )
+
+
+@asynccontextmanager
+async def opened(redis: RedisProcess) -> AsyncIterator[tuple[RedisCache, LateReaders, Engine]]:
+    """Open a cache, readers of it, and an engine at whose begins these readers store."""
+    cache = RedisCache(redis.url)
+    readers = LateReaders(cache)
+    engine = Engine([Layer(name="redis", number=0, backend=Interrupted(redis.url, readers.store))], Indexes())
+    await engine.open()
+    try:
+        yield cache, readers, engine
+    finally:
+        await engine.close()
+        await cache.aclose()
+
+
+@pytest.mark.requirement("REL-04")
+@pytest.mark.parametrize(("kind", "target"), [("key", "product"), ("prefix", "product"), ("tag", "shelf")])
+async def test_a_dependent_made_before_the_bust_and_stored_before_its_fence_goes(
+    redis: RedisProcess, kind: str, target: str
+) -> None:
+    """A begin cannot know what depends on the named, so such a fill is stored; it is as old as its reader's look."""
+    async with opened(redis) as (cache, readers, engine):
+        engine.register("product", tags=["shelf"])
+        engine.register("page", ["product"])
+        await cache.set("product", b"old", tags=["shelf"], ttl=60.0)
+        await readers.look("page")
+        await bust_of(engine, target, kind=kind).visit(engine.layers[0])
+        assert await readers.seen() == {"page": None}
+        assert await readers.store() == {"page": False}
+
+
+@pytest.mark.requirement("REL-04")
+async def test_dependents_made_before_a_hot_swap_and_stored_while_it_busts_go(redis: RedisProcess) -> None:
+    """Each of the many that depend on the swapped name, though a begin names but one."""
+    async with opened(redis) as (_, readers, engine):
+        keys = ["page/1", "page/2", "page/3"]
+        for key in keys:
+            engine.register(key, ["model"])
+        await readers.look(*keys)
+        await engine.bust_dependents(["model"])
+        assert await readers.seen() == dict.fromkeys(keys)
+        assert await readers.store() == dict.fromkeys(keys, False)
+
+
+@pytest.mark.requirement("REL-04")
+@pytest.mark.parametrize("strategy", ["direct", "dimensional", "hybrid"])
+async def test_no_late_fill_of_what_a_tag_reaches_is_stored_after_the_bust(redis: RedisProcess, strategy: str) -> None:
+    """Also under a key whose tag only the registry knows, and of a variant, where variants are reached."""
+    async with opened(redis) as (cache, readers, engine):
+        engine.register("registered", tags=["shelf"])
+        await cache.set("page", b"old", tags=["shelf"], ttl=60.0)
+        await readers.look("page?lang=de", "registered")
+        await bust_of(engine, "shelf", kind="tag", strategy=strategy).visit(engine.layers[0])
+        narrow = strategy == "direct"
+        assert await readers.seen() == {"page?lang=de": b"old" if narrow else None, "registered": None}
+        assert await readers.store() == {"page?lang=de": narrow, "registered": False}
+
+
+async def test_a_hybrid_bust_is_answered_once_no_reader_sees_what_bears_the_tag(redis: RedisProcess) -> None:
+    """Also of what only the registry knows to bear it."""
+    async with opened(redis) as (cache, _, engine):
+        engine.register("registered", tags=["shelf"])
+        await cache.set("registered", b"old", ttl=60.0)
+        await cache.set("page", b"old", tags=["shelf"], ttl=60.0)
+        bust = bust_of(engine, "shelf", kind="tag", strategy="hybrid")
+        await bust.visit(engine.layers[0], "first")
+        assert [await cache.get(key) for key in ("registered", "page")] == [None, None]
+        assert bust.removed == {"redis": 1}
+        await bust.visit(engine.layers[0])
+        assert bust.removed == {"redis": 2}

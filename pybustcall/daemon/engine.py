@@ -316,16 +316,41 @@ class Engine:
             ) from error
 
     async def _remove_each(self, layer: Layer, namespace: str, keys: Sequence[str]) -> int:
+        """Remove these keys with their variants, slice by slice; what fails is passed over, and told at the end."""
         backend, removed = layer.backend, 0
+        failures: list[BackendFailure] = []
+
+        def pass_over(error: BackendFailure) -> None:
+            if error.unreachable:
+                raise BackendFailure(str(error), removed=removed + error.removed, unreachable=True) from error
+            failures.append(error)
+
         for some in _slices(_holdable(layer, namespace, keys)):
             scope = Scope(namespace, "key", some[0])
-            generation = await backend.begin(scope, soft=False, wide=True)
-            if more := some[1:]:
-                await backend.fence(namespace, more, generation=generation)
-            for named in _slices([*some, *await backend.variants(namespace, some)]):
-                removed += await _told(backend.remove(namespace, named, generation=generation, soft=False))
+            try:
+                generation = await backend.begin(scope, soft=False, wide=True)
+                if more := some[1:]:
+                    await backend.fence(namespace, more, generation=generation)
+            except BackendFailure as error:
+                error.failed = len(some)
+                pass_over(error)
+                continue
+            try:
+                named = [*some, *await backend.variants(namespace, some)]
+            except BackendFailure as error:
+                pass_over(error)
+                named = [*some, *error.found]
+            for each in _slices(named):
+                try:
+                    removed += await _told(backend.remove(namespace, each, generation=generation, soft=False))
+                except BackendFailure as error:
+                    pass_over(error)
+                    removed += error.removed
             await backend.end(scope, generation)
             await asyncio.sleep(0)
+        if failures:
+            failed = sum(error.failed for error in failures)
+            raise BackendFailure(str(failures[0]), removed=removed, failed=failed) from failures[0]
         return removed
 
     # Entries
@@ -386,6 +411,28 @@ class Engine:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """How a layer is looked through.
+
+    - `wide`: whether what belongs to the named is covered, too
+    - `fenced`: the generation from which on late fills are refused of what the begin could not name; None: of nothing
+    - `missed`: where to note what cannot be looked through, all the rest being found; None: it ends the search
+    """
+
+    layer: Layer
+    wide: bool
+    fenced: int | None = None
+    missed: list[BackendFailure | RefusedKey] | None = None
+
+    def pass_over(self, error: BackendFailure | RefusedKey) -> None:
+        """Note it and go on, or raise it where there is no going on."""
+        if self.missed is None or (isinstance(error, BackendFailure) and error.unreachable):
+            raise error
+        self.missed.append(error)
+
+
+@final
 class Bust:
     """One bust, layer by layer.
 
@@ -406,6 +453,7 @@ class Bust:
         self._broken: set[str] = set()  # begun, and to be begun anew: what failed there may know nothing of it any more
         self._looking = asyncio.Lock()
         self._looked_up: tuple[list[str], list[str]] | None = None
+        self._known: tuple[list[str], list[str]] = ([], [])  # from looking before
         self._wide = wish.strategy != "direct"
         self._since = 0  # keys since the event loop had its turn
 
@@ -435,10 +483,7 @@ class Bust:
         try:
             generation = await self._begin(layer)
             if part == "first":
-                if not (layer.backend.traits.fences and self.wish.kind != "key" and not self.wish.soft):
-                    # A registry that has forgotten who bears a tag could not tell any more what depends on these.
-                    last = layer.backend.traits.registry and self.wish.kind == "tag"
-                    await self._sweep(layer, generation, wide=last and self._wide)
+                await self._visit_first(layer, generation)
                 return
             await self._sweep(layer, generation, wide=self._wide)
             if self.wish.verify:
@@ -449,6 +494,29 @@ class Bust:
             raise
         self._begun.pop(layer.name, None)
         self._step(f"ended {layer.name}")
+
+    async def _visit_first(self, layer: Layer, generation: int) -> None:
+        traits = layer.backend.traits
+        if traits.fences and self.wish.kind != "key" and not self.wish.soft:
+            if self.wish.kind == "tag" and (index := self._index) is not None:
+                search = _Search(layer, wide=False, fenced=generation)
+                async for keys in self._registered(search, index.tagged(self.wish.target)):
+                    removing = layer.backend.remove(self.wish.namespace, keys, generation=generation, soft=False)
+                    self.removed[layer.name] += await _told(removing)
+                    await self._take_turns(len(keys))
+            return
+        # A registry that has forgotten who bears a tag could not tell any more what depends on these.
+        wide = self._wide and traits.registry and self.wish.kind == "tag"
+        await self._sweep(layer, generation, wide=wide)
+
+    def look_again(self) -> None:
+        """Have the next visit ask the registry once more; what it knew before is covered, too.
+
+        While a bust waited, something may have been made of the old value and registered.
+        """
+        if self._looked_up is not None:
+            self._known = self._looked_up
+            self._looked_up = None
 
     async def abandon(self) -> None:
         """End what was begun and is not done: what has been removed stays so, and the rest is as it was."""
@@ -464,7 +532,7 @@ class Bust:
     async def count(self, layer: Layer) -> int:
         """Tell how many entries this bust would remove or mark at a layer now."""
         found: set[str] = set()
-        async with aclosing(self._covered(layer, wide=self._wide)) as covered:
+        async with aclosing(self._covered(_Search(layer, self._wide))) as covered:
             async for keys in covered:
                 found.update(await layer.backend.held(self.wish.namespace, keys, stale=not self.wish.soft))
                 await self._take_turns(len(keys))
@@ -488,7 +556,7 @@ class Bust:
         missed: list[BackendFailure | RefusedKey] = []
         refused: RefusedKey | None = None
         looked_at = 0
-        async with aclosing(self._covered(layer, wide=wide, fenced=generation, missed=missed)) as covered:
+        async with aclosing(self._covered(_Search(layer, wide, generation, missed))) as covered:
             async for keys in covered:
                 try:
                     removing = backend.remove(wish.namespace, keys, generation=generation, soft=wish.soft)
@@ -522,7 +590,7 @@ class Bust:
 
     async def _verify(self, layer: Layer, generation: int) -> None:
         left = 0
-        async with aclosing(self._covered(layer, wide=self._wide)) as covered:
+        async with aclosing(self._covered(_Search(layer, self._wide))) as covered:
             async for keys in covered:
                 held = layer.backend.held(self.wish.namespace, keys, generation=generation, stale=not self.wish.soft)
                 left += len(await held)
@@ -541,112 +609,94 @@ class Bust:
 
     # What is covered
 
-    async def _covered(
-        self,
-        layer: Layer,
-        *,
-        wide: bool,
-        fenced: int | None = None,
-        missed: list[BackendFailure | RefusedKey] | None = None,
-    ) -> AsyncGenerator[list[str], None]:
-        """Find all that is covered at a layer, in slices; what belongs to the named comes after it.
-
-        With a generation (`fenced`), late fills of what depends on the named are refused from then on. With a list
-        (`missed`), what cannot be looked through is noted there, and all the rest is found; else it ends the search.
-        """
+    async def _covered(self, search: _Search) -> AsyncGenerator[list[str], None]:
+        """Find all that is covered at a layer, in slices; what belongs to the named comes after it."""
+        layer = search.layer
         named, dependents = await self._look_up()
         seen: set[str] = set()  # dependents that were found here
-        if wide and layer.backend.traits.registry:
+        if search.wide and layer.backend.traits.registry:
             # What belongs to the named goes first, and of a chain its end: see `Engine.dependents`.
             seen.update(dependents)
-            async for more in self._belonging_to_target(layer, dependents[::-1], fenced, missed):
+            async for more in self._belonging_to_target(search, dependents[::-1]):
                 yield more
-        async with aclosing(self._named(layer, named, missed)) as batches:
+        async with aclosing(self._named(search, named)) as batches:
             async for batch in batches:
                 for keys in _slices(batch):
+                    # The variants of what a prefix covers are covered, too, but for those of the prefix itself.
+                    alone = keys if search.wide and self.wish.kind == "tag" else []
+                    await self._fence(search, alone)
                     yield keys
-                    if wide and self.wish.kind in {"prefix", "tag"}:
-                        # The variants of what a prefix covers are covered, too, but for those of the prefix itself.
-                        alone = keys if self.wish.kind == "tag" else []
-                        belonging = self._belonging(layer, alone, await self._walk(keys, seen), fenced, missed)
-                        async for more in belonging:
+                    if search.wide and self.wish.kind in {"prefix", "tag"}:
+                        async for more in self._belonging(search, alone, await self._walk(keys, seen)):
                             yield more
-        if wide and not layer.backend.traits.registry:
+        if search.wide and not layer.backend.traits.registry:
             left = [key for key in dependents if key not in seen]
-            async for more in self._belonging_to_target(layer, left, fenced, missed):
+            async for more in self._belonging_to_target(search, left):
                 yield more
 
-    async def _belonging_to_target(
-        self,
-        layer: Layer,
-        dependents: Sequence[str],
-        fenced: int | None,
-        missed: list[BackendFailure | RefusedKey] | None,
-    ) -> AsyncGenerator[list[str], None]:
+    async def _belonging_to_target(self, search: _Search, dependents: Sequence[str]) -> AsyncGenerator[list[str], None]:
         """Find the variants of what was named, and these dependents with their variants."""
         if self.wish.kind == "all":
             return
         # The named itself need not be held for its variants and dependents to be.
-        roots = _holdable(layer, self.wish.namespace, [self.wish.target]) if self.wish.kind in {"key", "prefix"} else []
-        async for more in self._belonging(layer, roots, dependents, fenced, missed):
+        named = [self.wish.target] if self.wish.kind in {"key", "prefix"} else []
+        async for more in self._belonging(search, _holdable(search.layer, self.wish.namespace, named), dependents):
             yield more
 
-    async def _named(
-        self, layer: Layer, registered: Sequence[str], missed: list[BackendFailure | RefusedKey] | None
-    ) -> AsyncGenerator[Sequence[str], None]:
+    async def _named(self, search: _Search, registered: Sequence[str]) -> AsyncGenerator[Sequence[str], None]:
         if self.wish.kind == "key":
             # Whether it is held is for `remove` to tell, which also refuses what can be seen only there.
-            yield _holdable(layer, self.wish.namespace, [self.wish.target])
+            yield _holdable(search.layer, self.wish.namespace, [self.wish.target])
             return
         left = dict.fromkeys(registered)
         # A walk of files has descriptors open, so that it is closed at once where the visit ends early.
         try:
-            async with aclosing(layer.backend.select(self.scope)) as found:
+            async with aclosing(search.layer.backend.select(self.scope)) as found:
                 async for batch in found:
                     yield batch
                     for key in batch if left else ():
                         left.pop(key, None)
         except (BackendFailure, RefusedKey) as error:
-            _pass_over(error, missed)
-        for some in _slices(list(left)):
-            yield _holdable(layer, self.wish.namespace, some)
+            search.pass_over(error)
+        async for some in self._registered(search, list(left)):
+            yield some
+
+    async def _registered(self, search: _Search, keys: Sequence[str]) -> AsyncGenerator[list[str], None]:
+        """Go through what only the registry knows to bear the tag, which no fence of the tag covers."""
+        for some in _slices(keys):
+            held = _holdable(search.layer, self.wish.namespace, some)
+            await self._fence(search, held)
+            yield held
 
     async def _belonging(
-        self,
-        layer: Layer,
-        keys: Sequence[str],
-        dependents: Sequence[str],
-        fenced: int | None,
-        missed: list[BackendFailure | RefusedKey] | None,
+        self, search: _Search, keys: Sequence[str], dependents: Sequence[str]
     ) -> AsyncGenerator[list[str], None]:
         """Find the variants of these keys, and these dependents with the variants of those."""
-        backend, namespace = layer.backend, self.wish.namespace
         for some in _slices(dependents):
-            more = _holdable(layer, namespace, some)
-            if more and fenced is not None:
-                await backend.fence(namespace, more, generation=fenced)
-            async for found in self._with_variants(layer, more, more, missed):
+            more = _holdable(search.layer, self.wish.namespace, some)
+            await self._fence(search, more)
+            async for found in self._with_variants(search, more, more):
                 yield found
-        async for found in self._with_variants(layer, [], keys, missed):
+        async for found in self._with_variants(search, [], keys):
             yield found
 
     async def _with_variants(
-        self,
-        layer: Layer,
-        these: Sequence[str],
-        of: Sequence[str],
-        missed: list[BackendFailure | RefusedKey] | None,
+        self, search: _Search, these: Sequence[str], of: Sequence[str]
     ) -> AsyncGenerator[list[str], None]:
         more = list(these)
         for some in _slices(of):
             try:
-                more += await layer.backend.variants(self.wish.namespace, some)
+                more += await search.layer.backend.variants(self.wish.namespace, some)
             except BackendFailure as error:
-                _pass_over(error, missed)
+                search.pass_over(error)
                 more += error.found
             await self._take_turns(len(some))
         for some in _slices(more):
             yield some
+
+    async def _fence(self, search: _Search, keys: Sequence[str]) -> None:
+        if keys and search.fenced is not None:
+            await search.layer.backend.fence(self.wish.namespace, keys, generation=search.fenced)
 
     async def _walk(self, names: Sequence[str], seen: set[str]) -> list[str]:
         """List what the registry knows to depend on these, also by way of others, and is not in `seen` yet."""
@@ -666,7 +716,9 @@ class Bust:
                 if (index := self._index) is not None:
                     named = index.tagged(self.wish.target) if self.wish.kind == "tag" else []
                     subjects = self._subjects(index, named) if self._wide else []
-                self._looked_up = (named, await self._walk(subjects, set()))
+                known, before = self._known
+                found = await self._walk(subjects, set())
+                self._looked_up = (list(dict.fromkeys([*known, *named])), list(dict.fromkeys([*before, *found])))
             return self._looked_up
 
     def _subjects(self, index: Index, named: list[str]) -> list[str]:
@@ -691,13 +743,6 @@ def _holdable(layer: Layer, namespace: str, keys: Iterable[str]) -> list[str]:
             continue
         held.append(key)
     return held
-
-
-def _pass_over(error: BackendFailure | RefusedKey, missed: list[BackendFailure | RefusedKey] | None) -> None:
-    """Note what could not be looked through, and go on with the rest; raise it where there is no going on."""
-    if missed is None or (isinstance(error, BackendFailure) and error.unreachable):
-        raise error
-    missed.append(error)
 
 
 def _slices(keys: Sequence[_T]) -> Iterator[list[_T]]:

@@ -30,14 +30,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar, final
+from typing import TYPE_CHECKING, Any, Final, TypeVar, final
 
 from pybustcall.daemon.database import Database, Kind, close_in, open_in, transaction
 from pybustcall.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from pybustcall.models import BustRequest
 
@@ -272,21 +272,15 @@ class Idempotency:
         while True:
             flight = self._flights.get(name)
             if flight is None:
-                return await self._take_off(name, request, apply, stands)
+                return await self._take_off(name, request, self._fly(name, request, apply, stands))
             if flight.request != request:
                 raise KeyReused
             await asyncio.wait({flight.task})
             if not flight.task.cancelled() and flight.task.exception() is None:
                 return Answer(flight.task.result().body, replayed=True)
 
-    async def _take_off(
-        self,
-        name: bytes,
-        request: bytes,
-        apply: Callable[[], Awaitable[bytes]],
-        stands: Callable[[bytes], Awaitable[bool]],
-    ) -> Answer:
-        flight = _Flight(request, asyncio.create_task(self._fly(name, request, apply, stands)))
+    async def _take_off(self, name: bytes, request: bytes, flying: Coroutine[Any, Any, Answer]) -> Answer:
+        flight = _Flight(request, asyncio.create_task(flying))
         self._flights[name] = flight
         flight.task.add_done_callback(partial(self._land, name, flight))
         try:

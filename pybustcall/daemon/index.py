@@ -526,11 +526,19 @@ class Index:
         """
         ahead = list(names)
         through: set[str] = set()
-        while ahead:
+        name, pending = "", list[str]()  # of one name very much may depend
+        while ahead or pending:
             now = self._passed(drop=False)
             batch: list[str] = []
-            for _ in range(min(len(ahead), _STRIDE)):
-                new = self._dependents.get(ahead.pop(), _NONE) - found
+            for _ in range(_STRIDE):
+                if not pending:
+                    if not ahead:
+                        break
+                    name = ahead.pop()
+                    pending = list(self._dependents.get(name, _NONE))
+                some = set(pending[-_STRIDE:])
+                del pending[-_STRIDE:]
+                new = (self._dependents.get(name, _NONE) & some) - found
                 if now is not None or self._kept:
                     gone = self._not_held(new, now)
                     new -= gone

@@ -127,7 +127,7 @@ class Jobs:
     - `step`: is told each step once it is done: "journaled", "applied", "settled", "over"
     - `pause`: tells how many seconds to wait before the n-th round of the queue, from 0
     - `patience`: seconds that closing waits for what is under way
-    - `save`: has what was removed from the registry written down, before a bust is told to be done
+    - `save`: an attribute; has what was removed from the registry written down, before a bust is told to be done
 
     Belongs to one event loop, between `open` and `close`. What it takes up needs the registry: where that is opened
     only once the layers are, and closed before them, `prepare` and `start` stand for `open`, and `finish` comes before
@@ -144,7 +144,6 @@ class Jobs:
         step: Callable[[str], None] = lambda _step: None,
         pause: Callable[[int], float] = pause_before,
         patience: float = _PATIENCE,
-        save: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.engine = engine
         self.journal = journal
@@ -153,7 +152,7 @@ class Jobs:
         self._step = step
         self._pause = pause
         self._patience = patience
-        self.save = save
+        self.save: Callable[[], Awaitable[None]] | None = None
         self._errands = Errands()
         self._runs: dict[str, _Run] = {}
         self._queue: dict[int, _Run] = {}
@@ -278,10 +277,12 @@ class Jobs:
     async def count(self, wish: Wish) -> dict[str, int]:
         """Tell for each layer how many entries a bust would remove or mark. Raises as `bust` does."""
         self.engine.check(wish)
+        entry = Entry(job="", wish=wish, at=0, state="failed")
+        for layer, why in self._down.items():
+            raise BustFailed(f"it cannot be counted while the layer {layer} is down: {why}", entry)
         try:
             return await self.engine.count(wish)
         except BackendFailure as error:
-            entry = Entry(job="", wish=wish, at=0, state="failed")
             raise BustFailed(f"it cannot be counted: {error}", entry) from error
 
     async def find(self, job: str) -> tuple[Entry, Progress]:
@@ -334,7 +335,9 @@ class Jobs:
     def _start(self, entry: Entry, *, settling: bool = False) -> _Run:
         answerable = asyncio.get_running_loop().create_future()
         owed = {layer.name for layer in self.engine.layers}
-        run = self._runs[entry.job] = _Run(entry, self.engine.bust(entry.wish), owed, answerable, settling)
+        run = _Run(entry, self.engine.bust(entry.wish), owed, answerable, settling)
+        run.rounds = self.engine.rounds(entry.wish.settle)
+        self._runs[entry.job] = run
         return run
 
     def _take_up(self, entry: Entry) -> None:
@@ -352,7 +355,6 @@ class Jobs:
         if not run.settling:
             self._enqueue(run)
             return
-        run.rounds = self.engine.rounds(entry.wish.settle)
         if not self._settle_next(run):
             self._over(run, "done")
 
@@ -440,7 +442,7 @@ class Jobs:
     def _note(self, run: _Run, *, attempts: int) -> None:
         """Write down how a bust stands."""
         layers = []
-        settles = {name: at for at, names in self.engine.rounds(run.entry.wish.settle) for name in names}
+        settles = {} if run.settling else {name: at for at, names in run.rounds for name in names}
         for layer in self.engine.layers:
             error = run.errors.get(layer.name)
             if error is None and layer.name in run.owed and run.errors and not run.settling:
@@ -452,7 +454,7 @@ class Jobs:
                     ok=error is None,
                     removed=run.bust.removed[layer.name],
                     error=error,
-                    settle=None if run.settling else settles.get(layer.name),
+                    settle=settles.get(layer.name),
                 )
             )
         removed = sum(run.bust.removed.values())
@@ -476,7 +478,6 @@ class Jobs:
                 self._over(run, "done")
         else:
             self._step("applied")
-            run.rounds = self.engine.rounds(run.entry.wish.settle)
             if not run.rounds:
                 self._over(run, "done")
                 return
@@ -565,6 +566,7 @@ class Jobs:
                 del self._down[name]
 
     async def _again(self, run: _Run, down: dict[str, str]) -> None:
+        run.bust.look_again()
         try:
             await self._attempt(run, down=down)
         except RefusedKey as error:
