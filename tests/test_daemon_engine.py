@@ -739,9 +739,20 @@ def test_the_registry_has_its_limits() -> None:
 async def test_a_way_through_a_link_is_refused_at_removal(tmp_path: Path) -> None:
     """What only the file system can tell is a refusal all the same."""
     (tmp_path / "link").symlink_to("/")
+    (tmp_path / "page").write_text("old")
     async with opened(engine_over(FilesBackend(tmp_path))) as engine:
         with pytest.raises(RefusedKey, match="leads through a link"):
             await busted(engine, "link/etc")
+        [layer] = engine.layers
+        for kind in ("key", "prefix"):
+            with pytest.raises(RefusedKey, match="through a link"):  # before anybody is told that it is done
+                await engine.bust(wish("link/etc", "hybrid", kind=kind)).visit(layer, "first")
+            engine.register("page", ["link/etc"])
+            bust = engine.bust(wish("link/etc", "hybrid", kind=kind))
+            await bust.visit(layer, "first")
+            await bust.visit(layer)
+            assert bust.removed == {layer.name: 1 if kind == "key" else 0}
+            engine.indexes.of(DEFAULT_NAMESPACE).remove("page")
 
 
 @pytest.mark.parametrize(

@@ -580,8 +580,10 @@ class Bust:
                 refused = miss
             else:
                 failures.append(miss)
-        if refused is not None and wide == self._wide and not looked_at and not failures:
-            raise refused
+        if refused is not None and not looked_at and not failures:
+            _, dependents = await self._look_up()
+            if wide == self._wide or not dependents:
+                raise refused
         if failures:
             removed, failed = self.removed[layer.name], sum(error.failed for error in failures)
             raise BackendFailure(
