@@ -10,7 +10,9 @@ that somebody else gets. A limit to each write would not do: `asyncio.wait_for` 
 Who repeats a call is decided by those who made it.
 
 redis-py's pool refuses where all connections are taken. So a semaphore in front of it lets callers wait, which is
-released without waiting, even by a call that is cancelled twice.
+released without waiting, even by a call that is cancelled twice. Those who were given one client, or clients of one
+pool, have one semaphore more in common. Who waits for a connection till the limit is over, or is refused by a pool that
+others have emptied, has sent nothing, and learnt nothing of the server.
 
 Connections belong to the event loop in which they were opened. They are closed by `aclose`, or, if the loop ends first,
 with the loop: an asynchronous generator stands guard, which `asyncio.run` closes before it closes the loop. After a
@@ -21,10 +23,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final, final
 from urllib.parse import parse_qs, urlsplit
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from pybustcall.errors import BustcallError, ConfigurationError
 
@@ -38,6 +40,7 @@ try:
         AuthenticationError,
         BusyLoadingError,
         ClusterCrossSlotError,
+        MaxConnectionsError,
         NoScriptError,
         RedisError,
         ResponseError,
@@ -50,11 +53,16 @@ except ModuleNotFoundError as missing:
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
+    from contextlib import AbstractAsyncContextManager
+
+    from redis.asyncio import ConnectionPool
 
     from pybustcall.errors import Applied
     from pybustcall.redis_layout import Call
 
 __all__ = ["RedisServer", "RedisUnavailable", "shown_url"]
+
+_SHARED: Final = 50  # connections of a given client that all who were given it use at most
 
 # Answers that say something of one command, and nothing of the server. All others do, such as LOADING and OOM.
 _OF_THE_COMMAND: Final = frozenset({"ERR", "WRONGTYPE", "EXECABORT"})
@@ -64,7 +72,8 @@ class RedisUnavailable(BustcallError):
     """Redis did not do what it was asked, and whether it was done is unknown, unless `applied` is "no".
 
     - `whole`: the server as a whole cannot be used now; otherwise it refused this one command
-    - `answered`: it said so itself, and did not keep anybody waiting
+    - `answered`: it said so itself, and did not keep anybody waiting. Where it did not, and `applied` is "no", nothing
+      was sent: that says nothing of the server
 
     The text names the server without credentials.
     """
@@ -79,10 +88,10 @@ class RedisUnavailable(BustcallError):
 class _LoopState:
     """What belongs to one event loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, client: Redis, most: int) -> None:
-        self.loop = loop
+    def __init__(self, client: Redis, most: int, shared: AbstractAsyncContextManager[None]) -> None:
         self.client = client
         self.slots = asyncio.Semaphore(most)
+        self.shared = shared
         self.guard = self._stand_guard()
 
     async def _stand_guard(self) -> AsyncGenerator[None, None]:
@@ -97,7 +106,8 @@ class RedisServer:
     """Runs scripts and commands at one server.
 
     - `url`: redis://HOST:PORT/DB, rediss://... or unix://PATH?db=DB, as redis-py takes it; or None with a `client`
-    - `client`: a client of redis-py to use instead; it belongs to one event loop, and is never closed here
+    - `client`: a client of redis-py to use instead; it belongs to one event loop, and is never closed here. All that
+      are given it use together at most 50 connections of its pool, and no more than the pool may have
     - `timeout`: seconds that the server has to answer
     - `connect_timeout`: seconds more, where a connection is to be opened first
     - `connections`: how many are open at most, in each event loop; further calls wait
@@ -180,14 +190,22 @@ class RedisServer:
         state = await self._state()
         task = asyncio.current_task()
         cancelled = task.cancelling() if task else 0
-        async with asyncio.timeout(self._limit):
-            async with state.slots:
-                answer = await state.client.execute_command(  # type: ignore[no-untyped-call]
-                    *command, **{NEVER_DECODE: True}
-                )
-            if task and task.cancelling() > cancelled:
-                raise asyncio.CancelledError  # it came with the answer, and a client that was given has lost it
-            return answer
+        has_turn = False
+        try:
+            async with asyncio.timeout(self._limit):
+                async with state.slots, state.shared:
+                    has_turn = True
+                    answer = await state.client.execute_command(  # type: ignore[no-untyped-call]
+                        *command, **{NEVER_DECODE: True}
+                    )
+                if task and task.cancelling() > cancelled:
+                    raise asyncio.CancelledError  # it came with the answer, and a client that was given has lost it
+                return answer
+        except TimeoutError:
+            if has_turn:
+                raise
+            text = f"no connection to {self.where} came free within {self._limit:g} s; nothing was sent"
+            raise RedisUnavailable(text, applied="no") from None
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -197,6 +215,12 @@ class RedisServer:
             raise RedisUnavailable(f"{self.where} did not answer within {self._limit:g} s") from error
         except (AskError, ClusterCrossSlotError) as error:
             raise self._refused_cluster() from error
+        except MaxConnectionsError as error:
+            raise RedisUnavailable(
+                f"{self.where}: all connections of the client that was given are in use, by others than caches; give it"
+                " more (max_connections); nothing was sent",
+                applied="no",
+            ) from error
         except (RedisError, OSError) as error:
             text = " ".join(str(error).split())
             code = getattr(error, "status_code", None) or text.partition(" ")[0]
@@ -210,7 +234,9 @@ class RedisServer:
         if state is None:
             for other in [it for it in list(self._states) if it.is_closed()]:
                 self._states.pop(other, None)  # another thread may be at the same
-            state = self._states[loop] = _LoopState(loop, self._given or self._open(), self._most)
+            client = self._given or self._open()
+            shared = nullcontext() if self._given is None else _shared_slots(client.connection_pool, loop)
+            state = self._states[loop] = _LoopState(client, self._most, shared)
             if self._given is None:
                 await anext(state.guard)  # never suspends; from here on the loop knows the guard
         return state
@@ -235,6 +261,15 @@ class RedisServer:
         """Begin anew in a forked child: keep what was inherited alive and untouched, for as long as the child lives."""
         _INHERITED.append(self._states)
         self._states = {}
+
+
+_Slots = WeakKeyDictionary["asyncio.AbstractEventLoop", "asyncio.Semaphore"]
+_POOLS: WeakKeyDictionary[ConnectionPool, _Slots] = WeakKeyDictionary()
+"""The semaphore of each pool that was given, in each event loop that uses it."""
+
+
+def _shared_slots(pool: ConnectionPool, loop: asyncio.AbstractEventLoop) -> asyncio.Semaphore:
+    return _POOLS.setdefault(pool, _Slots()).setdefault(loop, asyncio.Semaphore(min(_SHARED, pool.max_connections)))
 
 
 _SERVERS: WeakSet[RedisServer] = WeakSet()

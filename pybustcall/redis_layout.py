@@ -5,7 +5,7 @@ no event loop. What readers do with an entry is decided by `integrations.redis`,
 
 Theory of operation. All of a namespace lies in one slot of a Redis Cluster, by the braces in P = PREFIX:{NAMESPACE}.
 
-    P:m       hash    epoch, seq (the generation), run, floor, fences, keys, tags, cursor
+    P:m       hash    epoch, seq (the generation), run, floor, fences, keys, tags, cursor, lost
     P:f       zset    fences: what was busted, scored by the generation of the last bust of it
     P:o       zset    open fences: what is being swept now, by hard busts; scored likewise
     P:e:KEY   hash    an entry: v (value), g (the generation it was born in), p (epoch), s ("1": stale), t (tags)
@@ -28,6 +28,11 @@ delete them. So it is always known how much there should be: P:m counts fences, 
 tag. They are counted up and down, never from what is there. Where the fences fall short, all tokens so far are refused.
 Where the index falls short, or P:m itself is gone, a new epoch begins, and all entries are misses.
 
+Nothing leads to those any more. `lost` says that there may be some, and with which epoch that began; of a namespace
+that is new nobody can tell that there are none. The next bust of everything goes through all names of the server, once,
+and frees the entries of other epochs and the tags that no index knows. What lies at the name of an entry and is none,
+since somebody else put it there, is neither read nor written nor removed.
+
 So it is where a server may have gone back to an older state, and what was busted since is there again. After a restart
 nobody can tell whether the snapshot or the log that it came from was complete, nor whether a replica that took over had
 lagged. So P:m says by which run of a server (the run_id that INFO tells) the epoch was begun, each script compares that
@@ -41,6 +46,9 @@ Where there is no P:m, there is nothing, and no token: a bust there has nothing 
 Nothing here looks at a clock. An entry ends by its own TTL, and leaves its key in the index, a ghost. Each store looks
 at the next few keys of the index, round and round, and takes ghosts away; so does whatever meets one. Thus there are
 never many more ghosts than a part of what is held, as long as anything is stored.
+
+While a script runs, the server answers nobody. So what goes through entries counts what it asks of the server, and ends
+early, telling where, once that is enough; at the end of an entry, which has so many tags as a reader may say.
 
 Scripts look into keys that they name themselves. All lie in the slot of the one key that they declare. Their first
 write frees memory or does nothing, where a bust depends on it: a server that is full refuses the scripts that begin by
@@ -76,6 +84,7 @@ __all__ = [
     "check_marks",
     "check_prefix",
     "exists",
+    "intruder",
     "ranges_of_prefix",
     "ranges_of_variants",
     "unlink",
@@ -89,6 +98,9 @@ MOST_MARKS: Final = 128
 
 _PREFIX: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _SWEPT: Final = 4  # keys of the index that each store looks after
+_STEPS: Final = 2000  # commands after which a script takes up no other entry; a thousand take about a millisecond
+_SWEEPING: Final = 1000  # commands after which a store takes up no other ghost: two with very many tags
+_TRIMMED: Final = 1000  # fences that one script lets go at most
 
 Range = tuple[bytes, bytes]
 """A range of keys as ZRANGEBYLEX takes it: "[" or "(" and the border, or "-" and "+"."""
@@ -102,7 +114,19 @@ EVERY: Final[Range] = (b"-", b"+")
 # client (an empty epoch if none). Numbers stay far below 2^53.
 
 _SHARED: Final = """
-local call = redis.call
+local steps = 0 -- commands so far
+
+local function call(...)
+    steps = steps + 1
+    return redis.call(...)
+end
+
+-- Where an error is an answer, too.
+local function try(...)
+    steps = steps + 1
+    return redis.pcall(...)
+end
+
 local M = KEYS[1]
 local P = string.sub(M, 1, -3)
 local F, O, I, H, N = P .. ':f', P .. ':o', P .. ':i', P .. ':h', P .. ':n'
@@ -123,6 +147,7 @@ local function begin_anew(first, lost)
     local number = math.max(number_of(epoch), number_of(ARGV[2])) + 1
     epoch, seq = string.format('%.0f:%s', number, ARGV[1]), first
     call('HSET', M, 'epoch', epoch, 'seq', string.format('%.0f', seq), 'floor', 0, 'fences', 0)
+    if lost then call('HSET', M, 'lost', epoch) end
     if run then call('HSET', M, 'run', run) end
 end
 
@@ -136,7 +161,7 @@ end
 local function enter(to_store)
     local m = call('HMGET', M, 'epoch', 'seq', 'run')
     epoch, seq = m[1] or nil, tonumber(m[2] or '0')
-    local server = redis.pcall('INFO', 'server') -- an error where the user may not
+    local server = try('INFO', 'server') -- an error where the user may not
     run = type(server) == 'string' and string.match(server, 'run_id:(%x+)') or nil
     if not (m[1] and m[2]) then
         if not to_store then return false end
@@ -195,11 +220,13 @@ local function drop_tag(key, tag)
 end
 
 local function is_alive(key)
-    return call('HGET', P .. ':e:' .. key, 'p') == epoch
+    return try('HGET', P .. ':e:' .. key, 'p') == epoch
 end
 
 local function drop(key)
-    call('UNLINK', P .. ':e:' .. key, P .. ':l:' .. key)
+    local E = P .. ':e:' .. key
+    if try('HEXISTS', E, 'p') == 1 then call('UNLINK', E) end
+    call('UNLINK', P .. ':l:' .. key)
     more_keys = more_keys - call('ZREM', I, key)
     local tags = call('HGET', H, key)
     if tags then
@@ -215,7 +242,7 @@ end
 
 -- Keep so many fences; the floor makes up for those that go.
 local function trim_fences(most)
-    local surplus = call('ZCARD', F) - most
+    local surplus = math.min(call('ZCARD', F) - most, @TRIMMED@)
     if surplus > 0 then
         local gone = call('ZPOPMIN', F, surplus)
         local floor = math.max(tonumber(gone[#gone]), tonumber(call('HGET', M, 'floor')))
@@ -266,7 +293,7 @@ end
 _LOOKUP: Final = """
 enter(true)
 local key, lease = ARGV[4], tonumber(ARGV[5])
-local e = call('HMGET', P .. ':e:' .. key, 'v', 'g', 'p', 's', 't')
+local e = try('HMGET', P .. ':e:' .. key, 'v', 'g', 'p', 's', 't')
 if not e[1] or e[3] ~= epoch or is_covered(O, key, e[5], tonumber(e[2])) then
     return {epoch, seq, 0}
 end
@@ -274,20 +301,24 @@ if e[4] ~= '1' then return {epoch, seq, 1, e[1]} end
 if lease > 0 then
     -- A server that is full refuses it, and its clock may have been set back since another took it.
     local L = P .. ':l:' .. key
-    local got = redis.pcall('SET', L, '1', 'NX', 'PX', lease)
-    if not got and call('PTTL', L) > lease then got = redis.pcall('SET', L, '1', 'PX', lease) end
+    local got = try('SET', L, '1', 'NX', 'PX', lease)
+    if not got then
+        local left = call('PTTL', L)
+        if left > lease or left == -1 then got = try('SET', L, '1', 'PX', lease) end
+    end
     if got and got.ok then return {epoch, seq, 3, e[1]} end
 end
 return {epoch, seq, 2, e[1]}
 """
 
 # Store an entry. key, value, its tags, milliseconds to live (0: for ever), the token's epoch ("": none) and seq
-# -> epoch, seq, 1 stored | 0 refused
+# -> epoch, seq, 1 stored | 0 refused; and the type of what lies there and is no entry, for which it was refused
 _STORE: Final = """
 enter(true)
 check_index()
 local key, value, tags, ttl, since = ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[9])
 local E = P .. ':e:' .. key
+if try('HEXISTS', E, 'p') ~= 1 and call('EXISTS', E) == 1 then return {epoch, seq, 0, call('TYPE', E).ok} end
 local former = call('HGET', H, key) or ''
 if ARGV[8] ~= '' then
     check_fences()
@@ -314,10 +345,16 @@ for tag in string.gmatch(tags, '[^\\n]+') do add_tag(key, tag) end
 
 local cursor = call('HGET', M, 'cursor') or ''
 local next_ones = call('ZRANGEBYLEX', I, '(' .. cursor, '+', 'LIMIT', 0, @SWEPT@)
+local enough = steps + @SWEEPING@
+cursor = #next_ones == @SWEPT@ and next_ones[@SWEPT@] or ''
 for _, it in ipairs(next_ones) do
     if not is_alive(it) then drop(it) end
+    if steps > enough then
+        cursor = it
+        break
+    end
 end
-call('HSET', M, 'cursor', #next_ones == @SWEPT@ and next_ones[@SWEPT@] or '')
+call('HSET', M, 'cursor', cursor)
 note_index()
 return {epoch, seq, 1}
 """
@@ -335,7 +372,7 @@ for number = 6, #ARGV do raise_fence(ARGV[number], seq) end
 trim_fences(most)
 if ARGV[5] == '1' then
     call('ZADD', O, seq, name)
-    local surplus = call('ZCARD', O) - most
+    local surplus = math.min(call('ZCARD', O) - most, @TRIMMED@)
     if surplus > 0 then call('ZPOPMIN', O, surplus) end -- of daemons that never came back
 end
 return {epoch, seq}
@@ -360,7 +397,7 @@ return 0
 """
 
 # Find keys that are held. the tag with "t:" before it, or "" for all keys; how many to look at; from, to, from, to, ...
-# -> 0, or the number of the range to go on with; the last key looked at there; keys
+# -> 0, or the number of the range to go on with; the last key looked at there; keys. It may look at fewer
 _SELECT: Final = """
 call('HDEL', M, '')
 if not enter(false) then return {0, ''} end
@@ -380,19 +417,20 @@ for number = 6, #ARGV, 2 do
             drop(key)
             if Z ~= I then drop_tag(key, string.sub(ARGV[4], 3)) end
         end
+        rest = rest - 1
+        if rest <= 0 or steps > @STEPS@ then
+            found[1], found[2] = (number - 4) / 2, key
+            break
+        end
     end
-    rest = rest - #keys
-    if rest <= 0 then
-        found[1], found[2] = (number - 4) / 2, keys[#keys]
-        break
-    end
+    if found[1] ~= 0 then break end
 end
 note_index()
 return found
 """
 
 # Remove entries, or mark them as stale, that were born before a generation. generation, 1 soft | 0 hard, keys
-# -> for each key 1 if it was held, or was fresh till now, and 0 otherwise
+# -> for each key 1 if it was held, or was fresh till now, and 0 otherwise. It may end before the last key
 _REMOVE: Final = """
 call('HDEL', M, '')
 if not enter(false) then return string.rep('0', #ARGV - 5) end
@@ -401,7 +439,7 @@ local before, soft, told = tonumber(ARGV[4]), ARGV[5] == '1', {}
 for number = 6, #ARGV do
     local key = ARGV[number]
     local E = P .. ':e:' .. key
-    local e = call('HMGET', E, 'g', 'p', 's')
+    local e = try('HMGET', E, 'g', 'p', 's')
     local done = '0'
     if not e[1] or e[2] ~= epoch then
         drop(key)
@@ -416,6 +454,7 @@ for number = 6, #ARGV do
         if soft then call('UNLINK', P .. ':l:' .. key) end
     end
     told[#told + 1] = done
+    if steps > @STEPS@ then break end
 end
 note_index()
 return table.concat(told)
@@ -427,11 +466,33 @@ _HELD: Final = """
 if not enter(false) then return string.rep('0', #ARGV - 5) end
 local before, stale, told = tonumber(ARGV[4]), ARGV[5] == '1', {}
 for number = 6, #ARGV do
-    local e = call('HMGET', P .. ':e:' .. ARGV[number], 'g', 'p', 's')
+    local e = try('HMGET', P .. ':e:' .. ARGV[number], 'g', 'p', 's')
     local is_held = e[1] and e[2] == epoch and (stale or e[3] ~= '1') and (not before or tonumber(e[1]) < before)
     told[#told + 1] = is_held and '1' or '0'
 end
 return table.concat(told)
+"""
+
+# Free what nothing leads to: entries of other epochs, and tags that the index does not know. the epoch of which all
+# that was lost has been freed ("": not yet), names without P and a colon -> how many of them it has looked at
+_FREE: Final = """
+call('HDEL', M, '')
+if enter(false) then check_index() else call('UNLINK', I, H, N, F, O) end
+local looked_at = 0
+for number = 5, #ARGV do
+    local name, rest = P .. ':' .. ARGV[number], string.sub(ARGV[number], 3)
+    if string.sub(ARGV[number], 1, 2) == 'e:' then
+        local its = try('HGET', name, 'p')
+        if type(its) == 'string' and its ~= epoch then drop(rest) end
+    elseif call('HEXISTS', N, rest) == 0 then
+        call('UNLINK', name)
+    end
+    looked_at = looked_at + 1
+    if steps > @STEPS@ then break end
+end
+note_index()
+if ARGV[4] ~= '' and call('HGET', M, 'lost') == ARGV[4] then call('HDEL', M, 'lost') end
+return looked_at
 """
 
 
@@ -468,7 +529,10 @@ def _script(body: str) -> Script:
         "@ENCODINGS@": ", ".join(f"'{it}'" for it in ENCODINGS),
         "@MARKS@": SEPARATORS,
         "@MOST_MARKS@": str(MOST_MARKS),
+        "@STEPS@": str(_STEPS),
+        "@SWEEPING@": str(_SWEEPING),
         "@SWEPT@": str(_SWEPT),
+        "@TRIMMED@": str(_TRIMMED),
     }.items():
         source = source.replace(name, value)
     return Script.of(source)
@@ -482,6 +546,7 @@ END: Final = _script(_END)
 SELECT: Final = _script(_SELECT)
 REMOVE: Final = _script(_REMOVE)
 HELD: Final = _script(_HELD)
+FREE: Final = _script(_FREE)
 UNLINK: Final = Script.of(_UNLINK)
 EXISTS: Final = Script.of(_EXISTS)
 
@@ -577,6 +642,16 @@ class Layout:
         """Tell the name of the index of all keys, or of those with a tag."""
         return (f"{self.root}:i" if tag is None else f"{self.root}:t:{tag}").encode()
 
+    @property
+    def lost(self) -> tuple[str | bytes, ...]:
+        """The command that tells the epoch, None if nothing is there, and that from which on names may be lost."""
+        return "HMGET", f"{self.root}:m", "epoch", "lost"
+
+    @property
+    def names(self) -> bytes:
+        """What the names of all entries and tags look like, as SCAN takes it."""
+        return f"{self.root}:[et]:*".encode()
+
     def lookup(self, fresh: str, known: Token | None, key: str, *, lease: float = 0.0) -> Call:
         """Look an entry up; if it is stale, try to take the lease, for that many seconds; 0 is not to try."""
         return self._call(LOOKUP, fresh, known, key, _milliseconds(lease))
@@ -627,12 +702,12 @@ class Layout:
     def select(
         self, fresh: str, known: Token | None, ranges: Sequence[Range], *, tag: str | None = None, limit: int
     ) -> Call:
-        """Find keys in these ranges, of all or of those with a tag; look at `limit` at most."""
+        """Find keys in these ranges, of all or of those with a tag; look at `limit` at most, or at fewer."""
         within = "" if tag is None else f"t:{tag}"
         return self._call(SELECT, fresh, known, within, limit, *(border for it in ranges for border in it))
 
     def remove(self, fresh: str, known: Token | None, keys: Sequence[str], *, generation: int, soft: bool) -> Call:
-        """Remove entries, or mark them as stale, that were born before `generation`."""
+        """Remove entries, or mark them as stale, that were born before `generation`: the first at least of `keys`."""
         return self._call(REMOVE, fresh, known, generation, int(soft), *keys)
 
     def held(
@@ -640,6 +715,13 @@ class Layout:
     ) -> Call:
         """Tell which entries are held, if `stale` also those, and were born before `generation`, if there is one."""
         return self._call(HELD, fresh, known, "" if generation is None else generation, int(stale), *keys)
+
+    def free(self, fresh: str, known: Token | None, names: Sequence[bytes], *, all_of: bytes = b"") -> Call:
+        """Free which of these names are of no use: the first at least of them, each whole.
+
+        `all_of`: what `lost` told before the walk through all names that ends with these.
+        """
+        return self._call(FREE, fresh, known, all_of, *(name[len(self.root.encode()) + 1 :] for name in names))
 
     def _call(self, script: Script, fresh: str, known: Token | None, *arguments: bytes | str | int) -> Call:
         newest = (known.epoch, known.generation) if known else ("", 0)
@@ -679,6 +761,11 @@ def _fence(kind: Kind, target: str) -> str:
 
 def _milliseconds(seconds: float) -> int:
     return max(1, round(seconds * 1000)) if seconds else 0
+
+
+def intruder(reply: Any) -> str | None:
+    """Read off the answer to `store` the type of what lies there and is no entry; None if that was not the matter."""
+    return reply[3].decode() if len(reply) > 3 else None
 
 
 def unlink(names: Sequence[bytes]) -> Call:

@@ -155,9 +155,12 @@ def test_a_daemon_with_nothing_but_redis_refuses_keys_of_very_many_marks() -> No
         alone.check(wish)
     with pytest.raises(RefusedKey):
         alone.check_key(HERE, key)
-    alone.check(replace(wish, kind="prefix"))
+    with pytest.raises(RefusedKey):
+        alone.check(replace(wish, kind="prefix"))
+    alone.check(replace(wish, kind="prefix", target="secret/" * 127))
     both = Engine([redis, Layer(name="memory", number=1, backend=MemoryBackend(Indexes()))], Indexes())
     both.check(wish)
+    both.check(replace(wish, kind="prefix"))
 
 
 # Failures
@@ -251,13 +254,28 @@ async def test_one_entry_that_is_broken_does_not_make_the_server_unreachable(eng
     """It is told how many went, and how many did not."""
     async with opened(engine.url) as backend, RedisCache(engine.url) as cache:
         keys = [f"k{number:03}" for number in range(250)]
-        await asyncio.gather(*(cache.set(key, b"v", ttl=None) for key in keys))
-        engine.ask("SET", "bustcall:{default}:e:k100", "no entry")
+        await asyncio.gather(*(cache.set(key, b"v", tags=["t"] * (key == "k100"), ttl=None) for key in keys))
+        engine.ask("SET", "bustcall:{default}:t:t", "no index")
         generation = await backend.begin(Scope(HERE, "all", "*"), soft=False)
         with pytest.raises(BackendFailure, match="WRONGTYPE") as caught:
             await backend.remove(HERE, [*keys, "\ud800"], generation=generation, soft=False)
         assert (caught.value.removed, caught.value.failed, caught.value.unreachable) == (100, 151, False)
         assert "k100" not in str(caught.value)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+async def test_what_lies_where_an_entry_would_is_not_in_the_way_of_a_bust(engine: RedisProcess, soft: bool) -> None:
+    """It is none of ours, so it stays, and all entries beside it go."""
+    async with opened(engine.url) as backend, RedisCache(engine.url) as cache:
+        keys = [f"k/{number:03}" for number in range(150)]
+        await asyncio.gather(*(cache.set(key, b"v", tags=["t"], ttl=None) for key in keys))
+        engine.ask("SET", "bustcall:{default}:e:k/070", "of somebody")
+        scope = Scope(HERE, "prefix", "k")
+        assert await backend.remove(HERE, keys, generation=await backend.begin(scope, soft=soft), soft=soft) == 149
+        assert await bust(backend, "key", "k/070", soft=soft) == 0
+        assert await bust(backend, "tag", "t", soft=soft) == 0
+        assert await bust(backend, "all", "*") == 149 * soft
+        assert engine.ask("GET", "bustcall:{default}:e:k/070") == b"$11\r\nof somebody\r\n"
 
 
 async def test_a_script_that_the_server_has_forgotten_is_sent_again(engine: RedisProcess) -> None:
@@ -344,6 +362,71 @@ async def test_many_keys_are_removed_in_small_steps(engine: RedisProcess) -> Non
         engine.ask("CONFIG", "RESETSTAT")
         assert await backend.remove(HERE, keys, generation=generation, soft=False) == 500
         assert b"cmdstat_evalsha:calls=10," in engine.ask("INFO", "commandstats")
+
+
+async def test_entries_of_very_many_tags_are_removed_in_small_steps(engine: RedisProcess) -> None:
+    """Beside them plain keys, which go with them: each is counted once."""
+    tags = [f"t{number}" for number in range(256)]
+    server = RedisServer(engine.url)
+    async with opened(engine.url, foreign="app:") as backend, RedisCache(engine.url) as cache:
+        keys = [f"k{number:02}" for number in range(40)]
+        for number, key in enumerate(keys):
+            if number % 3:
+                await cache.set(key, b"v", tags=tags, ttl=None)
+            if number % 3 != 1:
+                await server.execute("SET", f"app:{key}", "v")
+        engine.ask("CONFIG", "RESETSTAT")
+        assert await bust(backend, "all", "*") == 40
+        assert engine.ask("EXISTS", *(f"app:{key}" for key in keys)) == b":0\r\n"
+        calls = engine.ask("INFO", "commandstats").split(b"cmdstat_evalsha:calls=")[1]
+        assert int(calls.split(b",")[0]) > 10
+    await server.aclose()
+
+
+@pytest.mark.parametrize("lost", ["m", "i", "m i h n f o"])
+async def test_a_bust_of_everything_frees_what_an_epoch_has_left(engine: RedisProcess, lost: str) -> None:
+    """Once; what was not lost is told and counted as ever, and whoever only looks is in nobody's way."""
+    scope = Scope(HERE, "all", "*")
+    async with opened(engine.url) as backend, RedisCache(engine.url) as cache:
+        for number in range(600):
+            await cache.set(f"k/{number}", b"v", tags=["t", f"t{number}"], ttl=None)
+        for name in lost.split():
+            engine.ask("DEL", f"bustcall:{{default}}:{name}")
+        await cache.set("k/new", b"v", tags=["t"], ttl=None)
+        assert int(engine.ask("DBSIZE")[1:]) > 1000
+        assert [keys async for keys in backend.select(scope)] == [("k/new",)]
+        assert await cache.get("k/new") is not None
+        assert await bust(backend, "all", "*") == 1
+        assert engine.ask("DBSIZE") == b":2\r\n", "the counters and the fences"
+        engine.ask("CONFIG", "RESETSTAT")
+        assert await bust(backend, "all", "*") == 0
+        assert b"cmdstat_scan" not in engine.ask("INFO", "commandstats")
+
+
+async def test_a_bust_of_everything_frees_what_was_lost_with_the_rest(engine: RedisProcess) -> None:
+    """Also where nobody has stored since."""
+    async with opened(engine.url) as backend, RedisCache(engine.url) as cache:
+        await cache.set("k", b"v", tags=["t"], ttl=None)
+        engine.ask("DEL", "bustcall:{default}:m")
+        assert await bust(backend, "all", "*") == 0
+        assert engine.ask("DBSIZE") == b":0\r\n"
+
+
+async def test_what_cannot_be_freed_fails_no_bust(own_engine: RedisProcess, caplog: pytest.LogCaptureFixture) -> None:
+    """A user who may not walk through all names is warned; it costs memory only."""
+    own_engine.ask("ACL", "SETUSER", "limited", "on", "nopass", "~*", "+@all", "-scan")
+    async with (
+        opened(own_engine.url.replace("//", "//limited:x@")) as backend,
+        RedisCache(own_engine.url) as cache,
+    ):
+        await cache.set("k", b"v", ttl=None)
+        with caplog.at_level(logging.WARNING, "pybustcall.daemon"):
+            assert await bust(backend, "all", "*") == 1
+        assert "the namespace default had lost was not freed" in caplog.text
+        own_engine.kill()
+        with pytest.raises(BackendFailure) as caught:
+            await backend._free(HERE)
+        assert caught.value.unreachable
 
 
 async def test_variants_come_in_pages(engine: RedisProcess) -> None:

@@ -9,8 +9,10 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ import uvloop
 from pybustcall.daemon.backends import Scope
 from pybustcall.daemon.backends.redis import RedisBackend
 from pybustcall.errors import ClientClosed, ConfigurationError, InvalidRequest
-from pybustcall.integrations.redis import Breaker, Found, RedisCache, RedisUnavailable, _Guard
+from pybustcall.integrations.filling import Guard
+from pybustcall.integrations.redis import Breaker, Found, RedisCache, RedisUnavailable
 from pybustcall.models import Kind
 from pybustcall.testing.proxy import FaultyProxy, Trouble
 from tests.conftest import PATIENCE, eventually
@@ -106,7 +109,7 @@ def start(cache: RedisCache, key: str, make: Maker, **more: Any) -> asyncio.Task
 
 def waiting(cache: RedisCache, key: str) -> int:
     """Tell how many wait for a value."""
-    return sum(flights[key].waiting for flights in cache._flights.values() if key in flights)
+    return sum(flights[key].waiting for flights in cache._filling._flights.values() if key in flights)
 
 
 # Values
@@ -390,7 +393,140 @@ async def test_closing_breaks_off_what_is_made(engine: RedisProcess) -> None:
     await cache.aclose()
 
 
+# Values that are made of others
+
+
+async def test_what_makes_a_value_may_ask_for_others(cache: RedisCache) -> None:
+    """Side by side and one in the other, of which some are being made by others."""
+    slow = Maker(b"slow")
+    other = start(cache, "slow", slow)
+    await eventually(lambda: slow.calls)
+
+    async def inner() -> bytes:
+        return b"inner of " + await cache.get_or_set("slow", never, ttl=60.0)
+
+    async def outer() -> bytes:
+        found = await asyncio.gather(*(cache.get_or_set(key, inner, ttl=60.0) for key in ("a", "b", "a")))
+        return b", ".join(found)
+
+    task = asyncio.create_task(cache.get_or_set("outer", outer, ttl=60.0))
+    await eventually(lambda: waiting(cache, "slow") == 3)
+    slow.go.set()
+    assert await task == b"inner of slow, inner of slow, inner of slow"
+    assert await other == b"slow"
+
+
+def asks_by(way: str, ask: Callable[[], Awaitable[bytes]]) -> Callable[[], Awaitable[bytes]]:
+    """Tell how to ask for a value: oneself, or by tasks."""
+
+    async def gather() -> bytes:
+        return (await asyncio.gather(ask(), ask()))[0]
+
+    async def task() -> bytes:
+        return await asyncio.ensure_future(ask())
+
+    return {"itself": ask, "gather": gather, "task": task}[way]
+
+
+@pytest.mark.parametrize("way", ["itself", "gather", "task"])
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("is_alive", [True, False])
+async def test_a_value_that_is_made_of_itself_is_refused(
+    engine: RedisProcess, way: str, length: int, is_alive: bool
+) -> None:
+    """It would wait for itself for ever, or, without a server, make itself without an end."""
+    url = engine.url if is_alive else f"redis://127.0.0.1:{free_port()}/0"
+    async with RedisCache(url, timeout=10.0) as cache:
+
+        async def ask(number: int) -> bytes:
+            make = asks_by(way, partial(ask, (number + 1) % length))
+            return await cache.get_or_set(f"secret/{number}/x", make, ttl=60.0)
+
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"the entry secret/…\w+ cannot be made of itself") as caught:
+                await asyncio.wait_for(ask(0), PATIENCE)
+            assert "/x" not in str(caught.value)
+        assert await cache.get_or_set("secret/0/x", quick, ttl=60.0) == b"v"
+
+
+async def test_values_that_wait_for_each_other_are_refused(cache: RedisCache) -> None:
+    """Where each was asked for by a reader of its own, so that neither is made for the sake of the other."""
+    are_both_begun = asyncio.Barrier(3)
+
+    async def ask(ring: list[str]) -> bytes:
+        async def make() -> bytes:
+            await are_both_begun.wait()
+            return await cache.get_or_set(ring[1], never, ttl=60.0)
+
+        return await cache.get_or_set(ring[0], make, ttl=60.0)
+
+    readers = [ask(["a", "b"]), ask(["b", "c"]), ask(["c", "a"])]
+    found = await asyncio.wait_for(asyncio.gather(*readers, return_exceptions=True), PATIENCE)
+    assert [type(it) for it in found] == [RuntimeError] * 3
+    assert await cache.get_or_set("a", quick, ttl=60.0) == b"v"
+
+
+async def test_who_makes_a_value_may_ask_for_it_afterwards(cache: RedisCache, backend: RedisBackend) -> None:
+    """By a task that it has begun, also if another reader is at the same key then."""
+    tasks: list[asyncio.Task[bytes]] = []
+    is_made = asyncio.Event()
+
+    async def afterwards() -> bytes:
+        await is_made.wait()
+        return await cache.get_or_set("k", never, ttl=60.0)
+
+    async def make() -> bytes:
+        tasks.append(asyncio.create_task(afterwards()))
+        return b"first"
+
+    assert await cache.get_or_set("k", make, ttl=60.0) == b"first"
+    await bust(backend, "key", "k")
+    second = Maker(b"second")
+    reader = start(cache, "k", second)
+    await eventually(lambda: second.calls)
+    is_made.set()
+    await eventually(lambda: waiting(cache, "k") == 2)
+    second.go.set()
+    assert await reader == await tasks[0] == b"second"
+
+
+async def test_a_refresh_in_the_background_is_in_nobodys_way(cache: RedisCache, backend: RedisBackend) -> None:
+    """What another reader makes anew is served stale to what makes others of it."""
+    await cache.set("part", b"old", ttl=60.0)
+    await bust(backend, "key", "part", soft=True)
+    refresh = Maker(b"new")
+    reader = start(cache, "part", refresh)
+    await eventually(lambda: refresh.calls)
+    assert await cache.get_or_set("page", lambda: cache.get_or_set("part", never, ttl=60.0), ttl=60.0) == b"old"
+    refresh.go.set()
+    assert await reader == b"new"
+
+
+async def test_equal_keys_of_other_caches_are_others(engine: RedisProcess) -> None:
+    """A tenant's page may be made of everybody's."""
+    async with RedisCache(engine.url, namespace="a") as one, RedisCache(engine.url, namespace="b") as other:
+        assert await one.get_or_set("k", lambda: other.get_or_set("k", quick, ttl=60.0), ttl=60.0) == b"v"
+
+
 # Trouble
+
+
+async def test_what_lies_where_an_entry_would_is_not_written_over(
+    cache: RedisCache, engine: RedisProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is told what there is and what to do; values are made all the same."""
+    engine.ask("SET", f"bustcall:{{{SHOP}}}:e:secret/k", "of somebody")
+    assert await cache.get("secret/k") is None
+    looked = await cache.lookup("secret/k")
+    for call in (cache.set("secret/k", b"v", ttl=None), cache.store("secret/k", b"v", token=looked.token, ttl=None)):
+        with pytest.raises(RedisUnavailable, match=r"there is a string that is none of ours; .* remove it") as caught:
+            await call
+        assert (caught.value.applied, caught.value.whole, caught.value.answered) == ("no", False, True)
+        assert "/k" not in str(caught.value)
+    with caplog.at_level(logging.WARNING):
+        assert await cache.get_or_set("secret/k", quick, ttl=None) == b"v"
+    assert "none of ours" in caplog.text
+    assert engine.ask("GET", f"bustcall:{{{SHOP}}}:e:secret/k") == b"$11\r\nof somebody\r\n"
 
 
 async def test_without_redis_values_are_made_all_the_same(
@@ -608,11 +744,11 @@ async def test_a_server_that_says_no_goes_on_being_asked(tmp_path: Path) -> None
 
 def test_calls_from_before_the_breaker_opened_do_not_open_it_again() -> None:
     """They may end long after the server has come back."""
-    guard = _Guard(Breaker(incidents=2, open=1.0, cap=1.0, proofs=1), "redis://h")
+    guard = Guard(Breaker(incidents=2, open=1.0, cap=1.0, proofs=1), "redis://h", RuntimeError)
     old = [guard.begin(0.0) for _ in range(9)]
     for trial in old[:3]:
         guard.silent(0.0, 2.0, trial=trial)
-    with pytest.raises(RedisUnavailable):
+    with pytest.raises(RuntimeError):
         guard.begin(2.0)
     trial = guard.begin(4.0)
     assert trial
@@ -626,7 +762,7 @@ def test_calls_from_before_the_breaker_opened_do_not_open_it_again() -> None:
     guard.answered(9.0, trial=guard.begin(9.0))
     guard.silent(9.0, 10.0, trial=guard.begin(9.0))
     guard.silent(9.0, 10.0, trial=guard.begin(9.0))
-    with pytest.raises(RedisUnavailable):
+    with pytest.raises(RuntimeError):
         guard.begin(10.0)
 
 
@@ -639,6 +775,20 @@ def test_each_loop_finds_out_for_itself(dead: Iterator[str]) -> None:
 
     for _ in range(2):
         assert asyncio.run(use()) == ["maybe", "maybe", "maybe", "no"]
+
+
+def test_calls_half_of_which_get_no_answer_open_the_breaker() -> None:
+    """By default, and if there are at least 20 within 10 seconds; also where never three in a row did."""
+    cache = RedisCache("redis://h")
+    guard = Guard(cache._breaker, "redis://h", RuntimeError)
+    for number in range(20):
+        trial = guard.begin(float(number) / 4)
+        if number % 2:
+            guard.silent(number / 4, number / 4 + 0.1, trial=trial)
+        else:
+            guard.answered(number / 4 + 0.1, trial=trial)
+    with pytest.raises(RuntimeError):
+        guard.begin(5.1)
 
 
 async def test_few_connections_serve_many_readers(engine: RedisProcess) -> None:
@@ -663,6 +813,55 @@ async def test_a_client_of_redis_py_may_be_given(engine: RedisProcess, decode: b
         assert repr(cache) == "RedisCache(Redis, namespace='shop')"
     assert await client.ping()
     await client.aclose()
+
+
+@pytest.mark.parametrize("most", [3, 100])
+async def test_one_client_serves_many_caches(engine: RedisProcess, most: int) -> None:
+    """They wait for its connections together, of which they use 50 at most, and its pool refuses none of them."""
+    pool = redis.asyncio.ConnectionPool.from_url(engine.url, max_connections=most)
+    clients = [redis.asyncio.Redis(connection_pool=pool), redis.asyncio.Redis(connection_pool=pool)]
+    tenants = [
+        RedisCache(client=clients[number % 2], namespace=f"n{number}", on_error="raise", timeout=20.0)
+        for number in range(20)
+    ]
+    keys = [f"k/{number}" for number in range(15)]
+    found = await asyncio.gather(*(it.get_or_set(key, key.encode, ttl=60.0) for key in keys for it in tenants))
+    assert found == [key.encode() for key in keys for _ in tenants]
+    assert engine.ask("INFO", "clients").split(b"connected_clients:")[1].split()[0] == b"%d" % (min(50, most) + 1)
+    await pool.aclose()
+
+
+async def test_a_client_that_others_use_up_is_no_silent_server(engine: RedisProcess) -> None:
+    """Nothing was sent, so the breaker stays as it is; and all goes on once a connection is free."""
+    client = redis.asyncio.Redis.from_url(engine.url, max_connections=2)
+    cache = RedisCache(client=client, timeout=20.0)
+    await cache.set("k", b"v", ttl=None)
+    pool: Any = client.connection_pool
+    taken = [await pool.get_connection() for _ in range(2)]
+    for _ in range(30):
+        with pytest.raises(RedisUnavailable, match=r"all connections of the client .*\(max_connections\)") as caught:
+            await cache.get("k")
+        assert (caught.value.applied, caught.value.answered) == ("no", False)
+    assert await cache.get_or_set("k", lambda: b"made", ttl=None) == b"made"
+    for connection in taken:
+        await pool.release(connection)
+    assert await cache.get("k") == Found(b"v", stale=False)
+    await client.aclose()
+
+
+async def test_who_waits_in_vain_for_a_connection_has_not_met_a_silent_server(engine: RedisProcess) -> None:
+    """Those who have the connections find that out."""
+    async with RedisCache(engine.url, connections=1) as cache:
+        await cache.set("k", b"v", ttl=None)
+        state = await cache._server._state()
+        async with state.slots:
+            cache._server._limit = 0.001
+            for _ in range(30):
+                with pytest.raises(RedisUnavailable, match=r"came free within 0\.001 s; nothing was sent") as caught:
+                    await cache.get("k")
+                assert (caught.value.applied, caught.value.answered) == ("no", False)
+        cache._server._limit = PATIENCE
+        assert await cache.get("k") == Found(b"v", stale=False)
 
 
 class Careless(redis.asyncio.Redis):
@@ -724,6 +923,37 @@ def test_one_cache_serves_many_loops(
     assert [str(it.message) for it in caught] == []
     assert len(os.listdir("/proc/self/fd")) == before
     assert len(cache._server._states) <= 1
+
+
+def test_one_cache_serves_loops_of_many_threads(engine: RedisProcess) -> None:
+    """Loops that begin and end at the same time are in each other's way nowhere."""
+    cache = RedisCache(engine.url, timeout=20.0)
+    failures: list[BaseException] = []
+
+    async def use() -> None:
+        assert await cache.get_or_set("k", quick, ttl=60.0) == b"v"
+
+    def run() -> None:
+        try:
+            for _ in range(25):
+                asyncio.run(use())
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    before, interval = len(os.listdir("/proc/self/fd")), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=run) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert failures == []
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_loop_that_ends_in_the_midst_leaves_nothing(engine: RedisProcess) -> None:

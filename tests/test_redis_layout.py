@@ -23,8 +23,10 @@ from pybustcall.redis_layout import (
     Entry,
     Layout,
     Page,
+    Range,
     Token,
     exists,
+    intruder,
     ranges_of_prefix,
     ranges_of_variants,
     unlink,
@@ -122,6 +124,26 @@ class Table:
     def names(self) -> set[str]:
         """List the names of all keys in the server, without the root of the namespace."""
         return {cast("bytes", name).decode().removeprefix(self.name("")) for name in self.client.scan_iter()}
+
+    def lost(self) -> bytes | None:
+        """Tell whether there may be what was lost, and since when."""
+        return cast("list[bytes | None]", self.client.execute_command(*self.layout.lost))[1]  # type: ignore[no-untyped-call]
+
+    def free(self) -> None:
+        """Free what was lost, as a bust of everything does."""
+        lost = self.lost()
+        names = list(cast("Iterator[bytes]", self.client.scan_iter(self.layout.names)))
+        while names:
+            names = names[int(self.run(self.layout.free(self.fresh(), self.known, names))) :]
+        self.run(self.layout.free(self.fresh(), self.known, [], all_of=lost or b""))
+
+    def commands(self, call: Call) -> tuple[Any, int]:
+        """Run a script; tell its answer, and how many commands it gave."""
+        self.client.config_resetstat()
+        answer = self.run(call)
+        stats = cast("dict[str, dict[str, int]]", self.client.info("commandstats"))
+        apart = {"cmdstat_eval", "cmdstat_config|resetstat"}
+        return answer, sum(its["calls"] for name, its in stats.items() if name not in apart)
 
 
 @pytest.fixture
@@ -419,6 +441,29 @@ def test_one_reader_makes_a_stale_entry_anew(table: Table) -> None:
     assert "l:k" not in table.names()
 
 
+@pytest.mark.parametrize("left", [3_600_000, -1])
+def test_a_lease_that_would_not_end_in_its_time_is_taken_over(table: Table, left: int) -> None:
+    """The server's clock was set back since it was taken, or it was taken by nobody of ours."""
+    table.store("k")
+    table.bust("key", "k", soft=True)
+    table.client.set(table.name("l:k"), "1", px=left if left > 0 else None)
+    assert table.lookup("k", lease=10.0)[0] == Entry(b"v", stale=True, refresh=True)
+    assert 0 < table.client.pttl(table.name("l:k")) <= 10_000
+    assert table.lookup("k", lease=10.0)[0] == Entry(b"v", stale=True, refresh=False)
+
+
+def test_what_is_stale_is_served_by_a_server_that_is_full(table: Table) -> None:
+    """It refuses the lease, so nobody makes the entry anew, which it could not store."""
+    table.store("k")
+    table.bust("key", "k", soft=True)
+    table.client.config_set("maxmemory", "1")
+    try:
+        assert table.lookup("k", lease=10.0)[0] == Entry(b"v", stale=True, refresh=False)
+    finally:
+        table.client.config_set("maxmemory", "0")
+    assert table.lookup("k", lease=10.0)[0] == Entry(b"v", stale=True, refresh=True)
+
+
 def test_pages_go_on_behind_the_last_key(table: Table) -> None:
     """Over several ranges, of all keys and of a tag, with ended ones among them."""
     keys = [f"p{mark}{number}" for mark in "#/:?" for number in range(5)]
@@ -445,6 +490,113 @@ def test_plain_keys_of_others_are_told_one_by_one(client: redis.Redis) -> None:
     assert run(exists([b"b", b"c", b"a"])) == b"101"
     assert run(unlink([b"c", b"b", b"b", b"a"])) == b"0101"
     assert client.dbsize() == 0
+
+
+# What others put there
+
+
+@pytest.mark.parametrize("kind", ["string", "hash", "list"])
+def test_what_is_no_entry_is_left_alone(table: Table, kind: str) -> None:
+    """It is missed, found by no bust, and neither removed nor written over; entries beside it are as ever."""
+    for key in ("a/1", "a/2", "a/3"):
+        table.store(key, tags=("t",))
+    for name in (table.name("e:a/2"), table.name("e:a/new")):
+        table.client.delete(name)
+        if kind == "hash":
+            table.client.hset(name, "v", "x")
+        else:
+            (table.client.set if kind == "string" else table.client.rpush)(name, "x")
+    assert table.get("a/2") is table.get("a/new") is None
+    for key in ("a/2", "a/new"):
+        call = table.layout.store(table.fresh(), table.known, key, b"v", tags=(), ttl=None, token=None)
+        reply = table.run(call)
+        assert (reply[2], intruder(reply)) == (0, kind)
+    assert table.held("a/1", "a/2", "a/new", "a/3", stale=True) == b"1001"
+    assert table.bust("prefix", "a", soft=True) == 2
+    assert table.remove("a/2", "a/new", generation=1000, soft=True) == b"00"
+    assert table.lookup("a/1")[0] == Entry(b"v", stale=True, refresh=False)
+    assert table.bust("tag", "t") == 2
+    assert table.remove("a/2", "a/new", generation=1000) == b"00"
+    table.free()
+    assert table.names() == {"m", "f", "e:a/2", "e:a/new"}
+    assert table.client.hget(table.name("m"), "keys") == b"0"
+    assert table.client.type(table.name("e:a/2")) == kind.encode()
+
+
+# Steps
+
+
+MANY = tuple(f"t{number}" for number in range(256))
+MOST_COMMANDS = 2000 + 4 * len(MANY)  # and one entry beyond
+
+
+def test_finding_ends_early_where_ghosts_have_very_many_tags(table: Table) -> None:
+    """Each page in so many commands, at least one key further, and none is left out."""
+    keys = [f"k/{number:02}" for number in range(40)]
+    for key in keys:
+        table.store(key, tags=MANY)
+    for key in keys[:-1]:
+        table.client.delete(table.name(f"e:{key}"))
+    for tag in (None, "t7"):
+        ranges: tuple[Range, ...] = (EVERY,)
+        found: list[str] = []
+        pages = 0
+        while ranges:
+            call = table.layout.select(table.fresh(), table.known, ranges, tag=tag, limit=500)
+            reply, commands = table.commands(call)
+            assert commands <= MOST_COMMANDS
+            page = Page.of(reply, ranges)
+            ranges, found, pages = page.rest, [*found, *page.keys], pages + 1
+        assert found == keys[-1:]
+        assert pages > 1 or tag
+    assert table.client.zcard(table.name("i")) == 1
+
+
+def test_removing_ends_early_where_entries_have_very_many_tags(table: Table) -> None:
+    """It tells of those that it has come to."""
+    keys = [f"k/{number:02}" for number in range(40)]
+    for key in keys:
+        table.store(key, tags=MANY)
+    generation = table.begin("all")
+    left = keys
+    while left:
+        told, commands = table.commands(
+            table.layout.remove(table.fresh(), table.known, left, generation=generation, soft=False)
+        )
+        assert commands <= MOST_COMMANDS
+        assert told in (b"1" * count for count in range(1, 10))
+        left = left[len(told) :]
+    table.end("all", "*", generation)
+    assert table.names() == {"m", "f"}
+
+
+def test_a_store_takes_away_few_ghosts_that_have_very_many_tags(table: Table) -> None:
+    """And more than it adds itself."""
+    for number in range(40):
+        table.store(f"k/{number:02}", tags=MANY)
+        table.client.delete(table.name(f"e:k/{number:02}"))
+        table.client.hset(table.name("m"), "cursor", "x")
+    before = table.client.zcard(table.name("i"))
+    for number in range(10):
+        tags = tuple(f"u{tag}" for tag in MANY)
+        call = table.layout.store(table.fresh(), table.known, f"n/{number}", b"v", tags=tags, ttl=None, token=None)
+        assert table.commands(call)[1] <= 2 * MOST_COMMANDS
+    assert table.client.zcard(table.name("i")) <= before - 5
+
+
+def test_fences_go_in_portions_where_fewer_are_to_be_kept(table: Table) -> None:
+    """The newest that went refuses those that are older, with each portion."""
+    table.store("k")
+    for number in range(5):
+        table.fence(*(f"f{number}/{count}" for count in range(300)), generation=table.begin("key", f"k{number}"))
+    token = table.token()
+    table.most = 10
+    table.begin("key", "x")
+    assert table.client.zcard(table.name("f")) == 1506 - 1000
+    table.begin("key", "y")
+    assert table.client.zcard(table.name("f")) == 10
+    assert table.store("other", token=token)
+    assert not table.store("x", token=token)
 
 
 # Ghosts
@@ -485,6 +637,7 @@ def test_no_script_asks_for_the_time() -> None:
         layout.select("", None, [EVERY], limit=1),
         layout.remove("", None, [], generation=1, soft=False),
         layout.held("", None, [], generation=None, stale=False),
+        layout.free("", None, []),
     ]
     for call in calls:
         assert "TIME" not in call.script.source
@@ -513,6 +666,43 @@ def test_an_index_that_is_lost_costs_misses_and_never_an_old_value(table: Table,
         assert table.get(key) == b"2"
     assert table.bust("tag", "t") == 2
     assert table.select("all") == []
+
+
+@pytest.mark.parametrize("lost", ["m", "i", "n", "m i h n f o"])
+@pytest.mark.parametrize("is_used", [True, False])
+def test_what_was_lost_can_be_freed(table: Table, lost: str, is_used: bool) -> None:
+    """Entries and tags of epochs that are over, and neither what was stored since nor another tenant's."""
+    other = Table(table.client, Layout("bustcall", "theirs"))
+    other.store("k/1", tags=("t", "gone"))
+    for number in range(5):
+        table.store(f"k/{number}", tags=("t", "gone"))
+    for name in lost.split():
+        table.client.delete(table.name(name))
+    if is_used:
+        table.store("k/new", tags=("t",))
+    table.free()
+    own = {"i", "h", "n", "t:t", "e:k/new"} if is_used else set[str]()
+    left = {name for name in table.names() if "theirs" not in name}
+    assert left - {"m"} == own
+    assert other.get("k/1") == b"v"
+    assert other.bust("tag", "gone") == 1
+    assert table.store("k/0", tags=("gone",))
+    assert table.bust("tag", "gone") == 1
+    assert table.get("k/new") == (b"v" if is_used else None)
+
+
+def test_it_is_known_whether_there_may_be_what_was_lost(table: Table) -> None:
+    """Until all was freed that had been lost when that began."""
+    table.store("k")
+    lost = table.lost()
+    assert lost is not None
+    table.client.delete(table.name("m"))
+    table.store("k")
+    table.run(table.layout.free(table.fresh(), table.known, [], all_of=lost))
+    assert table.lost() not in {None, lost}
+    table.free()
+    assert table.lost() is None
+    assert table.get("k") == b"v"
 
 
 def test_what_is_stored_after_a_loss_is_no_part_of_what_was_lost(table: Table) -> None:
@@ -745,6 +935,10 @@ class Machine(RuleBasedStateMachine):
     @rule(scope=SCOPES, soft=st.booleans())
     def bust(self, scope: tuple[Kind, str], soft: bool) -> None:
         self.sweep(self.begin(scope, soft, False), 100)
+
+    @rule()
+    def free(self) -> None:
+        self.table.free()
 
     @invariant()
     def every_reader_sees_what_it_may(self) -> None:

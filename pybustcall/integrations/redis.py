@@ -1,17 +1,12 @@
 """The readers' half of a cache in Redis: look up, make, store, so that a bust by the daemon is never undone.
 
-This module decides what a reader does with what it finds, who makes a value while others wait, and when a server that
-does not answer is no longer asked. It busts nothing; that is asked of a daemon. How entries lie in the server is said
-by `redis_layout`, when a breaker opens by `policies`. It needs the extra "redis".
+This module decides what a reader does with what it finds in the server. It busts nothing; that is asked of a daemon.
+Who makes a value while others wait, and when a server that does not answer is no longer asked, is decided by `filling`,
+how entries lie in the server by `redis_layout`. It needs the extra "redis".
 
 Theory of operation. Each look-up tells a token: how far the busts of the namespace had come. A value that is made is
 stored with the token from before it was made, and the server refuses it if it was busted since. So however long it
 takes to make a value, an old one never replaces what a bust has removed.
-
-Of those readers in one event loop that miss the same key, one flight makes the value. Whoever was told the same token
-joins: nothing at all was busted between the flight's beginning and that look-up. Whoever was told a newer one begins a
-flight of its own, and the older goes on for those who wait for it. A flight is a task, which belongs to all of them: it
-goes on if the one that began it is cancelled, and ends if nobody waits any more.
 
 A server that keeps everybody waiting is asked no more: after a few calls in a row without an answer all fail at once,
 and after a pause one of them tries again, until one is answered. That is for each event loop to find out. Nothing is
@@ -22,24 +17,34 @@ yet loaded, keeps nobody waiting, and goes on being asked.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import math
-import random
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, final
 from weakref import WeakKeyDictionary
 
-from pybustcall.errors import ClientClosed, ConfigurationError, InvalidRequest
-from pybustcall.models import DEFAULT_NAMESPACE, check_target
-from pybustcall.policies import Breaker, BreakerState, Circuit
+from pybustcall.errors import ConfigurationError, InvalidRequest
+from pybustcall.integrations.filling import (
+    BREAKER,
+    Filling,
+    Found,
+    Guard,
+    Make,
+    Wanted,
+    checked_lease,
+    checked_tags,
+    checked_ttl,
+)
+from pybustcall.models import DEFAULT_NAMESPACE, check_target, redact
+from pybustcall.policies import Breaker
 from pybustcall.redis_connection import RedisServer, RedisUnavailable
-from pybustcall.redis_layout import DEFAULT_PREFIX, Entry, Layout, Token, check_marks
+from pybustcall.redis_layout import DEFAULT_PREFIX, Entry, Layout, Token, check_marks, intruder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     from redis.asyncio import Redis
@@ -48,24 +53,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Breaker", "Found", "Looked", "Make", "RedisCache", "RedisUnavailable", "Token"]
 
-Make = Callable[[], Awaitable[bytes] | bytes]
-"""Makes the value of an entry anew."""
-
-_MOST_TAGS: Final = 256
-_LONGEST: Final = 10.0**9  # seconds
 _QUIET: Final = 10.0  # seconds between two lines of the log about a server that cannot be used
-_BREAKER: Final = Breaker(incidents=3, open=1.0, cap=10.0, proofs=1)
 
 _log = logging.getLogger("pybustcall.integrations")
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A value that is held. `stale`: it was busted softly, and somebody is to make it anew."""
-
-    value: bytes
-    stale: bool
 
 
 @final
@@ -84,19 +74,6 @@ class Looked:
 
 
 @final
-class _Flight:
-    """A value that is being made, and how many wait for it."""
-
-    def __init__(self, token: Token, task: asyncio.Task[bytes]) -> None:
-        self.token = token
-        self.task = task
-        self.waiting = 0
-
-
-_Flights = dict[str, _Flight]
-
-
-@final
 class RedisCache:
     """A namespace of entries in Redis, each of them bytes under a key, with tags and a lifetime.
 
@@ -106,7 +83,8 @@ class RedisCache:
     ```
 
     - `url`: redis://HOST:PORT/DB, rediss://... or unix://PATH?db=DB
-    - `client`: a `redis.asyncio.Redis` to use instead; it is never closed here, and belongs to its own event loop
+    - `client`: a `redis.asyncio.Redis` to use instead; it is never closed here, and belongs to its own event loop. All
+      caches of one client use together at most 50 connections of its pool, and no more than the pool may have
     - `namespace`: whose entries; the daemon is asked to bust the same
     - `prefix`: what the names of all keys in Redis begin with, as in the daemon's settings
     - `timeout`: seconds that the server has to answer; `connect_timeout`: more, to open a connection
@@ -114,9 +92,10 @@ class RedisCache:
     - `lease`: seconds that the one reader who makes a stale entry anew has for it, before another is chosen
     - `on_error`: what `get_or_set` does if Redis cannot be used: "fill" makes the value and returns it, not cached;
       "raise" raises `RedisUnavailable`, as all other calls do
-    - `breaker`: after how many calls without an answer that is so at once, and for how long; None is never. Each call
-      counts, also of those that wait at the same time. What your callers cancel before the timeouts are over does not:
-      let these be shorter than what callers wait
+    - `breaker`: after how many calls without an answer that is so at once, and for how long; None is never. By default
+      after three in a row, or after half of at least 20 within 10 seconds, for a second at most, later up to 10. Each
+      call counts, also of those that wait at the same time. What your callers cancel before the timeouts are over does
+      not: let these be shorter than what callers wait
 
     One cache may be used in several event loops, each of which has connections of its own. `aclose` closes those of the
     running loop; `asyncio.run` does so at its end. Raises `ConfigurationError` or `InvalidRequest` for a setting.
@@ -134,23 +113,20 @@ class RedisCache:
         connections: int = 50,
         lease: float = 10.0,
         on_error: Literal["fill", "raise"] = "fill",
-        breaker: Breaker | None = _BREAKER,
+        breaker: Breaker | None = BREAKER,
     ) -> None:
         if on_error not in {"fill", "raise"}:
             raise ConfigurationError(f'on_error must be "fill" or "raise", not {on_error!r}', setting="on_error")
-        if not 0 < lease <= _LONGEST:
-            raise ConfigurationError(f"lease must be more than 0 seconds, not {lease!r}", setting="lease")
         self._layout = Layout(prefix, namespace)
         self._server = RedisServer(
             url, client=client, timeout=timeout, connect_timeout=connect_timeout, connections=connections
         )
-        self._lease = lease
+        self._lease = checked_lease(lease)
         self._fills_on_error = on_error == "fill"
         self._breaker = breaker
         self._known: Token | None = None
-        self._flights: WeakKeyDictionary[asyncio.AbstractEventLoop, _Flights] = WeakKeyDictionary()
-        self._tasks: WeakKeyDictionary[asyncio.AbstractEventLoop, set[asyncio.Task[bytes]]] = WeakKeyDictionary()
-        self._guards: WeakKeyDictionary[asyncio.AbstractEventLoop, _Guard] = WeakKeyDictionary()
+        self._filling = Filling()
+        self._guards: WeakKeyDictionary[asyncio.AbstractEventLoop, Guard] = WeakKeyDictionary()
         self._clock: Callable[[], float] = time.monotonic
         self._told = -math.inf
 
@@ -170,14 +146,8 @@ class RedisCache:
 
         Whoever waits for a value gets `ClientClosed`. A call after that opens connections anew.
         """
-        loop = asyncio.get_running_loop()
-        self._flights.pop(loop, None)
-        tasks = self._tasks.pop(loop, None)
         try:
-            if tasks:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.wait(tasks)
+            await self._filling.aclose()
         finally:
             await self._server.aclose()
 
@@ -190,22 +160,21 @@ class RedisCache:
 
         If the entry is stale, one reader makes it anew, and all others get the stale value at once. Whatever `make`
         raises is raised here. Of several calls at a time with one key, one `make` runs; without Redis each runs its
-        own. Raises `InvalidRequest`, before anything is made, for arguments that cannot be, such as a key with more
-        than 128 of the marks `/:?#`, and with on_error="raise" `RedisUnavailable`.
+        own. `make` may ask for other keys, and a task that it begins may. Raises `InvalidRequest`, before anything is
+        made, for arguments that cannot be, such as a key with more than 128 of the marks `/:?#`, `RuntimeError` if it
+        would wait for itself, since `make` asks for its own key, if only by way of others, and with on_error="raise"
+        `RedisUnavailable`.
         """
-        wanted = _Wanted(_storable(key), make, _checked_tags(tags), _checked_ttl(ttl))
+        wanted = Wanted(_storable(key), make, checked_tags(tags), checked_ttl(ttl))
+        self._filling.check(wanted.key)
         try:
             looked = await self.lookup(key)
         except RedisUnavailable as error:
             self._on_error(error)
-            return await _made(make)
+            return await self._filling.alone(wanted)
         if looked.found is not None and not looked.refresh:
             return looked.found.value
-        flights = self._flights.setdefault(asyncio.get_running_loop(), {})
-        flight = flights.get(key)
-        if flight is None or flight.token != looked.token:
-            flight = self._take_off(wanted, looked.token, flights)
-        return await _wait(flight, wanted.key, flights)
+        return await self._filling.together(wanted, looked.token, partial(self._fill, looked.token))
 
     async def get(self, key: str) -> Found | None:
         """Tell what is held under `key`; None if nothing is. Who is to make a stale entry anew is not asked."""
@@ -221,7 +190,7 @@ class RedisCache:
         It is refused if the key, a branch that it lies in, one of its tags, or everything was busted since: the value
         may be an old one. It may still be handed to whoever asked before that.
         """
-        return await self._store(_storable(key), value, token, _checked_tags(tags), _checked_ttl(ttl))
+        return await self._store(_storable(key), value, token, checked_tags(tags), checked_ttl(ttl))
 
     async def set(self, key: str, value: bytes, *, tags: Iterable[str] = (), ttl: float | None) -> bool:
         """Store a value whatever was busted; tell whether it was stored.
@@ -229,33 +198,13 @@ class RedisCache:
         For values that are new by themselves, such as what was just written. One that was read somewhere, and took a
         while, may be older than a bust: use `get_or_set`, or `lookup` and `store`.
         """
-        return await self._store(_storable(key), value, None, _checked_tags(tags), _checked_ttl(ttl))
+        return await self._store(_storable(key), value, None, checked_tags(tags), checked_ttl(ttl))
 
-    # Flights
-
-    def _take_off(self, wanted: _Wanted, token: Token, flights: _Flights) -> _Flight:
-        loop = asyncio.get_running_loop()
-        task = loop.create_task(self._fill(wanted, token))
-        flight = flights[wanted.key] = _Flight(token, task)
-        tasks = self._tasks.setdefault(loop, set())
-        tasks.add(task)
-
-        def land(task: asyncio.Task[bytes]) -> None:
-            tasks.discard(task)
-            _leave(flight, wanted.key, flights)
-            if not task.cancelled():
-                task.exception()  # it is told to whoever waits, and may be nobody any more
-
-        task.add_done_callback(land)
-        return flight
-
-    async def _fill(self, wanted: _Wanted, token: Token) -> bytes:
-        value = await _made(wanted.make)
+    async def _fill(self, token: Token, wanted: Wanted, value: bytes) -> None:
         try:
             await self._store(wanted.key, value, token, wanted.tags, wanted.ttl)
         except RedisUnavailable as error:
             self._on_error(error)
-        return value
 
     def _on_error(self, error: RedisUnavailable) -> None:
         """Raise it, or log it once in a while."""
@@ -279,7 +228,16 @@ class RedisCache:
         if not isinstance(value, bytes):
             raise InvalidRequest(f"value must be bytes, not {type(value).__name__}; nothing was sent", field="value")
         call = self._layout.store(_fresh(), self._known, key, value, tags=tags, ttl=ttl, token=token)
-        return bool((await self._run(call))[2])
+        reply = await self._run(call)
+        if (found := intruder(reply)) is not None:
+            raise RedisUnavailable(
+                f"{self._server.where}: where the entry {redact(key)} of {self._layout.namespace} would lie, there is a"
+                f" {found} that is none of ours; nothing was stored; remove it, or choose another prefix",
+                whole=False,
+                answered=True,
+                applied="no",
+            )
+        return bool(reply[2])
 
     async def _run(self, call: Call) -> Any:
         guard = self._guard()
@@ -290,6 +248,8 @@ class RedisCache:
         except RedisUnavailable as error:
             if error.answered:
                 guard.answered(self._clock(), trial=trial)
+            elif error.applied == "no":
+                guard.broken_off(trial=trial)
             else:
                 guard.silent(begun, self._clock(), trial=trial)
             raise
@@ -300,97 +260,12 @@ class RedisCache:
         self._known = Token.of(reply).newest(self._known)
         return reply
 
-    def _guard(self) -> _Guard:
+    def _guard(self) -> Guard:
         loop = asyncio.get_running_loop()
         guard = self._guards.get(loop)
         if guard is None:
-            guard = self._guards[loop] = _Guard(self._breaker, self._server.where)
+            guard = self._guards[loop] = Guard(self._breaker, self._server.where, _refuse)
         return guard
-
-
-@final
-class _Guard:
-    """Lets calls of one event loop through to the server, or none, or one that tries.
-
-    What was begun before the breaker opened last counts no more when it ends: it may have waited long, and says nothing
-    of the server as it is now.
-    """
-
-    def __init__(self, policy: Breaker | None, where: str) -> None:
-        self._circuit = Circuit(policy)
-        self._where = where
-        self._silent = 0
-        self._opened = -math.inf
-
-    def begin(self, now: float) -> bool:
-        """Take in that a call begins; tell whether it is the one that tries. Raises `RedisUnavailable` if none may."""
-        if not self._circuit.admits(now, vouched=True):
-            rest = self._circuit.until - now
-            again = f"in {rest:.1f} s" if rest > 0 else "by another call just now"
-            raise RedisUnavailable(
-                f"{self._where} has not answered, and is tried again {again}; nothing was sent", applied="no"
-            )
-        return self._circuit.begin()
-
-    def answered(self, now: float, *, trial: bool) -> None:
-        """Take in an answer."""
-        self._silent = 0
-        self._circuit.succeeded(now, trial=trial)
-
-    def silent(self, begun: float, now: float, *, trial: bool) -> None:
-        """Take in that a call that began then got no answer."""
-        counted = begun > self._opened
-        self._silent += counted
-        before = self._circuit.state
-        self._circuit.failed(now, self._silent, trial=trial, counted=counted, random=random.random)
-        if self._circuit.state is BreakerState.OPEN and before is not BreakerState.OPEN:
-            self._silent, self._opened = 0, now
-
-    def broken_off(self, *, trial: bool) -> None:
-        """Take in that a call ended that says nothing of the server."""
-        self._circuit.released(trial=trial)
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """An entry to be made."""
-
-    key: str
-    make: Make
-    tags: tuple[str, ...]
-    ttl: float | None
-
-
-async def _wait(flight: _Flight, key: str, flights: _Flights) -> bytes:
-    """Wait for a flight; the last who gives up breaks it off."""
-    flight.waiting += 1
-    try:
-        await asyncio.wait({flight.task})
-    finally:
-        flight.waiting -= 1
-        if not flight.waiting and not flight.task.done():
-            _leave(flight, key, flights)
-            flight.task.cancel()
-            await asyncio.wait({flight.task})
-    if flight.task.cancelled():
-        raise ClientClosed("the value was not made: the cache was closed meanwhile, or making it was cancelled")
-    return flight.task.result()
-
-
-def _leave(flight: _Flight, key: str, flights: _Flights) -> None:
-    """Let nobody join any more."""
-    if flights.get(key) is flight:
-        del flights[key]
-
-
-async def _made(make: Make) -> bytes:
-    value = make()
-    if inspect.isawaitable(value):
-        value = await value
-    if not isinstance(value, bytes):
-        raise TypeError(f"what makes a value must return bytes, not {type(value).__name__}")
-    return value
 
 
 def _checked(key: object) -> str:
@@ -403,24 +278,8 @@ def _storable(key: object) -> str:
     return checked
 
 
-def _checked_tags(tags: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(tags, str):
-        raise InvalidRequest("tags must be several texts, such as a list, not one; nothing was sent", field="tags")
-    checked = tuple(dict.fromkeys(check_target(tag, "tag") for tag in tags))
-    if len(checked) > _MOST_TAGS:
-        raise InvalidRequest(f"an entry has at most {_MOST_TAGS} tags; nothing was sent", field="tags")
-    return checked
-
-
-def _checked_ttl(ttl: object) -> float | None:
-    if ttl is None:
-        return None
-    if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0 < ttl <= _LONGEST:
-        raise InvalidRequest(
-            f"ttl must be more than 0 seconds and at most {_LONGEST:g}, or None, not {ttl!r}; nothing was sent",
-            field="ttl",
-        )
-    return float(ttl)
+def _refuse(why: str) -> RedisUnavailable:
+    return RedisUnavailable(why, applied="no")
 
 
 def _fresh() -> str:

@@ -10,7 +10,8 @@ are refused by fences, and readers miss what is named as soon as the bust has be
 Other programs' keys (`foreign`) have none of that. They are found by going through all keys of the server, and a second
 bust, after `settle`, drops what a slow reader stored meanwhile. No tag leads to them, and they cannot be stale.
 
-A server has one thread. So no script of ours takes more than some milliseconds: what is long is cut up.
+A server has one thread. So no script of ours takes more than some milliseconds: what is long is cut up, and where
+entries have very many tags, scripts end early and are run again for the rest.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["RedisBackend"]
 
 _BATCH: Final = 500  # keys that one script looks at
-_REMOVED: Final = 50  # entries that one script removes, each in ten steps and two for each tag
+_REMOVED: Final = 50  # entries that one script removes at most
 _WITH_VARIANTS: Final = 50  # keys whose variants one script looks for, each in nine ranges
 _FENCED: Final = 250  # keys that one script puts up fences for
 _YES: Final = ord("1")  # as scripts tell it of each key
@@ -177,6 +178,8 @@ class RedisBackend:
                 if base is not None:
                     told.update(page.keys)
                 yield page.keys
+        if scope.kind == "all":
+            await self._free(scope.namespace)
         if base is not None:
             async for keys in self._scan(base, "" if scope.kind == "all" else scope.target):
                 new = [key for key in keys if scope.covers(key) and key not in told]
@@ -230,14 +233,14 @@ class RedisBackend:
         base = self._base(namespace)
         removed = done = 0
         try:
-            for some in _cut(sound, _REMOVED):
+            while some := sound[done : done + _REMOVED]:
                 told = await self._server.run(layout.remove(_fresh(), known, some, generation=generation, soft=soft))
                 if base is not None and not soft:
-                    plain = await self._server.run(unlink(base.names_of(some)))
+                    plain = await self._server.run(unlink(base.names_of(some[: len(told)])))
                     removed += sum(_YES in either for either in zip(told, plain, strict=True))
                 else:
                     removed += told.count(b"1")
-                done += len(some)
+                done += len(told)
         except RedisUnavailable as error:
             raise BackendFailure(
                 str(error), removed=removed, failed=len(keys) - done, unreachable=error.whole
@@ -273,15 +276,40 @@ class RedisBackend:
             reply = await self._server.run(layout.select(_fresh(), known, ranges, tag=tag, limit=_BATCH))
         return Page.of(reply, ranges)
 
+    async def _free(self, namespace: str) -> None:
+        """Free what an epoch has left behind that began because the index was lost."""
+        layout, known = self._at(namespace)
+        try:
+            epoch, lost = await self._server.execute(*layout.lost)
+            if epoch is not None and lost is None:
+                return
+            async for names in self._walk(layout.names):
+                done = 0
+                while done < len(names):
+                    done += await self._server.run(layout.free(_fresh(), known, names[done:]))
+            if lost is not None:
+                await self._server.run(layout.free(_fresh(), known, (), all_of=lost))
+        except RedisUnavailable as error:
+            if not error.answered:
+                raise BackendFailure(str(error), unreachable=error.whole) from error
+            # All that is held has been found, and the rest costs memory only.
+            _log.warning("what the namespace %s had lost was not freed: %s", namespace, error)
+
     async def _scan(self, base: _Base, begin: str) -> AsyncIterator[list[str]]:
         """Go through other programs' keys that begin so, some of them more than once."""
         pattern = re.sub(rb"[\\*?\[\]^]", rb"\\\g<0>", base.text + begin.encode()) + b"*"
+        with _translated():
+            async for names in self._walk(pattern):
+                if keys := [key for name in names if (key := base.key_of(name)) is not None]:
+                    yield keys
+
+    async def _walk(self, pattern: bytes) -> AsyncIterator[list[bytes]]:
+        """Go through all names of the server that look so, some of them more than once."""
         cursor = 0
         while True:
-            with _translated():
-                cursor, names = await self._server.execute("SCAN", cursor, "MATCH", pattern, "COUNT", _BATCH)
-            if keys := [key for name in names if (key := base.key_of(name)) is not None]:
-                yield keys
+            cursor, names = await self._server.execute("SCAN", cursor, "MATCH", pattern, "COUNT", _BATCH)
+            if names:
+                yield names
             if not cursor:
                 return
 
