@@ -18,7 +18,6 @@ import asyncio
 import contextlib
 import gc
 import json
-import math
 import os
 import platform
 import signal
@@ -29,11 +28,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from bench.plot import Curve, chart
+from bench.growth import fitted, plot_steps, sizes, table
+from bench.plot import Curve, chart, percentile
 from pybustcall import BustcallClient
 from pybustcall.capabilities import VERSION
 from pybustcall.daemon import DaemonSettings, Engine, Layer, MemoryBackend, serve
-from tests.counting import EVERY, LEAVES, branch, fit_of
+from tests.counting import EVERY, LEAVES, branch
 from tests.delegation import BUSTS, Asked, delegating, filled, spread, steps_per
 
 if TYPE_CHECKING:
@@ -41,16 +41,6 @@ if TYPE_CHECKING:
 
 PLOTTED: Final = tuple(asked.name for asked in BUSTS if asked.strategy == "dimensional")
 WARMING: Final = 30  # busts that are not counted: connections, caches, and the daemon's first steps
-
-
-def sizes(most: int) -> list[int]:
-    """List the sizes to measure: 1,000, 3,000, 10,000 and so on."""
-    return [n for power in range(3, 9) for n in (10**power, 3 * 10**power) if n <= most]
-
-
-def percentile(values: list[float], share: float) -> float:
-    """Tell the smallest value that so many per cent are at most."""
-    return sorted(values)[math.ceil(share / 100 * len(values)) - 1]
 
 
 # Counted steps
@@ -135,50 +125,14 @@ def bench(options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
             row["steps"].append((n, steps[name]))
             row["p50_ms"].append((n, round(percentile(times[name], 50), 3)))
             row["p99_ms"].append((n, round(percentile(times[name], 99), 3)))
-    for row in rows.values():
-        fit = fit_of(row["steps"])
-        row |= {"a": round(fit.a, 1), "b": round(fit.b, 2), "off": round(fit.worst, 4), "growth": round(fit.growth, 3)}
-        row["is_logarithmic"] = fit.is_logarithmic
-    return list(rows.values()), wrong
+    return [{**row, **fitted(row["steps"])} for row in rows.values()], wrong
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Make a Markdown table; of the sizes, the powers of ten."""
-    shown = [place for place, (n, _) in enumerate(rows[0]["steps"]) if math.log10(n).is_integer()]
-    names = [f"{rows[0]['steps'][place][0]:,}" for place in shown]
-    heads = ["bust", "removes", "a", "b", "off by"]
-    heads += [f"{what} {name}" for what in ("steps", "p50 ms", "p99 ms") for name in names]
-    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
-    for row in rows:
-        figures = [str(row["removes"]), f"{row['a']:.0f}", f"{row['b']:.1f}", f"{row['off']:.1%}"]
-        figures += [f"{row['steps'][place][1]:.0f}" for place in shown]
-        figures += [f"{row[what][place][1]:.2f}" for what in ("p50_ms", "p99_ms") for place in shown]
-        lines.append(f"| {row['bust']} | {' | '.join(figures)} |")
-    return "\n".join(lines)
-
-
-def plot_steps(rows: list[dict[str, Any]]) -> str:
-    """Plot what was counted as dots, and what was fitted as lines."""
-    chosen = [row for row in rows if row["bust"] in PLOTTED]
-    counted = [Curve(row["bust"], row["steps"], "dots") for row in chosen]
-    fitted = [
-        Curve(
-            f"{row['a']:.0f} + {row['b']:.1f} log2 n",
-            [(n, row["a"] + row["b"] * math.log2(n)) for n, _ in row["steps"]],
-            dashed=True,
-        )
-        for row in chosen
-    ]
-    title = "Comparisons of keys per bust, by the number of registered entries"
-    return chart(title, [*counted, *fitted], x="entries", y="comparisons", log_x=True)
-
-
-def plot_times(rows: list[dict[str, Any]]) -> str:
+def plot_times(rows: dict[str, dict[str, Any]]) -> str:
     """Plot the times, medians as lines and the slowest of a hundred as dashes."""
-    chosen = [row for row in rows if row["bust"] in PLOTTED]
-    curves = [Curve(f"{row['bust']}, p50", row["p50_ms"]) for row in chosen]
-    curves += [Curve(f"{row['bust']}, p99", row["p99_ms"], dashed=True) for row in chosen]
-    highest = max(value for row in chosen for _, value in row["p99_ms"])
+    curves = [Curve(f"{name}, p50", row["p50_ms"]) for name, row in rows.items()]
+    curves += [Curve(f"{name}, p99", row["p99_ms"], dashed=True) for name, row in rows.items()]
+    highest = max(value for row in rows.values() for _, value in row["p99_ms"])
     title = "Time of a bust over HTTP, by the number of registered entries"
     return chart(title, curves, x="entries", y="milliseconds", log_x=True, y_range=(0.0, highest))
 
@@ -208,9 +162,12 @@ def main() -> int:
     }
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "delegation.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.output / "delegation_steps.svg").write_text(plot_steps(rows))
-    (options.output / "delegation_times.svg").write_text(plot_times(rows))
-    print(json.dumps(result) if options.json else table(rows))
+    plotted = {row["bust"]: row for row in rows if row["bust"] in PLOTTED}
+    title = "Comparisons of keys per bust, by the number of registered entries"
+    (options.output / "delegation_steps.svg").write_text(plot_steps(title, plotted, digits=0))
+    (options.output / "delegation_times.svg").write_text(plot_times(plotted))
+    times = {"p50_ms": ".2f", "p99_ms": ".2f"}
+    print(json.dumps(result) if options.json else table(rows, ["bust", "removes"], times=times, digits=0))
     return int(wrong > 0 or not all(row["is_logarithmic"] for row in rows))
 
 

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from bench.plot import Curve, chart, ecdf
+from bench.plot import Curve, chart, ecdf, percentile
 from pybustcall import BustcallClient
 from pybustcall.capabilities import VERSION
 
@@ -223,7 +223,7 @@ def milliseconds(values: list[float], share: float) -> float | None:
     """Tell a percentile in milliseconds: the smallest value that so many per cent are at most; None for no values."""
     if not values:
         return None
-    return round(sorted(values)[math.ceil(share / 100 * len(values)) - 1] * 1000, 2)
+    return round(percentile(values, share) * 1000, 2)
 
 
 class Keys:

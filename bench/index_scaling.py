@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import statistics
@@ -22,20 +21,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from bench.growth import fitted, plot_steps, sizes, table
 from bench.plot import Curve, chart
 from pybustcall.capabilities import VERSION
-from tests.counting import OPERATIONS, filled, fit_of, numbers_in, operations, steps_per
+from tests.counting import OPERATIONS, filled, numbers_in, operations, steps_per
 
 if TYPE_CHECKING:
     from pybustcall.daemon.index import Index
     from tests.counting import Operation
 
 PLOTTED: Final = ("look up", "add", "remove", "under a prefix", "variants", "tagged", "subjects under")
-
-
-def sizes(most: int) -> list[int]:
-    """List the sizes to measure: 1,000, 3,000, 10,000 and so on."""
-    return [n for power in range(3, 9) for n in (10**power, 3 * 10**power) if n <= most]
 
 
 def microseconds_per(operation: Operation, index: Index, samples: int) -> float:
@@ -61,57 +56,12 @@ def bench(options: argparse.Namespace) -> list[dict[str, Any]]:
         index = filled(n, text=str)
         for operation in operations(str):
             times[operation.name].append((n, round(microseconds_per(operation, index, options.samples), 2)))
-    return [summed_up(name, steps[name], times[name]) for name in steps]
+    return [{"operation": name, "steps": steps[name], "us": times[name], **fitted(steps[name])} for name in steps]
 
 
-def summed_up(name: str, steps: list[tuple[int, float]], times: list[tuple[int, float]]) -> dict[str, Any]:
-    """Make a row of the results."""
-    fit = fit_of(steps)
-    return {
-        "operation": name,
-        "steps": steps,
-        "us": times,
-        "a": round(fit.a, 2) + 0.0,
-        "b": round(fit.b, 2) + 0.0,
-        "off": round(fit.worst, 4),
-        "growth": round(fit.growth, 3),
-        "is_logarithmic": fit.is_logarithmic,
-    }
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Make a Markdown table; of the sizes, the powers of ten."""
-    shown = [place for place, (n, _) in enumerate(rows[0]["steps"]) if math.log10(n).is_integer()]
-    names = [f"{rows[0]['steps'][place][0]:,}" for place in shown]
-    heads = ["operation", "a", "b", "off by", *(f"steps {name}" for name in names), *(f"us {name}" for name in names)]
-    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
-    for row in rows:
-        figures = [f"{row['a']:.1f}", f"{row['b']:.2f}", f"{row['off']:.1%}"]
-        figures += [f"{row['steps'][place][1]:.1f}" for place in shown]
-        figures += [f"{row['us'][place][1]:.1f}" for place in shown]
-        lines.append(f"| {row['operation']} | {' | '.join(figures)} |")
-    return "\n".join(lines)
-
-
-def plot_steps(rows: list[dict[str, Any]]) -> str:
-    """Plot what was counted as dots, and what was fitted as lines."""
-    chosen = [row for row in rows if row["operation"] in PLOTTED]
-    counted = [Curve(row["operation"], row["steps"], "dots") for row in chosen]
-    fitted = [
-        Curve(
-            f"{row['a']:.1f} + {row['b']:.2f} log2 n",
-            [(n, row["a"] + row["b"] * math.log2(n)) for n, _ in row["steps"]],
-            dashed=True,
-        )
-        for row in chosen
-    ]
-    title = "Comparisons of keys per operation, by the number of entries"
-    return chart(title, [*counted, *fitted], x="entries", y="comparisons", log_x=True)
-
-
-def plot_times(rows: list[dict[str, Any]]) -> str:
+def plot_times(rows: dict[str, dict[str, Any]]) -> str:
     """Plot the times."""
-    curves = [Curve(row["operation"], row["us"]) for row in rows if row["operation"] in PLOTTED]
+    curves = [Curve(name, row["us"]) for name, row in rows.items()]
     return chart("Time per operation, by the number of entries", curves, x="entries", y="microseconds", log_x=True)
 
 
@@ -135,9 +85,11 @@ def main() -> int:
     }
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "index_scaling.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.output / "index_steps.svg").write_text(plot_steps(rows))
-    (options.output / "index_times.svg").write_text(plot_times(rows))
-    print(json.dumps(result) if options.json else table(rows))
+    plotted = {row["operation"]: row for row in rows if row["operation"] in PLOTTED}
+    title = "Comparisons of keys per operation, by the number of entries"
+    (options.output / "index_steps.svg").write_text(plot_steps(title, plotted, digits=1))
+    (options.output / "index_times.svg").write_text(plot_times(plotted))
+    print(json.dumps(result) if options.json else table(rows, ["operation"], times={"us": ".1f"}, digits=1))
     return int(not all(row["is_logarithmic"] for row in rows))
 
 

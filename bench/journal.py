@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import os
 import platform
 import sys
@@ -25,16 +24,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from bench.plot import percentile
 from pybustcall.capabilities import VERSION
 from pybustcall.daemon.journal import Entry, Journal, Wish
 from pybustcall.models import LayerReply
 
 SYNCS: Final = 200  # to tell what the disk itself takes
-
-
-def percentile(values: list[float], share: float) -> float:
-    """Tell the smallest value that so many per cent are at most."""
-    return sorted(values)[math.ceil(share / 100 * len(values)) - 1]
 
 
 def a_bust(number: int) -> Entry:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import os
 import platform
 import sys
@@ -27,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from bench.plot import Curve, chart
+from bench.plot import Curve, chart, percentile
 from pybustcall import BustcallClient, Hedged
 from pybustcall.capabilities import VERSION
 from pybustcall.testing import FakeDaemon, FaultyProxy, Trouble
@@ -55,11 +54,6 @@ CIRCUMSTANCES: Final = (
     Circumstance("hub alone, 0.25 s", timeout=0.25),
     Circumstance("the same, outbox", timeout=0.25, outbox=True),
 )
-
-
-def percentile(values: list[float], share: float) -> float:
-    """Tell the smallest value that so many per cent are at most."""
-    return sorted(values)[math.ceil(share / 100 * len(values)) - 1]
 
 
 async def measure(circumstance: Circumstance, delay: float, calls: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Plots for the benches: one panel of lines, steps or dots as an SVG text, without a plotting library.
 
-What is plotted, and whether it is good, the benches decide. Here are only axes with round ticks, marks, and a legend.
+What is plotted, and whether it is good, the benches decide. Here are only axes with round ticks, marks, and a legend,
+and how many values are summed up.
 Colours are those of Okabe and Ito, which colour-blind readers can tell apart; each line is also named at its side.
 """
 
@@ -14,7 +15,7 @@ from xml.sax.saxutils import escape
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Curve", "chart", "ecdf", "round_ticks"]
+__all__ = ["Curve", "chart", "ecdf", "percentile", "round_ticks"]
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 420, 64, 250, 44, 52
@@ -33,6 +34,11 @@ class Curve:
     kind: Literal["line", "step", "dots"] = "line"
     dashed: bool = False
     sizes: Sequence[float] = ()
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Tell the smallest value that so many per cent are at most."""
+    return sorted(values)[math.ceil(share / 100 * len(values)) - 1]
 
 
 def ecdf(values: Sequence[float]) -> list[tuple[float, float]]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -35,6 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from bench.plot import percentile
 from pybustcall import BustcallClient
 from pybustcall.capabilities import VERSION
 from pybustcall.daemon import DaemonSettings, Engine, Indexes, Layer, serve
@@ -98,11 +98,6 @@ class Run:
     def is_right(self) -> bool:
         """Whether all went that was to go, nothing else did, and progress rose to 100 %."""
         return not self.left and not self.touched and self.shares == sorted(self.shares) and self.shares[-1] == 1.0
-
-
-def percentile(values: list[float], share: float) -> float:
-    """Tell the smallest value that so many per cent are at most."""
-    return sorted(values)[math.ceil(share / 100 * len(values)) - 1]
 
 
 # The daemon's process

@@ -15,9 +15,26 @@ from typing import Final, final
 
 from tests.conftest import PATIENCE, DaemonProcess
 
-__all__ = ["ConfiguredDaemons"]
+__all__ = ["REDIS_AND_PAGES", "ConfiguredDaemons"]
 
 _COMMAND: Final = (sys.executable, "-m", "pybustcall", "daemon", "--json", "--config")
+
+REDIS_AND_PAGES: Final = """
+[[layers]]
+name = "redis"
+number = 0
+backend = "redis"
+url = "{redis}"
+timeout = 0.5
+
+[[layers]]
+name = "pages"
+number = 1
+backend = "files"
+root = "pages"
+settle = 0.0
+"""
+"""The layers of a usual web application: Redis at a URL to be filled in, and the files of the fixture `pages`."""
 
 
 @final

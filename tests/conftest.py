@@ -95,6 +95,14 @@ def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
         process.stdout.close()
 
 
+@pytest.fixture
+def pages(tmp_path: Path) -> Path:
+    """A directory for the files of a page cache."""
+    root = tmp_path / "pages"
+    root.mkdir()
+    return root
+
+
 @pytest.fixture(scope="session")
 def authority() -> trustme.CA:
     """A certificate authority of our own."""

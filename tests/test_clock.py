@@ -22,11 +22,11 @@ import aiohttp
 import pytest
 
 from pybustcall import BustcallClient
-from pybustcall.integrations.redis import RedisCache
+from pybustcall.integrations.redis import Found, RedisCache
 from pybustcall.jobs import BustJob
 from pybustcall.outbox import Outbox, OutboxRow, OutboxStore
 from pybustcall.testing import Answer, FakeDaemon
-from tests.configured_daemons import ConfiguredDaemons
+from tests.configured_daemons import REDIS_AND_PAGES, ConfiguredDaemons
 from tests.conftest import PATIENCE, DaemonProcess, eventually
 from tests.engines import RedisProcess, free_port
 from tests.interop import unavailable
@@ -98,35 +98,9 @@ def redis(tmp_path: Path, clock: HostClock) -> Iterator[RedisProcess]:
 
 
 @pytest.fixture
-def pages(tmp_path: Path) -> Path:
-    root = tmp_path / "pages"
-    root.mkdir()
-    return root
-
-
-REDIS_AND_PAGES = """
-[files]
-state = "state"
-[journal]
-path = "journal"
-[[layers]]
-name = "redis"
-number = 0
-backend = "redis"
-url = "{redis}"
-timeout = 0.5
-[[layers]]
-name = "pages"
-number = 1
-backend = "files"
-root = "pages"
-settle = 0.0
-"""
-
-
-@pytest.fixture
 def daemons(redis: RedisProcess, pages: Path, clock: HostClock) -> Iterator[ConfiguredDaemons]:
-    made = ConfiguredDaemons(pages.parent, REDIS_AND_PAGES.format(redis=redis.url), env=clock.env)
+    files = '[files]\nstate = "state"\n[journal]\npath = "journal"\n'
+    made = ConfiguredDaemons(pages.parent, files + REDIS_AND_PAGES.format(redis=redis.url), env=clock.env)
     yield made
     made.close()
 
@@ -211,6 +185,32 @@ async def test_busts_reach_what_was_stored_before_and_after_the_clock_was_set_ba
         asked = ("old/key", "new/key", "late/2", "old/below", "new/below", "tagged", "all")
         check_order(await client.jobs(), "early", *asked)
     await cache.aclose()
+
+
+async def test_a_stale_entry_is_made_anew_at_once_though_the_clock_is_set_back_while_its_lease_is_held(
+    clock: HostClock, redis: RedisProcess, tmp_path: Path
+) -> None:
+    """The reader that was to make it has died: the next one is chosen, not after an hour, and no other beside it."""
+    configuration = f'[[layers]]\nname = "redis"\nbackend = "redis"\nurl = "{redis.url}"\n'  # files have no soft busts
+    daemons = ConfiguredDaemons(tmp_path, configuration, env=clock.env)
+    lease = 2 * PATIENCE  # it ends, for who takes it in good order, after the test
+    try:
+        daemon = daemons.start()
+        async with connected(daemon) as client, RedisCache(redis.url, lease=lease) as cache:
+            await cache.set("page", b"old", ttl=None)
+            assert (await client.bust("page", soft=True)).ok
+            assert [(await cache.lookup("page")).refresh for _ in range(2)] == [True, False]
+            clock.set_back(HOUR)
+            await check_clock(clock, daemon, redis)
+            left = int(redis.ask("PTTL", "bustcall:{default}:l:page").removeprefix(b":")) / 1000
+            assert HOUR < left <= HOUR + lease  # so long the server would keep it for the dead one
+            first, second = [await cache.lookup("page") for _ in range(2)]
+            assert (first.refresh, second.refresh) == (True, False)
+            assert second.found == Found(b"old", stale=True)
+            assert await cache.store("page", b"new", token=first.token, ttl=None)
+            assert await cache.get("page") == Found(b"new", stale=False)
+    finally:
+        daemons.close()
 
 
 async def test_a_second_bust_comes_in_time_though_the_clock_is_set_back_before_it(

@@ -9,68 +9,18 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import PATIENCE
-
-EXAMPLE = Path(__file__).parent.parent / "examples" / "failover.py"
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A show that has ended, and what it left behind."""
-
-    code: int
-    output: str
-    left_files: list[Path]
-    left_processes: bool
-
-
-def group_is_empty(leader: int) -> bool:
-    """Tell whether no process is left of those that the leader of a session started."""
-    try:
-        os.killpg(leader, 0)
-    except ProcessLookupError:
-        return True
-    return False
-
-
-async def run_show(directory: Path, *options: str, stop_at: str = "", number: int = signal.SIGINT) -> Ended:
-    """Run the show with its temporary files in `directory`; send it a signal after the line that begins so."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(EXAMPLE), *options),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "TMPDIR": str(directory), "BUSTCALL_TOKEN": "of-another-daemon"},
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    output = b""
-    try:
-        async with asyncio.timeout(6 * PATIENCE):
-            while stop_at:
-                output += (line := await process.stdout.readline())
-                assert line, output
-                if line.startswith(stop_at.encode()):
-                    process.send_signal(number)
-                    break
-            rest, _ = await process.communicate()
-        left = not group_is_empty(process.pid)
-    finally:
-        if not group_is_empty(process.pid):
-            os.killpg(process.pid, signal.SIGKILL)
-            await process.communicate()
-    left_files = await asyncio.to_thread(lambda: list(directory.iterdir()))
-    return Ended(await process.wait(), (output + rest).decode(), left_files, left)
+from tests.example_process import EXAMPLES, Ended, end_group, run_example
 
 
 @pytest.fixture(scope="module")
 def show(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     """Run the whole show quickly, once."""
-    return asyncio.run(run_show(tmp_path_factory.mktemp("show"), "--seconds", "3"))
+    return asyncio.run(run_example("failover", tmp_path_factory.mktemp("show"), "--seconds", "3"))
 
 
 def figure(show: Ended, name: str) -> int:
@@ -81,7 +31,7 @@ def figure(show: Ended, name: str) -> int:
 @pytest.mark.requirement("IMP-04")
 def test_show_loses_nothing(show: Ended) -> None:
     """The show ends well: of what was promised nothing is lost, and no call failed."""
-    assert show.code == 0, show.output
+    assert (show.code, show.errors) == (0, ""), show.output
     assert (figure(show, "lost"), figure(show, "failed")) == (0, 0)
     assert figure(show, "busted") > 0
 
@@ -114,16 +64,17 @@ def test_show_leaves_nothing_behind(show: Ended) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_stopped_show_clears_everything_away(number: int, tmp_path: Path) -> None:
+async def test_stopped_show_clears_everything_away(number: signal.Signals, tmp_path: Path) -> None:
     """Stopped while the hub is dead, it exits with 130, and leaves no process and no file."""
-    ended = await run_show(tmp_path, "--seconds", "60", stop_at="2. ", number=number)
-    assert (ended.code, ended.left_processes, ended.left_files) == (130, False, []), ended.output
+    ended = await run_example("failover", tmp_path, "--seconds", "12", stop_at="2. ", number=number)
+    assert (ended.code, ended.left_processes, ended.left_files) == (130, False, []), ended.errors
+    assert ended.errors == ""
 
 
 def test_show_draws_on_a_terminal(tmp_path: Path) -> None:
     """On a terminal the picture is drawn again and again, and the screen is given back when it is stopped."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, str(EXAMPLE), "--seconds", "60"]
+    command = [sys.executable, str(EXAMPLES / "failover.py"), "--seconds", "60"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment, start_new_session=True)
     os.close(theirs)
@@ -136,8 +87,7 @@ def test_show_draws_on_a_terminal(tmp_path: Path) -> None:
             seen += os.read(ours, 65536)
         assert process.wait(PATIENCE) == 130
     finally:
-        if not group_is_empty(process.pid):
-            os.killpg(process.pid, signal.SIGKILL)
+        end_group(process.pid)
         process.wait(PATIENCE)
         os.close(ours)
     text = seen.decode(errors="replace")

@@ -3,79 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import signal
-import subprocess
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
 
-from tests.conftest import PATIENCE
 from tests.engines import RedisProcess, free_port
+from tests.example_process import Ended, run_example
 from tests.interop import require
-from tests.test_example_failover import group_is_empty
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "fastapi_redis.py"
 INSTALL = "pip install fastapi uvicorn 'pybustcall[daemon,redis]'"
 ROW = re.compile(r"^[a-e]\. .* \d+\.\d (yes|NO)$", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A run that has ended, and what it left behind."""
-
-    code: int
-    output: str
-    errors: str
-    left_files: list[Path]
-    left_processes: bool
-
-
-async def run_example(
-    directory: Path,
-    *arguments: str,
-    env: Mapping[str, str] | None = None,
-    stop_at: str = "",
-    number: signal.Signals = signal.SIGINT,
-) -> Ended:
-    """Run it with its temporary files in `directory`; send it a signal after the line that begins so."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(EXAMPLE), *arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "TMPDIR": str(directory), "BUSTCALL_TOKEN": "of-another-daemon", **(env or {})},
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    output = b""
-    try:
-        async with asyncio.timeout(3 * PATIENCE):
-            while stop_at:
-                output += (line := await process.stdout.readline())
-                assert line, output
-                if line.startswith(stop_at.encode()):
-                    process.send_signal(number)
-                    break
-            rest, errors = await process.communicate()
-        left = not group_is_empty(process.pid)
-    finally:
-        if not group_is_empty(process.pid):
-            os.killpg(process.pid, signal.SIGKILL)
-            await process.communicate()
-    left_files = await asyncio.to_thread(lambda: list(directory.iterdir()))
-    return Ended(await process.wait(), (output + rest).decode(), errors.decode(), left_files, left)
 
 
 @pytest.fixture(scope="module")
 def show(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     """Run the whole of it, once."""
     require("redis-server", "apt-get install redis-server")
-    return asyncio.run(run_example(tmp_path_factory.mktemp("show")))
+    return asyncio.run(run_example("fastapi_redis", tmp_path_factory.mktemp("show")))
 
 
 @pytest.mark.requirement("REL-04")
@@ -126,7 +73,7 @@ async def test_a_redis_of_the_readers_own_is_used_and_left_as_it_was(tmp_path: P
         server.ask("SET", "other", "value")
         server.ask("CONFIG", "SET", "requirepass", "secret")
         url = f"redis://:secret@127.0.0.1:{server.port}/0"
-        ended = await run_example(ours, url)
+        ended = await run_example("fastapi_redis", ours, url)
         assert (ended.code, ended.errors, ended.left_files, ended.left_processes) == (0, "", [], False), ended.output
         assert "10 of 10 expectations held" in ended.output
         assert "secret" not in ended.output
@@ -138,7 +85,7 @@ async def test_a_redis_of_the_readers_own_is_used_and_left_as_it_was(tmp_path: P
 async def test_a_run_that_is_stopped_clears_everything_away(number: signal.Signals, code: int, tmp_path: Path) -> None:
     """Stopped while Redis is dead, it exits with 128 and the signal's number, and leaves no process and no file."""
     require("redis-server", "apt-get install redis-server")
-    ended = await run_example(tmp_path, stop_at="d. ", number=number)
+    ended = await run_example("fastapi_redis", tmp_path, stop_at="d. ", number=number)
     assert (ended.code, ended.left_processes, ended.left_files) == (code, False, []), ended.errors
     assert ended.errors == f"\nstopped by {number.name}; all cleared away.\n"
 
@@ -148,13 +95,15 @@ async def test_a_missing_package_is_named_with_how_to_install_it(missing: str, t
     """A package that cannot be imported is an exit code of 1 and one line, and no traceback."""
     (tmp_path / missing).mkdir()
     (tmp_path / missing / "__init__.py").write_text(f"raise ModuleNotFoundError('', name={missing!r})")
-    ended = await run_example(tmp_path, env={"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"})
+    ended = await run_example(
+        "fastapi_redis", tmp_path, env={"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    )
     assert (ended.code, ended.errors) == (1, f"{missing} is missing; install it with: {INSTALL}\n")
 
 
 async def test_a_missing_server_is_named_with_how_to_install_it(tmp_path: Path) -> None:
     """Without redis-server and valkey-server it says which command installs one, and how to name one that runs."""
-    ended = await run_example(tmp_path, env={"PATH": str(tmp_path)})
+    ended = await run_example("fastapi_redis", tmp_path, env={"PATH": str(tmp_path)})
     assert (ended.code, ended.output, ended.left_files) == (1, "", [])
     assert ended.errors.startswith("redis-server is missing; install it, ")
     assert "apt-get install redis-server" in ended.errors
@@ -162,7 +111,7 @@ async def test_a_missing_server_is_named_with_how_to_install_it(tmp_path: Path) 
 
 async def test_a_server_that_does_not_answer_is_told_at_once(tmp_path: Path) -> None:
     """Nothing is played on a Redis that was named and is not there."""
-    ended = await run_example(tmp_path, f"redis://127.0.0.1:{free_port()}/0")
+    ended = await run_example("fastapi_redis", tmp_path, f"redis://127.0.0.1:{free_port()}/0")
     assert (ended.code, ended.output, ended.left_files) == (1, "", [])
     assert ended.errors.startswith("the Redis that was given cannot be used: ")
 
@@ -170,5 +119,5 @@ async def test_a_server_that_does_not_answer_is_told_at_once(tmp_path: Path) -> 
 @pytest.mark.parametrize("arguments", [["x"], ["redis://127.0.0.1:1/0", "redis://127.0.0.1:2/0"]])
 async def test_wrong_arguments_tell_the_usage(arguments: list[str], tmp_path: Path) -> None:
     """It exits with 2."""
-    ended = await run_example(tmp_path, *arguments)
+    ended = await run_example("fastapi_redis", tmp_path, *arguments)
     assert (ended.code, ended.errors) == (2, "usage: python examples/fastapi_redis.py [redis://HOST:PORT/DB]\n")

@@ -11,8 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,73 +18,20 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from pybustcall import BustcallClient
 from tests.conftest import PATIENCE
+from tests.example_process import EXAMPLES, Ended, run_example
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from pathlib import Path
 
     from tests.conftest import StartDaemon
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 TOTAL = re.compile(r"^(\d+) of (\d+) expectations held", re.MULTILINE)
-
-
-def group_is_empty(leader: int) -> bool:
-    """Tell whether no process is left of those that the leader of a session started."""
-    try:
-        os.killpg(leader, 0)
-    except ProcessLookupError:
-        return True
-    return False
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A demo that has ended, and what it left behind."""
-
-    code: int
-    output: str
-    errors: str
-    left_files: list[Path]
-    left_processes: bool
-
-
-async def run_demo(
-    directory: Path, env: Mapping[str, str], *, stop_at: str | None = None, number: signal.Signals = signal.SIGINT
-) -> Ended:
-    """Run the demo with its temporary files in `directory`; send it a signal after the line that begins so."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        str(EXAMPLES / "demo.py"),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "TMPDIR": str(directory), **env},
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    output = b""
-    try:
-        async with asyncio.timeout(3 * PATIENCE):
-            if stop_at is not None:
-                while not (line := await process.stdout.readline()).startswith(stop_at.encode()):
-                    output += line
-                    assert line, "the demo ended before that line"
-                process.send_signal(number)
-            rest, errors = await process.communicate()
-            code = await process.wait()
-        left = not group_is_empty(process.pid)
-    finally:
-        if not group_is_empty(process.pid):
-            os.killpg(process.pid, signal.SIGKILL)
-            await process.communicate()
-    left_files = await asyncio.to_thread(lambda: list(directory.iterdir()))
-    return Ended(code, (output + rest).decode(), errors.decode(), left_files, left)
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """Run the demo to its end, once, where settings for other daemons are set."""
-    others = {"BUSTCALL_TOKEN": "of-another-daemon", "BUSTCALL_URL": "http://127.0.0.1:1"}
-    return asyncio.run(run_demo(tmp_path_factory.mktemp("demo"), others))
+    """Run the demo to its end, once."""
+    return asyncio.run(run_example("demo", tmp_path_factory.mktemp("demo")))
 
 
 def test_demo_succeeds(demo: Ended) -> None:
@@ -136,7 +81,7 @@ async def test_stopped_demo_clears_everything_away(
     number: signal.Signals, code: int, stop_at: str, tmp_path: Path
 ) -> None:
     """Stopped midway, the demo exits with 128 and the signal's number, and leaves no process and no file."""
-    ended = await run_demo(tmp_path, {}, stop_at=stop_at, number=number)
+    ended = await run_example("demo", tmp_path, stop_at=stop_at, number=number)
     assert (ended.code, ended.left_processes, ended.left_files) == (code, False, [])
     assert TOTAL.search(ended.output) is None
 

@@ -20,7 +20,7 @@ import pytest
 
 from pybustcall import BustcallClient, BustFailed
 from pybustcall.integrations.redis import RedisCache
-from tests.configured_daemons import ConfiguredDaemons
+from tests.configured_daemons import REDIS_AND_PAGES, ConfiguredDaemons
 from tests.conftest import PATIENCE
 from tests.engines import RedisProcess
 
@@ -86,26 +86,6 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
     small.close()
 
 
-CONFIGURATION = """
-[journal]
-path = "{disk}/journal"
-
-[[layers]]
-name = "redis"
-number = 0
-backend = "redis"
-url = "{redis}"
-timeout = 0.5
-
-[[layers]]
-name = "pages"
-number = 1
-backend = "files"
-root = "{pages}"
-settle = 0.0
-"""
-
-
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[RedisProcess]:
     with RedisProcess(tmp_path) as server:
@@ -113,16 +93,9 @@ def redis(tmp_path: Path) -> Iterator[RedisProcess]:
 
 
 @pytest.fixture
-def pages(tmp_path: Path) -> Path:
-    root = tmp_path / "pages"
-    root.mkdir()
-    return root
-
-
-@pytest.fixture
-def daemons(disk: SmallDisk, redis: RedisProcess, pages: Path, tmp_path: Path) -> Iterator[ConfiguredDaemons]:
-    configuration = CONFIGURATION.format(disk=disk.path, redis=redis.url, pages=pages)
-    made = ConfiguredDaemons(tmp_path, configuration, wrapped=disk.command)
+def daemons(disk: SmallDisk, redis: RedisProcess, pages: Path) -> Iterator[ConfiguredDaemons]:
+    configuration = f'[journal]\npath = "{disk.path}/journal"\n' + REDIS_AND_PAGES.format(redis=redis.url)
+    made = ConfiguredDaemons(pages.parent, configuration, wrapped=disk.command)
     yield made
     made.close()
 
