@@ -17,7 +17,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from pybustcall import BustcallClient, BustRejected, Swap
+from pybustcall import BustcallClient, BustcallError, BustRejected, Swap
 
 PRICES = "pricing-model"
 
@@ -52,7 +52,22 @@ async def main(pages: Path) -> None:
         print("left:", *left(pages))
 
 
+def run(arguments: list[str]) -> int:
+    """Run it on the directory that is named; tell in a sentence what is wrong, and the exit code."""
+    if len(arguments) != 1:
+        print("usage: python examples/hot_swap.py DIRECTORY", file=sys.stderr)
+        return 2
+    pages = Path(arguments[0])
+    if not pages.is_dir():
+        print(f"{pages} is no directory; name the one that the daemon was given as --root", file=sys.stderr)
+        return 2
+    try:
+        asyncio.run(main(pages))
+    except BustcallError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    asyncio.run(
-        main(Path(sys.argv[1])) if len(sys.argv) == 2 else sys.exit("usage: python examples/hot_swap.py DIRECTORY")
-    )
+    sys.exit(run(sys.argv[1:]))

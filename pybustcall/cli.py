@@ -18,7 +18,7 @@ import sys
 import threading
 from collections import Counter
 from concurrent.futures import CancelledError
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial, wraps
 from itertools import repeat
 from pathlib import Path
@@ -38,7 +38,7 @@ from pybustcall.errors import (
     DeadlineExceeded,
     InvalidRequest,
 )
-from pybustcall.faults import check_tolerance, raises
+from pybustcall.faults import FaultKind, check_tolerance, raises
 from pybustcall.hotswap import Swap
 from pybustcall.jobs import MAX_JOBS, BustJob
 from pybustcall.models import (
@@ -50,6 +50,7 @@ from pybustcall.models import (
     Requirements,
     check_target,
 )
+from pybustcall.needs import remedy_of
 from pybustcall.outbox import RowState
 from pybustcall.results import BustResult, error_class, summary
 
@@ -212,6 +213,8 @@ def bust(
     """Have the old value of each TARGET dropped; a TARGET of "-" reads more from standard input, one a line."""
     if kind == "all" and targets not in {(), (EVERYTHING,)}:
         raise click.UsageError('--kind all drops everything, and takes no TARGET but "*"')
+    if kind == "all" and not how["confirm"]:
+        raise click.UsageError("--kind all drops everything in the namespace, and takes --confirm; nothing was sent")
     if kind != "all" and not targets:
         raise click.UsageError("Missing argument 'TARGET...'.")
     try:
@@ -249,7 +252,7 @@ async def _bust(
                 if as_json:
                     click.echo(json.dumps(_as_dict(result, tolerated=not raised)))
                 elif raised or not result.ok:
-                    click.echo(_as_line(result, tolerated=not raised), err=True)
+                    click.echo(_as_line(result, tolerated=not raised) + _remedy(result, how), err=True)
                 elif hidden:
                     click.echo(_as_line(result, tolerated=True))
             except OSError as error:  # the busts go on: what reads our output is not what they are for
@@ -299,6 +302,14 @@ def _as_line(result: BustResult, *, tolerated: bool) -> str:
     reasons = "; ".join([*summary(result.causes), *([result.note] if result.note else [])]) or "the deadline was over"
     told = f"{result.status} {result.target!r} (stage {result.stage}, applied: {result.applied})"
     return f"{told}, in the outbox: {reasons}" if result.rows else f"{told}: {reasons}"
+
+
+def _remedy(result: BustResult, how: dict[str, Any]) -> str:
+    """Say what to do if it failed for nothing but what no daemon here can do; nothing otherwise."""
+    if not result.causes or any(cause.kind is not FaultKind.UNSUPPORTED for cause in result.causes) or result.ok:
+        return ""
+    option = None if how["allow_wider"] else "--allow-wider"
+    return f". {remedy_of(result.kind, soft=result.soft, dry_run=result.dry_run, option=option)}"
 
 
 def _as_dict(result: BustResult, *, tolerated: bool) -> dict[str, Any]:
@@ -582,6 +593,13 @@ def register(
 
 @cli.command("hot-swap")
 @click.argument("swaps", nargs=-1, required=True, metavar="NAME=VERSION...")
+@click.option(
+    "--from",
+    "expected",
+    multiple=True,
+    metavar="NAME=VERSION",
+    help="The version that must be current before, or nothing is swapped; repeat it.",
+)
 @click.option("--allow-experimental", is_flag=True, help="Take experimental versions.")
 @click.option("--validated", is_flag=True, help="What replaces an experimental version was tried in its place.")
 @click.option("--migrate", is_flag=True, help="What depends on a legacy version is ready for a stable one.")
@@ -591,6 +609,7 @@ def register(
 def hot_swap(
     client: BustcallClient,
     swaps: tuple[str, ...],
+    expected: tuple[str, ...],
     allow_experimental: bool,
     validated: bool,
     migrate: bool,
@@ -600,12 +619,11 @@ def hot_swap(
     """Make each VERSION of the cache dependency NAME the current one, all or none, and bust what depends on them."""
 
     def swap(text: str) -> Swap:
-        name, equals, version = text.rpartition("=")
-        if not equals:
-            raise click.UsageError(f"a swap is NAME=VERSION, such as pricing-model=2.1.0, not {text!r}")
+        name, version = _named_version(text, "a swap")
         return Swap(
             name,
             version,
+            from_=current.pop(name, None),
             allow_experimental=allow_experimental,
             validated=validated,
             migrate=migrate,
@@ -627,8 +645,20 @@ def hot_swap(
             "key": done.key,
         }
 
+    current = dict(_named_version(text, "--from") for text in expected)
+    if len(current) < len(expected):
+        raise click.UsageError("--from names a dependency twice; say of each once which version must be current")
     asked = [swap(text) for text in swaps]
+    if current:
+        raise click.UsageError(f"--from names {', '.join(current)}, which is not swapped here")
     return _run(_use(client, lambda: client.hot_swap(asked), tell, to_json, as_json=as_json))
+
+
+def _named_version(text: str, what: str) -> tuple[str, str]:
+    name, equals, version = text.rpartition("=")
+    if not equals:
+        raise click.UsageError(f"{what} is NAME=VERSION, such as pricing-model=2.1.0, not {text!r}")
+    return name, version
 
 
 async def _use(
@@ -747,7 +777,7 @@ def jobs_list(
         return client.jobs(limit=limit, before=before, state=state, daemon=daemon)
 
     def tell(found: tuple[BustJob, ...]) -> list[str]:
-        return [_job_line(job) for job in found] or ["no jobs"]
+        return [f"{_job_line(job)}, asked for at {job.at}{_reason(job)}" for job in found] or ["no jobs"]
 
     return _run(_use(client, call, tell, lambda found: [_job_dict(job) for job in found], as_json=as_json))
 
@@ -807,10 +837,14 @@ def _job_line(job: BustJob) -> str:
     return f"{job.job} {job.state} {what} ({job.namespace or 'default'}), {job.done}{of} done, {job.removed} removed"
 
 
+def _reason(job: BustJob) -> str:
+    return f", reason: {job.reason}" if job.reason is not None else ""
+
+
 def _job_lines(job: BustJob) -> list[str]:
-    why = f", reason: {job.reason}" if job.reason is not None else ""
     ended = f", ended {job.ended}" if job.ended is not None else ""
-    told = [_job_line(job), f"{job.strategy}, by {job.who} ({job.binding}){why}, at {job.at}{ended}, by {job.daemon}"]
+    who = f"by {job.who} ({job.binding}) through {job.via or 'an unnamed daemon'}"
+    told = [_job_line(job), f"{job.strategy}, {who}{_reason(job)}, at {job.at}{ended}, told by {job.daemon}"]
     for layer in job.layers:
         state = "applied" if layer.ok else f"not applied: {layer.error or 'no reason was told'}"
         told.append(f"layer {layer.name}: {state}, {layer.removed} removed")
@@ -1019,17 +1053,22 @@ def daemon(
             InvalidConfiguration,
             MemoryLayer,
             load,
+            read,
         )
     except ImportError as error:
         raise _Failure(str(error), _CANNOT_START) from error
     if (backend == "files" or (backend is None and root is not None)) != (root is not None):
         raise click.UsageError("the files backend and --root DIRECTORY go together")
     try:
-        configuration = Configuration() if config is None else load(config)
-        if root is not None:
-            configuration = configuration.with_layer(FilesLayer(backend="files", root=str(root)))
-        elif backend is not None:
-            configuration = configuration.with_layer(MemoryLayer(backend="memory"))
+        configuration = Configuration() if config is None else (read if only_check else load)(config)
+        if root is not None or backend is not None:
+            layer = MemoryLayer(backend="memory") if root is None else FilesLayer(backend="files", root=str(root))
+            try:
+                configuration = configuration.with_layer(layer)
+            except InvalidConfiguration as error:
+                if not only_check:
+                    raise
+                configuration = replace(configuration, findings=(*configuration.findings, *error.findings))
         given = _given_to_daemon(configuration, **options)
         if only_check:
             return _run(_check_daemon(configuration, register, given, as_json=as_json))
@@ -1074,11 +1113,22 @@ async def _check_daemon(
 
     checked = await check(configuration, os.environ, register=register, **given)
     _tell_findings(checked.findings, as_json=as_json)
+    for warning in checked.warnings:
+        line = {"ok": True, "file": warning.file, "key": warning.key, "warning": warning.text}
+        click.echo(json.dumps(line) if as_json else str(replace(warning, text=f"warning: {warning.text}")))
     if checked.findings:
         return _CANNOT_START
     count = len(checked.layers)
     told = f"in order: {count} layer{'s' if count > 1 else ''}: {_named(checked.layers)}"
-    line = {"ok": True, "file": configuration.file, "layers": _layers_as_dicts(checked.layers)}
+    if checked.lacking:
+        told += "; not advertised: "
+        told += ", ".join(f"{name} (lacked by {', '.join(layers)})" for name, layers in checked.lacking.items())
+    line = {
+        "ok": True,
+        "file": configuration.file,
+        "layers": _layers_as_dicts(checked.layers),
+        "lacking": checked.lacking,
+    }
     click.echo(json.dumps(line) if as_json else ": ".join(filter(None, [configuration.file, told])))
     return 0
 

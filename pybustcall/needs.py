@@ -13,9 +13,9 @@ from pybustcall.models import EVERYTHING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pybustcall.models import BustRequest
+    from pybustcall.models import BustRequest, Kind
 
-__all__ = ["needs_of", "phrase_of", "widened"]
+__all__ = ["needs_of", "phrase_of", "remedy_of", "widened"]
 
 _NAMED: Final = {"key": "of a key", "prefix": "by prefix", "tag": "by tag", "all": "of everything"}
 
@@ -63,3 +63,14 @@ def widened(request: BustRequest, supports: Callable[[str], bool]) -> BustReques
         lacks.remove(f"cache.bust.{request.kind}")
         mends |= {"kind": "all", "target": EVERYTHING, "confirm": True}
     return None if lacks else request.model_copy(update=mends)
+
+
+def remedy_of(kind: Kind, *, soft: bool, dry_run: bool, option: str | None) -> str:
+    """Say what to do if no daemon has what such a bust needs. `option` is how its caller can say that wider will do."""
+    told = (
+        "Name another daemon, or bring this one up to date; it can do what all of its layers can, and pybustcall"
+        " daemon --check names those that cannot."
+    )
+    if option is None or dry_run or not (soft or kind in {"prefix", "tag"}):
+        return told
+    return f"{told} With {option} the next wider bust is done instead, where there is one."

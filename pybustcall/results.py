@@ -35,6 +35,7 @@ from pybustcall.faults import (
     call_stage,
 )
 from pybustcall.models import redact
+from pybustcall.needs import remedy_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -262,10 +263,6 @@ _ADVICE_WITHOUT_RESULT: Final[Mapping[type[BustFailed], str]] = MappingProxyType
 """The same of calls that are no busts."""
 
 
-_ADVICE_UNSUPPORTED: Final = (
-    "Name another daemon, or bring this one up to date; with allow_wider=True the next wider bust is done, if there is"
-    " one."
-)
 _ADVICE_NOT_YET: Final = (
     "The daemon goes on with it by itself (client.job tells how far it is); raise fault_tolerance to 6 or more if that"
     " is good enough."
@@ -328,7 +325,7 @@ def failure(
     if not clean and answered:
         advice = _ADVICE_NOT_YET
     elif result is not None and causes and all(cause.kind is FaultKind.UNSUPPORTED for cause in causes):
-        advice = _ADVICE_UNSUPPORTED
+        advice = remedy_of(result.kind, soft=result.soft, dry_run=result.dry_run, option="allow_wider=True")
     if applied == "maybe" and repeat:
         advice = repeat
     return chosen(

@@ -416,6 +416,26 @@ def test_a_swap_that_the_rules_refuse_is_told_with_every_reason(extended: FakeDa
         assert call("hot-swap", f"model={version}", option, *at)[0] == 0
 
 
+def test_a_swap_may_say_which_version_must_be_current(extended: FakeDaemon) -> None:
+    """Another one is refused, and nothing has changed; what cannot be meant is told before anything is sent."""
+    at = ["--url", extended.url]
+    call("announce", "@scope/model", "1.0.0", *at)
+    code, _, err = call("hot-swap", "@scope/model=1.2.0", "--from", "@scope/model=1.1.0", *at)
+    assert code == 1
+    assert "1.1.0" in err
+    code, out, _ = call("hot-swap", "@scope/model=1.2.0", "--from", "@scope/model=1.0.0", *at)
+    assert (code, out.splitlines()[0]) == (0, "swapped @scope/model from 1.0.0 to 1.2.0")
+    for options, told in (
+        (["--from", "model"], "--from is NAME=VERSION, such as pricing-model=2.1.0, not 'model'"),
+        (["--from", "other=1.0.0"], "--from names other, which is not swapped here"),
+        (["--from", "a=1.0.0", "--from", "a=1.1.0"], "--from names a dependency twice"),
+        (["--from", "a=one"], "'one'"),
+    ):
+        code, _, err = call("hot-swap", "a=1.2.0", *options, *at)
+        assert code == 2
+        assert told in err
+
+
 def test_a_daemon_without_the_capability_is_told(fake: FakeDaemon) -> None:
     """Exit code 1: repeating will not help."""
     for arguments in (["resolve", "a"], ["announce", "a", "1.0.0"], ["hot-swap", "a=1.0.0"]):
@@ -817,7 +837,8 @@ def test_everything_is_busted_without_a_target_but_not_by_accident(whole_fake: F
     """It takes --confirm."""
     at = ["--url", whole_fake.url]
     for arguments, told in (
-        (["--kind", "all"], "confirm=True"),
+        (["--kind", "all"], "takes --confirm; nothing was sent"),
+        (["*", "--kind", "all", "--dry-run"], "takes --confirm; nothing was sent"),
         (["a", "--kind", "all", "--confirm"], 'takes no TARGET but "*"'),
         (["--confirm"], "Missing argument 'TARGET...'"),
     ):
@@ -842,10 +863,14 @@ def test_what_the_daemon_cannot_do_is_refused_or_done_wider(fake: FakeDaemon) ->
     """With 1, and what is lacking; or as the next wider, which is said."""
     code, _, err = call("bust", "a", "--soft", "--url", fake.url)
     assert code == 1
-    assert "it does not advertise cache.bust.soft: a soft bust of a key needs that" in err
+    assert "it does not advertise cache.bust.soft: a soft bust of a key needs that. Name another daemon, or " in err
+    assert "pybustcall daemon --check names those that cannot. With --allow-wider the next wider bust " in err
     code, out, _ = call("bust", "a", "--soft", "--allow-wider", "--url", fake.url)
     assert code == 0
     assert "cannot do a soft bust of a key, and was sent a bust of a key" in out
+    for options in (["--namespace", "n"], ["--kind", "tag", "--allow-wider"], ["--kind", "tag", "--dry-run"]):
+        code, _, err = call("bust", "a", *options, "--url", fake.url)
+        assert (code, err.endswith("names those that cannot.\n")) == (1, True)
 
 
 def test_an_accepted_bust_is_told_with_its_job(whole_fake: FakeDaemon) -> None:
@@ -889,6 +914,9 @@ def test_jobs_are_listed_shown_and_cancelled(whole_fake: FakeDaemon) -> None:
         "j2 running key 'b' (default)",
         "j1 waiting soft tag 'sale' (default)",
     ]
+    newest, reasoned = out.splitlines()
+    assert re.search(r", 0 removed, asked for at 20\d\d-\d\d-\d\dT\d\d:\d\d:[\d.]+Z$", newest)
+    assert re.search(r", asked for at 20\S+Z, reason: price$", reasoned)
     listed = [json.loads(line) for line in call("jobs", "list", "--state", "waiting", "--json", *at)[1].splitlines()]
     assert [(job["job"], job["kind"], job["daemon"]) for job in listed] == [("j1", "tag", whole_fake.url)]
     assert call("jobs", "list", "--limit", "1", "--before", "j2", *at)[1].startswith("j1 ")
@@ -898,6 +926,7 @@ def test_jobs_are_listed_shown_and_cancelled(whole_fake: FakeDaemon) -> None:
         ["layer redis: applied, 2 removed", "layer cdn: not applied: it is down, 0 removed"],
     )
     assert "reason: price, at 20" in out
+    assert out.count(", at 20") == 1
     code, out, _ = call("jobs", "cancel", "j1", "--json", *at)
     told = json.loads(out)
     assert (code, told["ok"], told["state"], told["ended"][:2]) == (0, True, "cancelled", "20")

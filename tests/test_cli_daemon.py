@@ -189,9 +189,11 @@ def test_a_check_of_what_is_in_order_is_told_in_one_line() -> None:
     """With exit code 0, also while a daemon runs with it."""
     write(f"[listen]\nport = 0\n[journal]\npath = 'journal.db'\n[[layers]]\nbackend = 'memory'\n{PAGES}")
     with running("--config", "bustcall.toml"):
-        assert call("daemon", "--config", "bustcall.toml", "--check") == (
-            0, "bustcall.toml: in order: 2 layers: memory (0), pages (1)\n", ""
-        )  # fmt: skip
+        told = (
+            "bustcall.toml: in order: 2 layers: memory (0), pages (1); not advertised: cache.bust.namespace (lacked by"
+            " pages), cache.bust.soft (lacked by pages)\n"
+        )
+        assert call("daemon", "--config", "bustcall.toml", "--check") == (0, told, "")
     code, out, _ = call("daemon", "--config", "bustcall.toml", "--check", "--json")
     assert (code, json.loads(out)) == (
         0,
@@ -202,6 +204,7 @@ def test_a_check_of_what_is_in_order_is_told_in_one_line() -> None:
                 {"name": "memory", "number": 0, "backend": "memory"},
                 {"name": "pages", "number": 1, "backend": "files"},
             ],
+            "lacking": {"cache.bust.namespace": ["pages"], "cache.bust.soft": ["pages"]},
         },
     )
 
@@ -221,9 +224,45 @@ def test_a_check_tells_all_that_is_wrong() -> None:
     assert {told["ok"] for told in objects} == {False}
 
 
+def test_a_check_tells_what_is_wrong_in_the_file_and_around_it_together() -> None:
+    """Also where the options do not go with the file."""
+    write(f"[limits]\ndrain = -1\n[files]\nregister = 'missing.json'\n{REDIS_DOWN}")
+    code, out, err = call("daemon", "--config", "bustcall.toml", "--check", "--state", "pages", "--root", "pages")
+    assert (code, err) == (4, "")
+    assert [line.split(" ")[1] for line in out.splitlines()] == [
+        "limits.drain:", "layers:", "state", "files.register:", "layers.0:"
+    ]  # fmt: skip
+    code, _, err = call("daemon", "--config", "bustcall.toml", "--root", "pages")
+    assert (code, len(err.splitlines())) == (4, 1)
+
+
+def test_a_warning_of_a_check_is_no_reason_not_to_serve() -> None:
+    """Exit code 0, a line of its own, and an object that is ok."""
+    write(f"[namespaces]\nallowed = ['shop']\n{PAGES}")
+    code, out, err = call("daemon", "--config", "bustcall.toml", "--check")
+    assert (code, err) == (0, "")
+    warned, told = out.splitlines()
+    assert warned.startswith("bustcall.toml: layers.0.root: warning: the layer pages knows the namespace default only")
+    assert told.startswith("bustcall.toml: in order: 1 layer: pages (0)")
+    code, out, _ = call("daemon", "--config", "bustcall.toml", "--check", "--json")
+    first, last = (json.loads(line) for line in out.splitlines())
+    assert (code, first.keys(), first["ok"], last["ok"]) == (0, {"ok", "file", "key", "warning"}, True, True)
+
+
+def test_the_audit_names_the_port_that_the_system_chose() -> None:
+    """With port 0 the daemon would else stand there without one."""
+    with running("--port", "0", "--json") as line:
+        url = json.loads(line)["url"]
+        assert call("bust", "a", "--url", url)[0] == 0
+        (job,) = (json.loads(told) for told in call("jobs", "list", "--json", "--url", url)[1].splitlines())
+    assert job["via"] == f"{socket.gethostname()} {url.removeprefix('http://')}"
+
+
 def test_options_are_checked_without_a_file() -> None:
     """Then no line names one."""
-    assert call("daemon", "--check", "--root", "pages") == (0, "in order: 1 layer: files (0)\n", "")
+    code, out, err = call("daemon", "--check", "--root", "pages")
+    assert (code, err) == (0, "")
+    assert out.startswith("in order: 1 layer: files (0); not advertised: ")
     code, out, _ = call("daemon", "--check", "--root", "missing", "--token-file", "none", "--state", "pages")
     assert code == 4
     first, second, third = out.splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import socket
@@ -14,9 +15,10 @@ import pytest
 
 from pybustcall.daemon import idempotency, journal, registry
 from pybustcall.daemon.checking import Checked, check, look_at_database, look_at_socket
-from pybustcall.daemon.configuration import Configuration, load
+from pybustcall.daemon.configuration import Configuration, load, read
 from pybustcall.daemon.database import Database, Kind, transaction
 from pybustcall.errors import ConfigurationError
+from tests.engines import RedisProcess
 from tests.redis_harness import shared_redis
 
 KINDS = {"state": idempotency._KIND, "registry": registry._KIND, "journal": journal._KIND}
@@ -32,6 +34,12 @@ def written(text: str) -> Configuration:
     """Load a file that says this."""
     Path("bustcall.toml").write_text(text, encoding="utf-8")
     return load("bustcall.toml")
+
+
+def drafted(text: str) -> Configuration:
+    """Read what can be read of a file that says this."""
+    Path("bustcall.toml").write_text(text, encoding="utf-8")
+    return read("bustcall.toml")
 
 
 def run_check(configuration: Configuration, environ: dict[str, str], **more: Any) -> Checked:
@@ -103,6 +111,107 @@ def test_everything_that_is_wrong_is_told() -> None:
     assert told[4][1].endswith("journal.db' is in a directory that does not exist; make it first")
     assert told[7][1].startswith("the layer redis cannot be used now: ")
     assert [layer.name for layer in checked.layers] == ["redis"]
+
+
+def test_what_is_wrong_in_the_file_hides_nothing_that_is_wrong_around_it() -> None:
+    """Each at its key, a layer by its place in the file, though the one before it cannot be read."""
+    Path("state.db").write_text("no database")
+    checked = run_check(
+        drafted(
+            "[limits]\ndrain = -1\n[files]\nstate = 'state.db'\nregister = 'entries.json'\n[fish]\n"
+            "[[layers]]\nbackend = 'tape'\n"
+            "[[layers]]\nbackend = 'redis'\nurl = 'redis://127.0.0.1:1/0'\nsettle = 'soon'\n"
+            "[[layers]]\nbackend = 'files'\nroot = 'missing'\nname = 'pages'\n"
+            "[[layers]]\nbackend = 'memory'\nname = 'pages'\n"
+        ),
+        {},
+    )
+    assert [finding.key for finding in checked.findings] == [
+        "limits.drain", "layers.0.backend", "layers.1.settle", "fish", "layers.3.name",
+        "files.state", "layers.2.root", "files.register", "layers.1",
+    ]  # fmt: skip
+    assert [(layer.name, layer.number) for layer in checked.layers] == [("redis", 1), ("pages", 3)]
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("[listen]\nhost = '0.0.0.0'\n[access]\ntoken_file = 7\n", ["access.token_file"]),
+        ("[listen]\nhost = '0.0.0.0'\n[access]\ntokn_file = 'token'\n", ["access.tokn_file"]),
+        ("[listen]\nhost = '0.0.0.0'\n[acess]\ntoken_file = 'token'\n", ["acess"]),
+        ("access = 'token'\n[listen]\nhost = '0.0.0.0'\n", ["access"]),
+        ("[listen]\nhost = '0.0.0.0'\nport = 'x'\n", ["listen.port", "access.token_file"]),  # which does not follow
+        ("[[layers]]\nbackend = 'redis'\nurl_env = '-'\n", ["layers.0.url_env"]),
+        ("[[layers]]\nbackend = 'files'\nroot = 7\n[files]\nregister = 'entries.json'\n", ["layers.0.root"]),
+        ("layers = 7\n[files]\nregister = 'entries.json'\n", ["layers"]),
+        ("[[layers]]\nbackend = 'memory'\nname = '?'\n[[layers]]\nbackend = 'memory'\n", ["layers.0.name"]),
+        ("[namespaces]\nallowed = ['-', '?']\n", ["namespaces.allowed.0", "namespaces.allowed.1"]),
+    ],
+)
+def test_what_only_follows_from_what_is_wrong_in_the_file_is_not_told(text: str, keys: list[str]) -> None:
+    """A token that was meant is not missed, nor a URL; nor are entries judged by other layers than those that are."""
+    Path("entries.json").write_text('{"/of/another/layer": []}')
+    assert [finding.key for finding in run_check(drafted(text), {}).findings] == keys
+
+
+def test_what_is_beside_the_journal_is_not_told_a_second_time() -> None:
+    """The directory is missing for both, and only one of them is named in the file."""
+    assert [it.key for it in run_check(written("[journal]\npath = 'missing/journal.db'\n"), {}).findings] == [
+        "journal.path"
+    ]
+    make(KINDS["state"], Path("journal.db.registry"))
+    assert [it.key for it in run_check(written("[journal]\npath = 'journal.db'\n"), {}).findings] == ["files.registry"]
+
+
+def test_a_redis_that_may_evict_what_it_needs_is_warned_of_as_a_daemon_does(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the same words, and at its own layer; it is no reason not to serve."""
+    with RedisProcess(tmp_path, maxmemory="64mb", **{"maxmemory-policy": "allkeys-lru"}) as server:
+        configuration = written(
+            f"[[layers]]\nbackend = 'redis'\nname = 'well'\nurl = '{shared_redis().url}'\n"
+            f"[[layers]]\nbackend = 'redis'\nurl = '{server.url}'\n"
+        )
+        checked = run_check(configuration, {})
+        caplog.clear()
+
+        async def start() -> None:
+            (layer,) = (it for it in checked.layers if it.name == "redis")
+            backend = type(layer.backend)(server.url)  # type: ignore[call-arg]
+            await backend.check_ready()
+            await backend.close()
+
+        asyncio.run(start())
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "has the maxmemory-policy allkeys-lru" in said
+    assert [(it.key, it.text) for it in checked.warnings] == [("layers.1", f"the layer redis: {said}")]
+    assert checked.findings == ()
+    assert logging.getLogger("pybustcall.daemon").handlers == []
+
+
+def test_files_without_namespaces_are_warned_of_where_namespaces_are_named() -> None:
+    """Since no bust in them is done anywhere."""
+    Path("pages").mkdir()
+    allowed = "[namespaces]\nallowed = {}\n[[layers]]\nbackend = 'memory'\n[[layers]]\nbackend = 'files'\nroot = {!r}\n"
+    (warning,) = run_check(written(allowed.format(["default", "shop", *"abcdef"], "pages")), {}).warnings
+    assert str(warning) == (
+        "bustcall.toml: layers.1.root: the layer files knows the namespace default only: busts in others (shop, a, b,"
+        " c, d, ...) are refused, at all layers; put {namespace} into its root"
+    )
+    assert run_check(written(allowed.format(["default", "shop"], "pages/{namespace}")), {}).warnings == ()
+    assert run_check(written(allowed.format(["default"], "pages")), {}).warnings == ()
+    assert run_check(written(allowed.format([], "pages")), {}).warnings == ()
+
+
+def test_what_a_daemon_cannot_do_is_told_with_the_layers_that_lack_it() -> None:
+    """It is not advertised, since a bust is done at all layers or at none."""
+    Path("pages").mkdir()
+    text = "[[layers]]\nbackend = 'memory'\n[[layers]]\nbackend = 'files'\nroot = '{}'\n"
+    assert run_check(written(text.format("pages")), {}).lacking == {
+        "cache.bust.namespace": ("files",), "cache.bust.soft": ("files",)
+    }  # fmt: skip
+    assert run_check(written(text.format("pages/{namespace}")), {}).lacking == {"cache.bust.soft": ("files",)}
+    assert run_check(Configuration(), {}).lacking == {}
 
 
 def test_a_cache_that_hangs_is_told_in_time() -> None:

@@ -24,6 +24,7 @@ from pybustcall.daemon.configuration import (
     MemoryLayer,
     RedisLayer,
     load,
+    read,
 )
 from pybustcall.daemon.engine import Layer
 from pybustcall.daemon.index import Indexes
@@ -366,11 +367,30 @@ def test_whatever_the_file_says_there_is_an_answer(value: Any, place: str) -> No
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tomllib, "loads", parsed)
-        try:
-            written("")
-        except InvalidConfiguration as error:
-            table = place.partition(".")[0]
-            assert all(finding.key.startswith(table) for finding in error.findings)  # noqa: PT017
+        Path("bustcall.toml").touch()
+        found = read("bustcall.toml")
+    table = place.partition(".")[0]
+    assert all(finding.key.startswith(table) for finding in found.findings)
+    assert all(key.startswith(table) for key in found.left_out)
+    assert bool(found.findings) == bool(found.left_out)
+
+
+def test_what_is_wrong_is_left_out_and_the_rest_can_be_used_to_check() -> None:
+    """But not to serve."""
+    Path("bustcall.toml").write_text(
+        "[limits]\ndrain = -1\nmax_entries = 3\n"
+        "[[layers]]\nbackend = 'files'\n[[layers]]\nbackend = 'memory'\nname = 'm'\nnumber = 'x'\n"
+    )
+    found = read("bustcall.toml")
+    assert found.left_out == {"limits.drain", "layers.0", "layers.1.number"}
+    assert found.draft({})[0] == DaemonSettings(max_entries=3)
+    assert [(key, layer.number) for key, layer in found.draft_layers(Indexes(), {})[0].items()] == [("layers.1", 1)]
+    with pytest.raises(InvalidConfiguration, match=r"limits\.drain"):
+        found.settings({})
+    with pytest.raises(InvalidConfiguration, match=r"layers\.0\.root"):
+        found.layers(Indexes(), {})
+    with pytest.raises(InvalidConfiguration, match="leave --root and --backend out"):
+        found.with_layer(MemoryLayer(backend="memory"))
 
 
 # What the settings are when taken together

@@ -27,6 +27,9 @@ ROOT = Path(__file__).parent.parent
 HTTP_PAGE = ROOT / "docs" / "reference" / "http.md"
 ROUTES = [
     "POST /api/v1/bust",
+    "GET /api/v1/jobs",
+    "GET /api/v1/jobs/{job}",
+    "DELETE /api/v1/jobs/{job}",
     "GET /api/v1/status",
     "GET /api/v1/capabilities",
     "GET /api/v1/bindings/capabilities",
@@ -150,8 +153,9 @@ def test_every_route_is_shown_with_curl(route: str) -> None:
     section = HTTP_PAGE.read_text(encoding="utf-8").partition(f"\n## {route}\n")[2].partition("\n## ")[0]
     assert section
     assert any(
-        f"$BUSTCALL_URL{path}" in example.command
-        and ("-X POST" in example.command) == (method == "POST")
+        example.command.startswith("curl ")
+        and f"$BUSTCALL_URL{path.partition('{')[0]}" in example.command
+        and (re.findall(r"-X (\w+)", example.command.partition("$(")[0]) or ["GET"]) == [method]
         and example.command in section
         and example.answer is not None
         for example in EXAMPLES

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pybustcall.models import BustRequest, bust_request
-from pybustcall.needs import needs_of, phrase_of, widened
+from pybustcall.needs import needs_of, phrase_of, remedy_of, widened
 
 NAMES = ("all", "dry_run", "namespace", "prefix", "settle", "soft", "tag", "verify")
 
@@ -109,3 +109,13 @@ def test_what_is_asked_instead_can_be_done_and_reaches_no_other_tenant(asked: Bu
         assert not found.dry_run
         assert (found.kind, found.target) in {(asked.kind, asked.target), ("all", "*")}
         assert BustRequest.model_validate_json(found.wire()) == found
+
+
+@given(REQUESTS)
+def test_wider_is_offered_only_where_there_may_be_something_wider(asked: BustRequest) -> None:
+    """Wherever some daemon could be asked for it instead, and in the words of whoever asks."""
+    told = remedy_of(asked.kind, soft=asked.soft, dry_run=asked.dry_run, option="--allow-wider")
+    base = {"cache.bust.all", "cache.bust.namespace", "cache.bust.verify", "cache.bust.settle"}
+    wider = widened(asked, base.__contains__)
+    assert ("With --allow-wider " in told) == (wider is not None and wider != asked)
+    assert "wider" not in remedy_of(asked.kind, soft=asked.soft, dry_run=asked.dry_run, option=None)

@@ -1,8 +1,12 @@
 """What can be found out about a configuration without serving, and without changing anything.
 
-This module decides what is looked at before a daemon is started: the settings, the files that it would keep, what it
-would read, and whether each cache answers. It tells all that it finds, not only the first. What may stand in the file
-is `configuration`'s to decide. Whether the address is free is not asked: the daemon that runs now has it.
+This module decides what is looked at before a daemon is started: what could be read of the file, the settings, the
+files that it would keep, what it would read, and whether each cache answers. It tells all that it finds, not only the
+first. What may stand in the file is `configuration`'s to decide. Whether the address is free is not asked: the daemon
+that runs now has it.
+
+What a daemon would serve with all the same is a warning. Those of a cache are heard where they are said, so that a
+check and a daemon that starts say the same.
 
 Files are looked at from outside, by their first bytes; which of them are texts, or databases at all, is `database`'s
 to say, as it is when the daemon opens them. To open one with SQLite would make files beside it, and would
@@ -12,8 +16,10 @@ wait for the daemon that has it locked.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import stat
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
@@ -23,6 +29,7 @@ from pybustcall.daemon.database import HEAD_BYTES, is_header, refuse_text
 from pybustcall.daemon.engine import Engine, Layer, read_registrations
 from pybustcall.daemon.index import Indexes
 from pybustcall.errors import ConfigurationError
+from pybustcall.models import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -37,15 +44,33 @@ _COOKIE: Final = slice(40, 44)  # changes with the schema, 0 where there never w
 _APPLICATION: Final = slice(68, 72)
 _OURS: Final = {"state": b"pbId", "registry": b"pbRg", "journal": b"pbJn"}
 _NONE: Final = bytes(4)
+_MOST_NAMED: Final = 5  # namespaces in a text
+
+_log = logging.getLogger("pybustcall.daemon")
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What a check found: everything that is wrong, and the layers that could be made, inside out."""
+    """What a check found.
+
+    - `findings`: everything that is wrong, and would keep a daemon from serving
+    - `warnings`: what it would serve with, and not as may be expected
+    - `layers`: those that could be made, inside out
+    """
 
     findings: tuple[Finding, ...]
+    warnings: tuple[Finding, ...]
     layers: tuple[Layer, ...]
+
+    @property
+    def lacking(self) -> dict[str, tuple[str, ...]]:
+        """The capabilities that a daemon would not have with these layers, and the names of those that lack each."""
+        lacks = {
+            "cache.bust.namespace": [layer.name for layer in self.layers if not layer.backend.traits.namespaces],
+            "cache.bust.soft": [layer.name for layer in self.layers if not layer.backend.traits.soft],
+        }
+        return {name: tuple(layers) for name, layers in lacks.items() if layers}
 
 
 async def check(
@@ -62,7 +87,8 @@ async def check(
     - `patience`: seconds that a cache may take to answer
     - `given`: as of `Configuration.settings`
     """
-    settings, findings = configuration.draft(environ, **given)
+    settings, wrong = configuration.draft(environ, **given)
+    findings = [*configuration.findings, *wrong]
     for setting, text in await asyncio.to_thread(lambda: [*_look_at_files(settings)]):
         findings.append(configuration.finding(setting, text, given))
     indexes = Indexes(most=max(settings.max_namespaces, 1))
@@ -70,40 +96,92 @@ async def check(
     findings += unmade
     if file := register or configuration.register:
         try:
-            if unmade:
+            if unmade or configuration.lacks("layers"):
                 read_registrations(file)
             else:
                 Engine(list(made.values()), indexes).load_registrations(file)
         except ConfigurationError as error:
             findings.append(configuration.finding(error.setting, str(error), () if register is None else {"entries"}))
-    async with asyncio.TaskGroup() as group:
-        asked = {key: group.create_task(_answer(layer.backend, patience)) for key, layer in made.items()}
+    warnings = [*_doubt_namespaces(configuration, settings, made)]
+    with _Ear() as ear:
+        async with asyncio.TaskGroup() as group:
+            asked = {key: group.create_task(_ask(layer.backend, patience, ear)) for key, layer in made.items()}
     for key, layer in made.items():
-        if (answer := asked[key].result()) is not None:
+        answer, warned = asked[key].result()
+        if answer is not None:
             findings.append(configuration.finding(key, f"the layer {layer.name} cannot be used now: {answer}"))
-    return Checked(tuple(findings), tuple(sorted(made.values(), key=lambda layer: layer.number)))
+        warnings += [configuration.finding(key, f"the layer {layer.name}: {text}") for text in warned]
+    layers = sorted(made.values(), key=lambda layer: layer.number)
+    return Checked(tuple(findings), tuple(warnings), tuple(layers))
 
 
-async def _answer(backend: Backend, patience: float) -> str | None:
-    """Ask a cache whether it can be used; tell why not, None if it can."""
+async def _ask(backend: Backend, patience: float, ear: _Ear) -> tuple[str | None, list[str]]:
+    """Ask a cache whether it can be used; tell why not, None if it can, and what it warns of."""
+    warned = ear.listen()
     try:
         async with asyncio.timeout(patience):
             await backend.open()
             await backend.check_ready()
     except BackendFailure as error:
-        return str(error)
+        return str(error), warned
     except TimeoutError:
-        return f"it did not answer within {patience:g} s"
+        return f"it did not answer within {patience:g} s", warned
     finally:
         await backend.close()
-    return None
+    return None, warned
+
+
+@final
+class _Ear(logging.Handler):
+    """Hears what is warned of in the daemon's log, each task what is said in its own course."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._heard: ContextVar[list[str]] = ContextVar("heard")
+
+    def __enter__(self) -> _Ear:
+        _log.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _log.removeHandler(self)
+
+    def listen(self) -> list[str]:
+        """Begin to hear for this task: what is said goes into the list."""
+        heard: list[str] = []
+        self._heard.set(heard)
+        return heard
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Note what was said, if somebody listens here."""
+        self._heard.get([]).append(record.getMessage())
+
+
+def _doubt_namespaces(
+    configuration: Configuration, settings: DaemonSettings, made: Mapping[str, Layer]
+) -> Iterator[Finding]:
+    """Doubt layers without namespaces where the settings name some: no bust is done at a part of the layers."""
+    others = [name for name in settings.namespaces if name != DEFAULT_NAMESPACE]
+    for key, layer in made.items():
+        if others and not layer.backend.traits.namespaces:  # which are files without a place for it in their root
+            named = ", ".join([*others[:_MOST_NAMED], *(["..."] if len(others) > _MOST_NAMED else [])])
+            yield configuration.finding(
+                f"{key}.root",
+                f"the layer {layer.name} knows the namespace {DEFAULT_NAMESPACE} only: busts in others ({named}) are"
+                " refused, at all layers; put {namespace} into its root",
+            )
 
 
 def _look_at_files(settings: DaemonSettings) -> Iterator[tuple[str, str]]:
+    found = {}
     for setting in _OURS:
         path = settings.registry_file if setting == "registry" else getattr(settings, setting)
         if path is not None and (why := look_at_database(path, setting)) is not None:
-            yield setting, f"the {setting} file {os.fspath(path)!r} {why}"
+            found[setting] = path, why
+    if settings.registry is None and "registry" in found and "journal" in found:
+        del found["registry"]  # it is beside the journal, so that the two are mended together
+    for setting, (path, why) in found.items():
+        yield setting, f"the {setting} file {os.fspath(path)!r} {why}"
     if settings.socket is not None and (why := look_at_socket(settings.socket)) is not None:
         yield "socket", f"the socket {os.fspath(settings.socket)!r} {why}"
 

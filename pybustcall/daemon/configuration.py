@@ -19,8 +19,9 @@ from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, time
 from difflib import get_close_matches
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar, final
 from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import (
@@ -44,7 +45,7 @@ from pybustcall.models import MAX_SETTLE, Access, Requirements, check_namespace
 from pybustcall.redis_layout import DEFAULT_PREFIX, MAX_FENCES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from pydantic_core import ErrorDetails
 
@@ -60,8 +61,11 @@ __all__ = [
     "MemoryLayer",
     "RedisLayer",
     "load",
+    "read",
     "read_secret",
 ]
+
+_T = TypeVar("_T")
 
 _TOKENS: Final = {"token": "BUSTCALL_TOKEN", "operator_token": "BUSTCALL_OPERATOR_TOKEN"}
 _STAND_INS: Final = {"token": "unread", "operator_token": "likewise-unread"}  # never served with
@@ -424,17 +428,39 @@ _PLACES: Final[Mapping[str, str]] = {
 class Configuration:
     """What one file says, or no file: then `file` is empty, and everything has its default.
 
-    `layer` is the only layer if an option named one.
+    - `layer`: the only layer if an option named one
+    - `findings`: what is wrong in the file; nothing is served while there is any
+    - `left_out`: what of the file is not in `document` because of that, such as "limits.drain", or "layers.1"
     """
 
     file: str = ""
     document: Document = field(default_factory=Document)
     layer: FilesLayer | MemoryLayer | None = None
+    findings: tuple[Finding, ...] = ()
+    left_out: frozenset[str] = frozenset()
 
     @property
     def register(self) -> str | None:
         """The file with entries to register at the start."""
         return self.document.files.register_
+
+    def lacks(self, table: str) -> bool:
+        """Tell whether anything of this table, or all of it, is left out."""
+        return any(key == table or key.startswith(f"{table}.") for key in self.left_out)
+
+    @property
+    def _may_say_tokens(self) -> bool:
+        """Whether a token may be meant by what is left out: in its table, or in one whose name is misspelt."""
+        unknown = {key.partition(".")[0] for key in self.left_out} - Document.model_fields.keys()
+        return bool(unknown) or self.lacks("access")
+
+    def tables_of_layers(self) -> dict[str, MemoryLayer | FilesLayer | RedisLayer]:
+        """Tell the tables of the layers by their keys in the file; without any there is one layer in memory."""
+        if self.layer is not None:
+            return {"layers.0": self.layer}
+        if not self.document.layers and not self.lacks("layers"):
+            return {"layers.0": MemoryLayer(backend="memory")}
+        return {f"layers.{place}": table for place, table in _placed(self.document.layers, self.left_out)}
 
     def finding(self, setting: str | None, text: str, given: Iterable[str] = ()) -> Finding:
         """Say what is wrong with a setting, at its key; what an option has `given` is in no file."""
@@ -475,6 +501,8 @@ class Configuration:
             except ConfigurationError as error:
                 findings.append(self.finding(name, str(error), {name} if by_option else ()))
                 said[name] = _STAND_INS[name]  # there is one: that none is set is not what is wrong
+            if said[name] is None and self._may_say_tokens:
+                said[name] = _STAND_INS[name]  # likewise
         settings = DaemonSettings(**(said | given))
         return settings, findings + [self.finding(error.setting, str(error), given) for error in _all_wrong(settings)]
 
@@ -486,17 +514,15 @@ class Configuration:
         Raises `InvalidConfiguration` if the daemon must not run with them.
         """
         settings, findings = self.draft(environ, **given)
-        if findings:
-            raise InvalidConfiguration(findings)
+        if self.findings or findings:
+            raise InvalidConfiguration([*self.findings, *findings])
         return settings
 
     def draft_layers(self, indexes: Indexes, environ: Mapping[str, str]) -> tuple[dict[str, Layer], list[Finding]]:
         """Make the layers that can be made, by their keys in the file, and tell what is wrong with the others."""
         made: dict[str, Layer] = {}
         findings: list[Finding] = []
-        single = self.layer or MemoryLayer(backend="memory")
-        for place, table in enumerate(self.document.layers or (single,)):
-            key = f"layers.{place}"
+        for key, table in self.tables_of_layers().items():
             try:
                 backend = _backend_of(table, indexes, environ)
             except ConfigurationError as error:
@@ -504,7 +530,7 @@ class Configuration:
                 continue
             made[key] = Layer(
                 name=table.name or table.backend,
-                number=place if table.number is None else table.number,
+                number=int(key.rpartition(".")[2]) if table.number is None else table.number,
                 backend=backend,
                 settle=table.settle,
             )
@@ -516,13 +542,13 @@ class Configuration:
         Raises `InvalidConfiguration` for what is not there: a root, a file or variable with a URL, an extra.
         """
         made, findings = self.draft_layers(indexes, environ)
-        if findings:
-            raise InvalidConfiguration(findings)
+        if self.findings or findings:
+            raise InvalidConfiguration([*self.findings, *findings])
         return sorted(made.values(), key=lambda layer: layer.number)
 
     def with_layer(self, layer: FilesLayer | MemoryLayer) -> Configuration:
         """Say the same with this one layer, which an option gave. Raises `InvalidConfiguration` if there are some."""
-        if self.document.layers:
+        if self.document.layers or self.lacks("layers"):
             raise InvalidConfiguration(
                 [Finding(self.file, "layers", "the file says which layers there are; leave --root and --backend out")]
             )
@@ -597,6 +623,17 @@ def read_secret(path: str | os.PathLike[str], setting: str) -> str:
 
 def load(path: str | os.PathLike[str]) -> Configuration:
     """Read a configuration from a TOML file. Raises `InvalidConfiguration` with all that is wrong in it."""
+    configuration = read(path)
+    if configuration.findings:
+        raise InvalidConfiguration(configuration.findings)
+    return configuration
+
+
+def read(path: str | os.PathLike[str]) -> Configuration:
+    """Read of a TOML file what can be, so that it can be checked; the `findings` are what is wrong in it.
+
+    Raises `InvalidConfiguration` for what is no TOML: then nothing can be told of the rest.
+    """
     file = os.fspath(path)
     try:
         document = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))  # some editors write a mark
@@ -609,14 +646,59 @@ def load(path: str | os.PathLike[str]) -> Configuration:
         raise InvalidConfiguration([Finding(file, *_syntax(str(error)))]) from None
     except RecursionError:
         raise InvalidConfiguration([Finding(file, "", "is nested too deeply")]) from None
-    try:
-        read = Document.model_validate(document, context={"home": Path(path).absolute().parent})
-    except ValidationError as error:
-        errors = error.errors(include_url=False)
-        raise InvalidConfiguration(_finding(file, document, problem) for problem in errors) from None
-    if findings := [Finding(file, key, text) for key, text in _same_names(read)]:
-        raise InvalidConfiguration(findings)
-    return Configuration(file=file, document=read)
+    findings: list[Finding] = []
+    left_out: set[str] = set()
+    while True:
+        try:
+            kept = Document.model_validate(document, context={"home": Path(path).absolute().parent})
+        except ValidationError as error:
+            errors = error.errors(include_url=False)
+        else:
+            break
+        if not left_out:  # what is found later may come of what was left out before
+            findings = [_finding(file, document, problem) for problem in errors]
+        left_out |= _leave_out(document, [_place_of(problem) for problem in errors], left_out)
+    findings += [Finding(file, key, text) for key, text in _same_names(kept, left_out)]
+    return Configuration(file=file, document=kept, findings=tuple(findings), left_out=frozenset(left_out))
+
+
+def _placed(tables: Iterable[_T], left_out: Collection[str]) -> Iterable[tuple[int, _T]]:
+    """Tell of the tables of layers that are left where in the file each stands."""
+    return zip((place for place in count() if f"layers.{place}" not in left_out), tables, strict=False)
+
+
+def _leave_out(document: dict[str, Any], wrong: list[list[Any]], left_out: Collection[str]) -> set[str]:
+    """Take away what cannot be read, which is a key of a table, or all of one that lacks something; tell the keys."""
+    layers = dict(_placed(_listed(document), left_out))
+    tables: dict[str, Any] = {**document, **{f"layers.{place}": table for place, table in layers.items()}}
+    numbers = list(layers)
+    gone: set[str] = set()
+    for first, *below in wrong:
+        name = f"layers.{numbers[below.pop(0)]}" if first == "layers" and below else first
+        whole = not below or not isinstance(tables[name], dict) or below[0] not in tables[name]
+        gone.add(name if whole else f"{name}.{below[0]}")
+    for name, table in tables.items():
+        if isinstance(table, dict):
+            for key in [key for key in table if f"{name}.{key}" in gone]:
+                del table[key]
+        if name in gone:
+            document.pop(name, None)
+    if "layers" in document:
+        document["layers"] = [table for place, table in layers.items() if f"layers.{place}" not in gone]
+    return gone
+
+
+def _listed(document: dict[str, Any]) -> list[Any]:
+    layers = document.get("layers", [])
+    return layers if isinstance(layers, list) else []
+
+
+def _place_of(problem: ErrorDetails) -> list[Any]:
+    """Tell where the file says it: without the kind of layer, which it says elsewhere."""
+    place = list(problem["loc"])
+    if place[0] == "layers" and len(place) > 2:
+        del place[2]
+    return place
 
 
 def _syntax(text: str) -> tuple[str, str]:
@@ -625,21 +707,26 @@ def _syntax(text: str) -> tuple[str, str]:
     return (place, message) if at else ("", f"is no TOML: {text}")
 
 
-def _same_names(document: Document) -> Iterable[tuple[str, str]]:
-    names = [layer.name or layer.backend for layer in document.layers]
-    often = Counter(names)
-    for place, (layer, name) in enumerate(zip(document.layers, names, strict=True)):
+def _same_names(document: Document, left_out: Collection[str]) -> Iterable[tuple[str, str]]:
+    placed = [
+        (f"layers.{place}.name", layer)
+        for place, layer in _placed(document.layers, left_out)
+        if f"layers.{place}.name" not in left_out
+    ]
+    often = Counter(layer.name or layer.backend for _, layer in placed)
+    seen: set[str] = set()
+    for key, layer in placed:
+        name = layer.name or layer.backend
         if often[name] > 1 and layer.name is None:
-            yield f"layers.{place}.name", f'is needed, since another layer would be called "{name}", too'
-        elif name in names[:place]:
-            yield f"layers.{place}.name", f'expected another name, found "{name}" a second time'
+            yield key, f'is needed, since another layer would be called "{name}", too'
+        elif name in seen:
+            yield key, f'expected another name, found "{name}" a second time'
+        seen.add(name)
 
 
 def _finding(file: str, document: dict[str, Any], problem: ErrorDetails) -> Finding:
     """Say in our words what pydantic found."""
-    place = list(problem["loc"])
-    if place[0] == "layers" and len(place) > 2:
-        del place[2]  # the kind of layer, which the file says elsewhere
+    place = _place_of(problem)
     found = problem["input"]
     if problem["type"].startswith("union_tag"):
         place.append("backend")

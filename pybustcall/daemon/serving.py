@@ -15,12 +15,13 @@ import socket
 import stat
 import threading
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 
-from pybustcall.daemon.app import DAEMON, GRACE, Daemon, DaemonSettings, create_app
+from pybustcall.daemon.app import DAEMON, GRACE, Daemon, DaemonSettings, check_settings, create_app
 from pybustcall.daemon.backends import BackendFailure
 from pybustcall.daemon.connections import Door
 from pybustcall.errors import ConfigurationError
@@ -46,10 +47,11 @@ async def serve(engine: Engine, settings: DaemonSettings, *, ready: Callable[[st
     Signals are heard only in the main thread; elsewhere cancel. Raises `ConfigurationError`, naming the setting, if
     the daemon cannot listen, and `BackendFailure` if a cache of this machine cannot be used. One beyond it may be away.
     """
-    app = create_app(engine, settings)
-    daemon = app[DAEMON]
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=GRACE)
+    check_settings(settings)
     async with _listening(settings) as (sockets, url):
+        app = create_app(engine, _as_bound(settings, sockets))
+        daemon = app[DAEMON]
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=GRACE)
         servers: list[asyncio.AbstractServer] = []
         with _signals(daemon.stop):
             try:
@@ -67,6 +69,11 @@ async def serve(engine: Engine, settings: DaemonSettings, *, ready: Callable[[st
                 daemon.stop()
                 _close_all(servers)
                 await _uninterrupted(_clean_up(runner, daemon))
+
+
+def _as_bound(settings: DaemonSettings, sockets: list[socket.socket]) -> DaemonSettings:
+    """Name the real port where the system chose it: by its address the daemon stands in the audit."""
+    return settings if settings.socket is not None else replace(settings, port=sockets[0].getsockname()[1])
 
 
 async def _check_ready(engine: Engine) -> None:

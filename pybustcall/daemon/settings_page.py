@@ -88,12 +88,23 @@ file.
 
 `pybustcall daemon --config bustcall.toml --check` tells all that is wrong, one finding a line (with `--json` an object
 a line), and changes nothing: what stands in the file, whether roots and tokens are there, whether the daemon could keep
-its files where it should, and whether each cache answers. It ends with 0 if all is in order, with 4 otherwise. That the
-address is free is not asked, since the daemon that runs now has it.
+its files where it should, and whether each cache answers. What cannot be read of the file is left out of the rest. It
+ends with 0 if all is in order, with 4 otherwise. That the address is free is not asked, since the daemon that runs now
+has it.
 
 ```text
 bustcall.toml: listen.port: expected a whole number, found "8989"
-bustcall.toml: layers.1.root: expected a string, found 7
+bustcall.toml: layers.0.root: the root '/srv/pages' does not exist; make it, or name another
+bustcall.toml: layers.1.root: warning: the layer thumbs knows the namespace default only: busts in others (shop) \
+are refused, at all layers; put {namespace} into its root
+```
+
+A warning is what a daemon serves with all the same: files that know no namespaces where `namespaces.allowed` names
+some, a Redis server that may evict what entries are found by, or one that does not tell of its restarts. The last line,
+if all is in order, names the layers, and what the daemon will not advertise, since one of them cannot do it:
+
+```text
+bustcall.toml: in order: 2 layers: redis (0), pages (1); not advertised: cache.bust.soft (lacked by pages)
 ```
 
 **No secret stands in the file.** A token is in a file of its own (`token_file`), or in the environment; so is a Redis
