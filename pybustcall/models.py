@@ -73,6 +73,9 @@ __all__ = [
     "ResolveReply",
     "ResolveRequest",
     "StatusReply",
+    "StreamedBust",
+    "StreamedLive",
+    "StreamedReset",
     "SwapItem",
     "Swapped",
     "Timestamp",
@@ -537,6 +540,39 @@ class JobsReply(_Reply):
     """GET /api/v1/jobs: the newest first."""
 
     jobs: tuple[JobReply, ...] = Field(default=(), strict=False)
+
+
+class StreamedBust(_Reply):
+    """GET /api/v1/events: what an event `bust` says in its data."""
+
+    namespace: str
+    kind: Kind
+    target: str
+    soft: bool = False
+    strategy: str = DEFAULT_STRATEGY
+    also: Annotated[
+        tuple[str, ...],
+        Field(
+            strict=False,
+            description="further keys that went: what bears the tag, or depends on what was named; and, unless the"
+            " strategy is direct, the variants of every key",
+        ),
+    ] = ()
+
+
+class StreamedReset(_Reply):
+    """GET /api/v1/events: what an event `reset` says. Something was missed: the reader must forget all it holds."""
+
+    reason: str
+
+
+class StreamedLive(_Reply):
+    """GET /api/v1/events: what an event `live` says. All that was missed has been told.
+
+    - `heartbeat`: seconds after which the stream says something, even if there is nothing to say
+    """
+
+    heartbeat: float
 
 
 class BindingStatus(_Reply):

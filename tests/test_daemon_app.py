@@ -215,7 +215,7 @@ async def test_the_capabilities_say_what_is_served() -> None:
             "cache.bust", "cache.bust.all", "cache.bust.dry_run", "cache.bust.idempotent", "cache.bust.jobs",
             "cache.bust.namespace", "cache.bust.prefix", "cache.bust.settle", "cache.bust.soft", "cache.bust.tag",
             "cache.bust.verify", "cache.dependencies", "cache.hotswap", "cache.register", "daemon.capabilities",
-            "daemon.negotiate", "daemon.status", "semver.resolve",
+            "daemon.negotiate", "daemon.status", "events.stream", "semver.resolve",
         )  # fmt: skip
         assert document.supported_strategies == ("direct", "dimensional", "hybrid")
         assert (document.limits.max_target_bytes, document.limits.max_body_bytes) == (8192, 9000)

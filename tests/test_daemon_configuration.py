@@ -79,6 +79,7 @@ def test_every_key_becomes_the_setting_that_it_is() -> None:
     (here / "secrets").mkdir(parents=True)
     (here / "secrets/token").write_text("s3cret\n")
     (here / "secrets/operator").write_text("0perator")
+    (here / "secrets/shop").write_text("of-shop")
     (here / "bustcall.toml").write_text(EXAMPLE)
     home = here.absolute()
     assert load(here / "bustcall.toml").settings({"BUSTCALL_TOKEN": "another"}) == DaemonSettings(
@@ -86,6 +87,7 @@ def test_every_key_becomes_the_setting_that_it_is() -> None:
         allowed_hosts=("bust.internal",),
         token="s3cret",
         operator_token="0perator",
+        tenants={"shop": "of-shop"},
         access={"daemon.status": "public", "cache.hotswap": "private"},
         requires=Requirements(semverx=">=0.1", capabilities=("cache.bust",)),
         state=str(home / "state.db"),
@@ -101,11 +103,13 @@ def test_every_limit_becomes_the_setting_that_it_is() -> None:
     found = written(
         "[listen]\nsocket = 'b.sock'\n[limits]\nmax_body_bytes = 1\nmax_connections = 2\nmax_entries = 3\n"
         "read_timeout = 4\nanswer_within = 0\ndrain = 5.5\n[journal]\nretention = 6\nmost = 7\n[namespaces]\nmost = 8\n"
+        "[events]\nkept = 9\nreaders = 10\nheartbeat = 11\n"
     ).settings({})
     assert found == DaemonSettings(
         socket=str(Path("b.sock").absolute()),
         max_body_bytes=1, max_connections=2, max_entries=3, read_timeout=4.0, answer_within=0.0, drain=5.5,
         journal_retention=6.0, journal_most=7, max_namespaces=8,
+        events_most=9, max_readers=10, events_heartbeat=11.0,
     )  # fmt: skip
 
 
@@ -144,6 +148,13 @@ def test_a_token_comes_from_the_option_the_file_or_the_environment(
 def test_a_token_that_is_given_itself_is_not_looked_for() -> None:
     """So that whoever starts a daemon from Python may have it from anywhere."""
     assert written("[access]\ntoken_file = 'missing'\n").settings({}, token="s3cret").token == "s3cret"
+
+
+def test_a_tenants_token_that_cannot_be_read_is_told() -> None:
+    """By the tenant, in the file, and never by what a token may be."""
+    with pytest.raises(InvalidConfiguration) as caught:
+        written('[access]\ntenants = { shop = "missing" }\n').settings({})
+    assert "access.tenants: shop token file" in str(caught.value)
 
 
 def test_tiers_may_be_said_with_dots() -> None:
@@ -513,6 +524,7 @@ def test_the_example_on_the_page_is_a_sound_configuration() -> None:
     Path("pages").mkdir()
     Path("secrets/token").write_text("s3cret")
     Path("secrets/operator").write_text("another")
+    Path("secrets/shop").write_text("a-third")
     configuration = written(example)
     configuration.settings({})
     layers = layers_of(configuration, REDIS_URL="redis://:pa55@127.0.0.1:1/0")

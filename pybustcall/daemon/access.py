@@ -35,6 +35,7 @@ __all__ = [
     "DIGEST_HEADER",
     "Admission",
     "Clients",
+    "Principal",
     "Refusal",
     "check_access",
     "check_meeting",
@@ -60,6 +61,8 @@ _FOLLOWERS: Final[Mapping[str, str]] = dict.fromkeys(
     ),
     "cache.bust",
 )  # whose access is another's: they are fields and headers of its route
+
+_OF_ALL_TENANTS: Final = frozenset({"cache.dependencies", "cache.hotswap"})
 
 _REJECTED: Final = TABLE[FaultKind.REJECTED].stage
 _DENIED: Final = TABLE[FaultKind.NOT_ALLOWED].stage
@@ -203,6 +206,27 @@ def _single(headers: CIMultiDictProxy[str], name: str) -> str | None:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Whose request it is: the name in the audit, and the only namespace that they may use; None is any."""
+
+    name: str
+    namespace: str | None = None
+
+    def check(self, namespace: str, binding: str = "unknown") -> None:
+        """Raise the refusal (403) of a namespace that is not theirs."""
+        if self.namespace not in {None, namespace}:
+            raise Refusal(
+                403,
+                f"this token is for the namespace {self.namespace} only, which the request must say",
+                stage=_DENIED,
+                field_name="namespace",
+                binding=binding,
+                denial=True,
+            )
+
+
+@final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:
     """Whom the daemon lets in, to what.
@@ -210,15 +234,22 @@ class Admission:
     - `hosts`: names, beyond IP addresses and localhost, that a `Host` header may say
     - `token`: opens what is protected; without one, protected is open to all
     - `operator_token`: opens everything; without one, nobody may use what is private
+    - `tenants`: tokens by namespace, each of which opens what is protected for that namespace only
     - `tiers`: of every capability
 
-    With either token set, what is protected needs one of them.
+    With any token set, what is protected needs one of them.
     """
 
     hosts: tuple[str, ...] = ()
     token: str | None = field(default=None, repr=False)
     operator_token: str | None = field(default=None, repr=False)
+    tenants: Mapping[str, str] = field(default_factory=dict, repr=False)
     tiers: Mapping[str, Access] = field(default_factory=dict)
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether what is protected needs no token."""
+        return self.token is None and self.operator_token is None and not self.tenants
 
     def is_usable(self, capability: str) -> bool:
         """Tell whether there is anybody who may use it."""
@@ -226,22 +257,34 @@ class Admission:
 
     def advertised(self) -> dict[str, Access]:
         """Tell the access of every capability as it is in effect: protected without any token is public."""
-        is_open = self.token is None and self.operator_token is None
         return {
-            name: "public" if tier == "protected" and is_open else tier for name, tier in sorted(self.tiers.items())
+            name: "public" if tier == "protected" and self._is_open else tier
+            for name, tier in sorted(self.tiers.items())
         }
 
     def credential(self, request: web.Request) -> str | None:
         """Tell which of the daemon's tokens the request has; None if none."""
         scheme, _, value = (_single(request.headers, "Authorization") or "").partition(" ")
         given = value.strip().encode("utf-8", "surrogateescape")
-        # Both are compared, and whole, so that the time tells nothing of either.
+        # All are compared, and whole, so that the time tells nothing of any.
         found = [
             token
-            for token in (self.operator_token, self.token)
+            for token in (self.operator_token, self.token, *self.tenants.values())
             if token is not None and hmac.compare_digest(given, token.encode())
         ]
         return found[0] if found and scheme.lower() == "bearer" else None
+
+    def principal(self, request: web.Request) -> Principal:
+        """Tell whose request it is."""
+        credential = self.credential(request)
+        if credential is None:
+            return Principal("anonymous")
+        if credential == self.operator_token:
+            return Principal("operator")
+        if credential == self.token:
+            return Principal("token")
+        namespace = next(name for name, token in self.tenants.items() if token == credential)
+        return Principal(f"tenant {namespace}", namespace)
 
     def admit(self, request: web.Request, capability: str | None) -> None:
         """Raise the refusal of a request for another host, from another origin, or of nobody who may do this.
@@ -260,13 +303,20 @@ class Admission:
             raise _denial(403, f"{denied}: pages of other origins may not call this daemon")
         match "protected" if capability is None else self.tiers[capability]:
             case "protected":
-                self._admit_protected(request, denied)
+                self._admit_protected(request, capability, denied)
             case "private":
                 self._admit_private(request, denied)
 
-    def _admit_protected(self, request: web.Request, denied: str) -> None:
-        if (self.token, self.operator_token) != (None, None) and self.credential(request) is None:
+    def _admit_protected(self, request: web.Request, capability: str | None, denied: str) -> None:
+        if self._is_open:
+            return
+        if self.credential(request) is None:
             raise _unknown(f"{denied}: this daemon wants its token, as Authorization: Bearer")
+        namespace = self.principal(request).namespace
+        if namespace is not None and capability in _OF_ALL_TENANTS:
+            raise _denial(
+                403, f"{denied}: it concerns all tenants, and this token is for the namespace {namespace} only"
+            )
 
     def _admit_private(self, request: web.Request, denied: str) -> None:
         if self.operator_token is None:

@@ -52,6 +52,7 @@ from pybustcall.daemon.dependencies import (
     resolved,
 )
 from pybustcall.daemon.engine import IndexFull, Unsupported
+from pybustcall.daemon.events import BustEvent, Events, Interest, TooManyReaders
 from pybustcall.daemon.history import FaultHistory
 from pybustcall.daemon.idempotency import Idempotency, KeyReused, fingerprint_of, name_of
 from pybustcall.daemon.index import TooManyNamespaces
@@ -72,6 +73,7 @@ from pybustcall.daemon.registry import Registry, RegistryFailure
 from pybustcall.daemon.replies import bust_reply, counted_reply, echo_of, job_reply
 from pybustcall.daemon.settings import DaemonSettings, check_values
 from pybustcall.daemon.swaps import SwapFailed, Swaps
+from pybustcall.errors import InvalidRequest
 from pybustcall.faults import TABLE, FaultKind
 from pybustcall.models import (
     BINDING,
@@ -92,16 +94,19 @@ from pybustcall.models import (
     HotSwapRequest,
     JobsReply,
     JobState,
+    Progress,
     RegisterReply,
     RegisterRequest,
     ResolveReply,
     ResolveRequest,
     StatusReply,
     cache_key_of,
+    check_namespace,
+    check_target,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
     from aiohttp.typedefs import Handler
 
@@ -135,6 +140,14 @@ _BROKEN: Final = TABLE[FaultKind.SERVER_ERROR].stage
 GRACE: Final = 0.25  # seconds for the last bytes of answers, and for handlers to end when cancelled
 
 _MOST_JOBS: Final = 1000  # in one answer
+_MOST_WANTED: Final = 100  # prefixes, and again tags, that one reader of events can name
+_SLOW: Final = 30.0  # seconds that a reader of events may take nothing in before its connection is closed
+_PLACE_HEADER: Final = "Last-Event-ID"
+_STREAM_HEADERS: Final = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",  # nginx would gather what it is to hand on
+}
 _QUIET: Final = 10.0  # seconds between two lines of the log about denials
 
 _REPLAYED_HEADER: Final = "Idempotency-Replayed"
@@ -174,9 +187,11 @@ class Daemon:
         idempotency: Idempotency,
         swaps: Swaps,
         jobs: Jobs,
+        events: Events,
         version: str,
     ) -> None:
         self._engine = engine
+        self._events = events
         self._swaps = swaps
         self._jobs = jobs
         self._settings = settings
@@ -187,6 +202,7 @@ class Daemon:
             hosts=(settings.host, *settings.allowed_hosts),
             token=settings.token,
             operator_token=settings.operator_token,
+            tenants=settings.tenants,
             tiers=tiers_of(_capabilities(), settings.access),
         )
         self._clients = Clients(settings.requires)
@@ -292,8 +308,9 @@ class Daemon:
         binding = binding_of(document)
         key = read_key(request, binding)
         asked = validate(BustRequest, document)
-        namespace = self._namespace(asked.namespace, binding)
-        apply = partial(self._bust, asked, namespace, binding, self._who(request), _within(request), started)
+        namespace = self._namespace(request, asked.namespace, binding)
+        who = self._admission.principal(request).name
+        apply = partial(self._bust, asked, namespace, binding, who, _within(request), started)
         if key is None or asked.dry_run:
             return _answered(await apply())
         try:
@@ -361,20 +378,14 @@ class Daemon:
             return True
         return entry.state not in {"cancelled", "failed"}
 
-    def _namespace(self, asked: str | None, binding: str) -> str:
+    def _namespace(self, request: web.Request, asked: str | None, binding: str) -> str:
         """Tell the namespace that is meant. Raises the refusal of one that may not be used."""
         meant = DEFAULT_NAMESPACE if asked is None else asked
+        self._admission.principal(request).check(meant, binding)
         if self._settings.namespaces and meant not in self._settings.namespaces:
             told = "namespace is none of those that this daemon serves" + ("; say which" if asked is None else "")
             raise Refusal(422, told, field_name="namespace", binding=binding)
         return meant
-
-    def _who(self, request: web.Request) -> str:
-        """Tell whose request it is, as the audit says it."""
-        credential = self._admission.credential(request)
-        if credential is None:
-            return "anonymous"
-        return "operator" if credential == self._settings.operator_token else "token"
 
     def _record_failures(self, entry: Entry, binding: str) -> None:
         for layer in entry.layers:
@@ -392,7 +403,10 @@ class Daemon:
             raise Refusal(422, f"state is one of {', '.join(known)}", field_name="state", supported=known)
         try:
             found = await self._jobs.recent(
-                before=request.query.get("before"), limit=int(limit), state=cast("JobState | None", state)
+                before=request.query.get("before"),
+                limit=int(limit),
+                state=cast("JobState | None", state),
+                namespace=self._admission.principal(request).namespace,
             )
         except NoSuchJob:
             raise Refusal(422, "before names no job that is known here", field_name="before") from None
@@ -403,21 +417,72 @@ class Daemon:
     async def job(self, request: web.Request) -> web.Response:
         """GET /api/v1/jobs/{job}."""
         try:
-            return _json(job_reply(*await self._jobs.find(request.match_info["job"])))
+            return _json(job_reply(*await self._find(request)))
         except NoSuchJob as error:
             raise Refusal(404, str(error), kind=_NO_SUCH_JOB) from None
         except JournalFailure as error:
             raise Refusal(500, str(error), stage=_BROKEN) from None
 
+    async def _find(self, request: web.Request) -> tuple[Entry, Progress]:
+        """Tell how the job stands that a request names. Another tenant's is none."""
+        found = await self._jobs.find(request.match_info["job"])
+        if self._admission.principal(request).namespace not in {None, found[0].wish.namespace}:
+            raise NoSuchJob
+        return found
+
     async def cancel(self, request: web.Request) -> web.Response:
         """DELETE /api/v1/jobs/{job}: do no more for it. One that is over is told as it is."""
         try:
+            await self._find(request)
             await self._jobs.cancel(request.match_info["job"])
-            return _json(job_reply(*await self._jobs.find(request.match_info["job"])))
+            return _json(job_reply(*await self._find(request)))
         except NoSuchJob as error:
             raise Refusal(404, str(error), kind=_NO_SUCH_JOB) from None
         except JournalFailure as error:
             raise Refusal(500, str(error), stage=_BROKEN) from None
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        """GET /api/v1/events: every bust that is applied, as server-sent events, until either side goes."""
+        interest = self._interest(request)
+        response = web.StreamResponse(headers=_STREAM_HEADERS)
+        if request.method == "HEAD":
+            return response
+        try:
+            reader = self._events.follow(
+                interest, after=request.headers.get(_PLACE_HEADER), whose=self._admission.credential(request) or ""
+            )
+        except TooManyReaders as error:
+            headers = {"Retry-After": f"{self._events.heartbeat:.0f}"}
+            raise Refusal(429, str(error), headers=headers, stage=None) from None
+        try:
+            await response.prepare(request)
+            async for text in reader:
+                async with asyncio.timeout(_SLOW):
+                    await response.write(text)
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()  # what it was to read has been dropped for a reset long ago
+        except ConnectionError:
+            pass  # it is gone, and comes back if it likes
+        finally:
+            reader.close()
+        return response
+
+    def _interest(self, request: web.Request) -> Interest:
+        """Tell what a reader wants to be told of. Raises the refusal of what cannot be."""
+        query = request.query
+        for name, most in (("namespace", 1), ("prefix", _MOST_WANTED), ("tag", _MOST_WANTED)):
+            said = query.getall(name, [])
+            if len(said) > most:
+                raise Refusal(422, f"{name} can be said {most} times at most", field_name=name)
+            try:
+                for text in said:
+                    check_namespace(text) if name == "namespace" else check_target(text, name)
+            except InvalidRequest as error:
+                detail = str(error).removesuffix("; nothing was sent")
+                raise Refusal(422, detail, field_name=name) from None
+        namespace = self._namespace(request, query.get("namespace"), said_binding(request.headers))
+        return Interest(namespace, frozenset(query.getall("prefix", [])), frozenset(query.getall("tag", [])))
 
     async def register(self, request: web.Request) -> web.Response:
         """POST /api/v1/entries."""
@@ -426,7 +491,7 @@ class Daemon:
             self._engine.register(
                 asked.key,
                 asked.depends_on,
-                namespace=self._namespace(asked.namespace, binding),
+                namespace=self._namespace(request, asked.namespace, binding),
                 tags=asked.tags,
                 ttl=asked.ttl,
                 most=self._settings.max_entries,
@@ -585,6 +650,7 @@ class Daemon:
 
     def stop(self) -> None:
         """Begin to stop; asked a second time, no longer wait for the requests under way."""
+        self._events.close()
         if self._stopping.is_set() or self._requests == 0:
             self._quiet.set()
         self._stopping.set()
@@ -624,6 +690,7 @@ ROUTES: Final = (
     Route("GET", "/api/v1/jobs", "cache.bust.jobs", Daemon.jobs),
     Route("GET", "/api/v1/jobs/{job}", "cache.bust.jobs", Daemon.job),
     Route("DELETE", "/api/v1/jobs/{job}", "cache.bust.jobs", Daemon.cancel),
+    Route("GET", "/api/v1/events", "events.stream", Daemon.events),
     Route("POST", "/api/v1/entries", "cache.register", Daemon.register),
     Route("POST", "/api/v1/dependencies", "cache.dependencies", Daemon.announce),
     Route("GET", "/api/v1/dependencies", "cache.dependencies", Daemon.dependencies),
@@ -701,16 +768,29 @@ def _told(error: RegistryFull | RegistryFailure, became: str, binding: str) -> R
     return Refusal(507 if full else 500, f"{error}; {became}", stage=_BROKEN, binding=binding)
 
 
-async def _busting(jobs: Jobs, swaps: Swaps, _app: web.Application) -> AsyncIterator[None]:
+async def _busting(jobs: Jobs, swaps: Swaps, events: Events, _app: web.Application) -> AsyncIterator[None]:
     """Open layers, journal and registry, in this order, before anything is busted; close them after the last bust."""
     async with AsyncExitStack() as stack:
         await jobs.prepare()
         stack.push_async_callback(jobs.close)
+        events.attach(jobs.journal)
         await swaps.open()
         stack.push_async_callback(swaps.close)
         jobs.start()
         stack.push_async_callback(jobs.finish)
         yield
+
+
+async def _tell_of_swap(events: Events, journal: Journal, name: str, found: Mapping[str, Sequence[str]]) -> None:
+    """Tell of entries that go for the sake of a name, and have that written down: no bust of the journal stands for it.
+
+    If it cannot be, and this process is killed, readers that come back later are not told; the log says that the
+    journal fails.
+    """
+    for namespace, keys in found.items():
+        events.tell(BustEvent(namespace=namespace, kind="key", target=name, also=tuple(keys)))
+    with suppress(JournalFailure):
+        await journal.flush()
 
 
 def _remembering(memory: Idempotency) -> Callable[[web.Application], AsyncIterator[None]]:
@@ -737,6 +817,7 @@ def create_app(
     idempotency: Idempotency | None = None,
     swaps: Swaps | None = None,
     jobs: Jobs | None = None,
+    events: Events | None = None,
     version: str | None = None,
 ) -> web.Application:
     """Make the web application; `serve` runs it, and so does any other runner of aiohttp's.
@@ -745,6 +826,7 @@ def create_app(
     - `swaps`: the dependencies and their swaps, likewise; by default with a registry in `settings.registry_file`
     - `jobs`: the busts under way, and the layers that they are applied to, likewise; by default with a journal in
       `settings.journal`
+    - `events`: the log of what was busted, and those who follow it; it goes on with what the journal has
     - `version`: the installed pybustcall's unless given
 
     Raises `ConfigurationError` as `check_settings` does. That a file cannot be used is told when it starts.
@@ -757,6 +839,12 @@ def create_app(
         journal = Journal(settings.journal, retention=settings.journal_retention, most=settings.journal_most)
         jobs = Jobs(engine, journal, daemon=_name_of(settings), answer_within=settings.answer_within)
     jobs.save = hot.registry.try_save
+    if events is None:
+        events = Events(
+            most=settings.events_most, most_readers=settings.max_readers, heartbeat=settings.events_heartbeat
+        )
+    jobs.tell = events.tell
+    hot.tell = partial(_tell_of_swap, events, jobs.journal)
     app = web.Application(middlewares=[_guard], client_max_size=settings.max_body_bytes)
     daemon = Daemon(
         engine,
@@ -765,11 +853,12 @@ def create_app(
         memory,
         hot,
         jobs,
+        events,
         VERSION if version is None else version,
     )
     app[DAEMON] = daemon
     app.cleanup_ctx.append(_remembering(memory))
-    app.cleanup_ctx.append(partial(_busting, jobs, hot))
+    app.cleanup_ctx.append(partial(_busting, jobs, hot, events))
     app.on_startup.append(partial(_remember_faults, past, jobs.journal))
     app.on_response_prepare.append(_say_expectation)
     app.on_response_prepare.append(_say_digest)

@@ -39,6 +39,7 @@ from pybustcall.daemon.app import check_settings
 from pybustcall.daemon.backends.files import FilesBackend
 from pybustcall.daemon.backends.memory import MemoryBackend
 from pybustcall.daemon.engine import Layer
+from pybustcall.daemon.events import HEARTBEAT, MOST_EVENTS
 from pybustcall.daemon.settings import DaemonSettings
 from pybustcall.errors import ConfigurationError, InvalidRequest
 from pybustcall.models import MAX_SETTLE, Access, Requirements, check_namespace
@@ -217,6 +218,11 @@ class AccessTable(_Table):
         description="the file with a second token, which opens what is private, too; without it,"
         " `BUSTCALL_OPERATOR_TOKEN`",
     )
+    tenants: dict[_Namespace, _File] = Field(
+        {},
+        description="for each of these namespaces the file with a token that opens what is protected for it only, such"
+        ' as `shop = "secrets/shop"`',
+    )
     tiers: Annotated[dict[str, Access], BeforeValidator(_joined)] = Field(
         {},
         description='capabilities that shall be "public", "protected" or "private"; otherwise `daemon.capabilities` is'
@@ -276,6 +282,19 @@ class JournalTable(_Table):
     )
     retention: _Positive = Field(604800.0, description="seconds that a bust which is over is kept; 7 days by default")
     most: int = Field(100_000, ge=1, description="busts that are kept at most once they are over")
+
+
+@final
+class EventsTable(_Table):
+    """Who follows what is busted."""
+
+    kept: int = Field(
+        MOST_EVENTS,
+        ge=1,
+        description="events that are kept for readers that come back; in the journal, if it is a file",
+    )
+    readers: int = Field(500, ge=0, description="readers that may follow at a time with one token; one more gets 429")
+    heartbeat: _Positive = Field(HEARTBEAT, description="seconds after which a stream with nothing to say says so")
 
 
 @final
@@ -388,6 +407,7 @@ class Document(_Table):
     files: FilesTable = FilesTable()
     journal: JournalTable = JournalTable()
     namespaces: NamespacesTable = NamespacesTable()
+    events: EventsTable = EventsTable()
     layers: Annotated[tuple[_AnyLayer, ...], BeforeValidator(_as_tuple)] = Field(
         (), description="the caches, one behind the other; none is one layer in memory"
     )
@@ -400,6 +420,7 @@ _PLACES: Final[Mapping[str, str]] = {
     "allowed_hosts": "listen.allowed_hosts",
     "token": "access.token_file",
     "operator_token": "access.operator_token_file",
+    "tenants": "access.tenants",
     "access": "access.tiers",
     "requires": "requires",
     "max_body_bytes": "limits.max_body_bytes",
@@ -416,6 +437,9 @@ _PLACES: Final[Mapping[str, str]] = {
     "journal_most": "journal.most",
     "namespaces": "namespaces.allowed",
     "max_namespaces": "namespaces.most",
+    "events_most": "events.kept",
+    "max_readers": "events.readers",
+    "events_heartbeat": "events.heartbeat",
 }
 """Where the file says what `DaemonSettings` calls so."""
 
@@ -485,6 +509,9 @@ class Configuration:
             "journal_most": document.journal.most,
             "namespaces": document.namespaces.allowed,
             "max_namespaces": document.namespaces.most,
+            "events_most": document.events.kept,
+            "max_readers": document.events.readers,
+            "events_heartbeat": document.events.heartbeat,
         }
         given = {name: value for name, value in given.items() if value is not None}
         if given.keys() & {"host", "port"}:
@@ -503,6 +530,13 @@ class Configuration:
                 said[name] = _STAND_INS[name]  # there is one: that none is set is not what is wrong
             if said[name] is None and self._may_say_tokens:
                 said[name] = _STAND_INS[name]  # likewise
+        said["tenants"] = tenants = {}
+        for namespace, path in document.access.tenants.items():
+            try:
+                tenants[namespace] = read_secret(path, f"{namespace} token")
+            except ConfigurationError as error:
+                findings.append(self.finding("tenants", str(error)))
+                tenants[namespace] = f"unread-{namespace}"
         settings = DaemonSettings(**(said | given))
         return settings, findings + [self.finding(error.setting, str(error), given) for error in _all_wrong(settings)]
 

@@ -437,6 +437,7 @@ class Bust:
     """One bust, layer by layer.
 
     - `removed`: how many entries went at each layer, over all its visits
+    - `also`: what the registry knows to bear the tag, or to depend on what is named, as far as it was looked up
     - `done`: how many keys were looked at in each layer, by the visit that came furthest; `total`: about how many there
       are at the layers that were begun, None if one cannot tell
     """
@@ -445,6 +446,7 @@ class Bust:
         self.wish = wish
         self.scope = Scope(wish.namespace, wish.kind, wish.target)
         self.removed: dict[str, int] = {layer.name: 0 for layer in engine.layers}
+        self.also: dict[str, None] = {}
         self._looked_at: dict[str, int] = {}
         self._estimates: dict[str, int | None] = {}
         self._engine = engine
@@ -706,6 +708,7 @@ class Bust:
         if (index := self._index) is not None:
             for some in index.walk(names, seen):
                 found += some
+                self.also.update(dict.fromkeys(some))
                 await self._take_turns(len(some) + min(len(names), SLICE))
         return found
 
@@ -717,6 +720,7 @@ class Bust:
                 subjects: list[str] = []
                 if (index := self._index) is not None:
                     named = index.tagged(self.wish.target) if self.wish.kind == "tag" else []
+                    self.also.update(dict.fromkeys(named))
                     subjects = self._subjects(index, named) if self._wide else []
                 known, before = self._known
                 found = await self._walk(subjects, set())

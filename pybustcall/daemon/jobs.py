@@ -28,6 +28,7 @@ from uuid import uuid4
 
 from pybustcall.daemon.backends import BackendFailure, RefusedKey
 from pybustcall.daemon.engine import Unsupported
+from pybustcall.daemon.events import BustEvent
 from pybustcall.daemon.journal import Entry
 from pybustcall.daemon.registry import Errands, report
 from pybustcall.models import OVER, LayerReply, Progress
@@ -97,6 +98,7 @@ class _Run:
     - `rounds`: the second busts that are still to come: seconds from the first one, and the layers of each
     - `waited`: seconds from the first bust to the round that is due, or was last
     - `answerable`: done once all that must come before an answer is done, or has failed; whoever asked waits for it
+    - `was_told`: whether those who follow the events know of it
     """
 
     entry: Entry
@@ -110,6 +112,7 @@ class _Run:
     timer: asyncio.TimerHandle | None = None
     errors: dict[str, str] = field(default_factory=dict)
     refusal: RefusedKey | None = None
+    was_told: bool = False
 
     def answer(self) -> None:
         """Let whoever asked have the answer, unless that is so, or they have gone."""
@@ -128,6 +131,7 @@ class Jobs:
     - `pause`: tells how many seconds to wait before the n-th round of the queue, from 0
     - `patience`: seconds that closing waits for what is under way
     - `save`: an attribute; has what was removed from the registry written down, before a bust is told to be done
+    - `tell`: an attribute; tells those who follow the events
 
     Belongs to one event loop, between `open` and `close`. What it takes up needs the registry: where that is opened
     only once the layers are, and closed before them, `prepare` and `start` stand for `open`, and `finish` comes before
@@ -153,6 +157,7 @@ class Jobs:
         self._pause = pause
         self._patience = patience
         self.save: Callable[[], Awaitable[None]] | None = None
+        self.tell: Callable[[BustEvent], None] | None = None
         self._errands = Errands()
         self._runs: dict[str, _Run] = {}
         self._queue: dict[int, _Run] = {}
@@ -250,6 +255,8 @@ class Jobs:
         if run.entry.state == "cancelled":
             raise BustCancelled(run.entry)
         if run.entry.state not in {"done", "settling"}:
+            if not run.was_told:
+                self._tell(run)
             return Answer(self._now(run), accepted=True)
         return Answer(run.entry, accepted=False)
 
@@ -294,11 +301,24 @@ class Jobs:
         return found, self._progress(found)
 
     async def recent(
-        self, *, before: str | None = None, limit: int = 100, state: JobState | None = None
+        self,
+        *,
+        before: str | None = None,
+        limit: int = 100,
+        state: JobState | None = None,
+        namespace: str | None = None,
     ) -> list[tuple[Entry, Progress]]:
-        """List busts, the newest first; those older than the job `before`. Raises `NoSuchJob` if there is no such."""
-        number = None if before is None else (await self.find(before))[0].number
-        found = await self.journal.recent(before=number, limit=limit, state=state)
+        """List busts, the newest first; those older than the job `before`, of one namespace or of all.
+
+        Raises `NoSuchJob` if there is no such job there.
+        """
+        number = None
+        if before is not None:
+            last, _ = await self.find(before)
+            if namespace not in {None, last.wish.namespace}:
+                raise NoSuchJob
+            number = last.number
+        found = await self.journal.recent(before=number, limit=limit, state=state, namespace=namespace)
         current = [self._now(run) if (run := self._runs.get(it.job)) is not None else it for it in found]
         return [(entry, self._progress(entry)) for entry in current]
 
@@ -352,6 +372,7 @@ class Jobs:
             self._note(run, attempts=run.entry.attempts)
             self._over(run, "failed")
             return
+        self._tell(run)
         if not run.settling:
             self._enqueue(run)
             return
@@ -405,6 +426,7 @@ class Jobs:
             failed_inside = failed_inside or bool(owed and len(done) < len(owed))
             if any(refused) and not run.errors and len(self.engine.layers) == 1:
                 raise next(error for error in refused if error is not None)
+        self._tell(run)
         self._note(run, attempts=run.entry.attempts + (part != "first"))
         await self._save()
 
@@ -459,6 +481,22 @@ class Jobs:
             )
         removed = sum(run.bust.removed.values())
         run.entry = replace(run.entry, layers=tuple(layers), removed=removed, attempts=attempts)
+
+    def _tell(self, run: _Run) -> None:
+        """Tell those who follow the events."""
+        run.was_told = True
+        if self.tell is not None:
+            wish = run.entry.wish
+            self.tell(
+                BustEvent(
+                    namespace=wish.namespace,
+                    kind=wish.kind,
+                    target=wish.target,
+                    soft=wish.soft,
+                    strategy=wish.strategy,
+                    also=tuple(run.bust.also),
+                )
+            )
 
     async def _save(self) -> None:
         if self.save is not None:

@@ -2,7 +2,8 @@
 
 This module decides when a bust is safe, in which order busts are, how long those that are over are kept, and what
 becomes of what cannot be written. What a bust does, and when it is over, the engine decides; it tells the journal with
-`begin` and `put`. The journal keeps the fault history's faults, too: it is the shelf that `FaultHistory.attach` wants.
+`begin` and `put`. The journal keeps the fault history's faults, too, and the events that readers may come back for: it
+is the shelf that `FaultHistory.attach` and `Events.attach` want.
 
 Theory of operation. The file is this journal's alone, and so is the thread in which it is used. A writer, a task that
 lives while there is something to write, commits all that has gathered; what comes meanwhile gathers for the next
@@ -21,6 +22,10 @@ commit is under way, or done, its row is deleted by the next one. Until then it 
 unwritten, and nobody sees it. A daemon that is killed between these two commits finds a bust that nobody was promised,
 and applies it: a miss again. The same is so if the disk failed (not: was full) in the very moment of a commit.
 
+An event goes with the next commit, and never later than what is put after it: a bust whose end is written has its event
+written. The numbers of events have an epoch, which is the file's. A file in use says that it was not closed; who finds
+it so goes on far beyond the last number written, for others may have been told.
+
 Without a file the same is done in a database in memory, on the event loop, a few hundred rows at a time; there is no
 thread, and nothing is waited for.
 """
@@ -31,13 +36,14 @@ import asyncio
 import errno
 import json
 import logging
+import secrets
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast, final, get_args
 
@@ -51,6 +57,7 @@ from pybustcall.daemon.database import (
     open_in,
     transaction,
 )
+from pybustcall.daemon.events import LEAP, BustEvent
 from pybustcall.daemon.history import Fault
 from pybustcall.errors import ConfigurationError
 from pybustcall.models import KINDS, OVER, JobState, LayerReply
@@ -82,10 +89,21 @@ _MOST_AT_ONCE: Final = 1000  # begins in one commit: who waits for it goes on in
 _FEWEST_TRIMMED: Final = 500  # rows that one commit deletes or dates back at most, each; twice its new ones if more
 _QUIET: Final = 10.0  # seconds between two lines of the log about a journal that fails
 
+_EVENTS: Final = (
+    """CREATE TABLE events (
+        seq INTEGER PRIMARY KEY, namespace TEXT NOT NULL, kind TEXT NOT NULL, target TEXT NOT NULL,
+        soft INTEGER NOT NULL, strategy TEXT NOT NULL, also TEXT NOT NULL
+    )""",
+    # One row: of which epoch the numbers are, after which they are given now, and whether all that were are written.
+    """CREATE TABLE stream (
+        place INTEGER PRIMARY KEY CHECK (place = 0), epoch TEXT NOT NULL, base INTEGER NOT NULL, closed INTEGER NOT NULL
+    )""",
+)
+
 _KIND: Final = Kind(
     setting="journal",
     application=0x7062_4A6E,  # "pbJn"
-    version=1,
+    version=2,
     schema=(
         # `over` is None while a bust is not over, and else the time from which it is kept, by the journal's clock.
         """CREATE TABLE busts (
@@ -102,7 +120,9 @@ _KIND: Final = Kind(
             place INTEGER PRIMARY KEY, stage INTEGER NOT NULL, message TEXT NOT NULL, binding TEXT NOT NULL,
             at INTEGER NOT NULL, first INTEGER NOT NULL, times INTEGER NOT NULL, denial INTEGER NOT NULL
         )""",
+        *_EVENTS,
     ),
+    upgrades={1: _EVENTS},
     loss="what was busted is no longer shown, and busts that a killed daemon had not applied yet never will be",
 )
 
@@ -176,6 +196,7 @@ _UPDATE: Final = (
 )
 _FAULT_COLUMNS: Final = "place, stage, message, binding, at, first, times, denial"
 _FAULT_TYPES: Final = ((int,), (int,), (str,), (str,), (int,), (int,), (int,), (int,))
+_EVENT_TYPES: Final = ((int,), (str,), (str,), (str,), (int,), (str,), (str,))
 _STATES: Final[frozenset[str]] = frozenset(get_args(JobState))
 
 _Row = tuple[Any, ...]
@@ -268,6 +289,28 @@ def _fault(row: _Row) -> Fault:
     )
 
 
+def _event_row(event: BustEvent) -> _Row:
+    return (
+        event.seq, event.namespace, event.kind, _text(event.target), event.soft, _text(event.strategy),
+        json.dumps(event.also, separators=(",", ":")),
+    )  # fmt: skip
+
+
+def _event(row: _Row) -> BustEvent:
+    seq, namespace, kind, target, soft, strategy, also = _typed(row, _EVENT_TYPES)
+    if kind not in KINDS:
+        raise ValueError("an event has no such kind")
+    return BustEvent(
+        seq=seq,
+        namespace=namespace,
+        kind=kind,
+        target=target,
+        soft=bool(soft),
+        strategy=strategy,
+        also=tuple(map(str, json.loads(also))),
+    )
+
+
 def _typed(row: _Row, types: tuple[tuple[type, ...], ...]) -> _Row:
     for value, kinds in zip(row, types, strict=True):
         if not isinstance(value, kinds):
@@ -297,22 +340,29 @@ def _rows(db: sqlite3.Connection, statement: str, values: tuple[object, ...] = (
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Batch:
-    """What one transaction writes. None among `puts` and `faults` deletes what is there."""
+    """What one transaction writes. None among `puts` and `faults` deletes what is there; events go up to `through`."""
 
     begins: tuple[Entry, ...] = ()
     puts: Mapping[int, Entry | None] = field(default_factory=dict)
     faults: Mapping[int, Fault | None] = field(default_factory=dict)
+    events: Mapping[int, BustEvent] = field(default_factory=dict)
+    through: int = 0
     durable: bool = True
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Known:
-    """What a file held when it was opened: `last` is the highest number that it has ever had."""
+    """What a file held when it was opened.
+
+    - `last`: the highest number that a bust of it has ever had; `last_event`: that an event may have had
+    """
 
     last: int = 0
     unfinished: tuple[Entry, ...] = ()
     faults: tuple[Fault, ...] = ()
+    events: tuple[BustEvent, ...] = ()
+    last_event: int = 0
 
 
 @final
@@ -326,6 +376,8 @@ class _Store:
         self._most = most
         self._clock = clock
         self._over = 0  # how many rows are over
+        self.epoch = ""
+        self._base = 0  # after which numbers are given to events
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         with _rows(db, f"SELECT {_COLUMNS} FROM busts WHERE over IS NULL ORDER BY number") as rows:  # noqa: S608
@@ -334,7 +386,48 @@ class _Store:
             faults = tuple(map(_fault, rows))
         found = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'busts'").fetchone()
         self._over = db.execute("SELECT count(*) FROM busts WHERE over IS NOT NULL").fetchone()[0]
-        self.known = _Known(last=found[0] if found else 0, unfinished=unfinished, faults=faults)
+        events, last_event = self._take_up_events(db)
+        self.known = _Known(
+            last=found[0] if found else 0,
+            unfinished=unfinished,
+            faults=faults,
+            events=events,
+            last_event=last_event,
+        )
+
+    def _take_up_events(self, db: sqlite3.Connection) -> tuple[tuple[BustEvent, ...], int]:
+        """Tell the events, and the last number that may have been given; note that more may be given from now on.
+
+        Where that cannot be noted, another epoch begins, which only this process knows: nobody finds its numbers again.
+        """
+        with _rows(db, "SELECT * FROM events ORDER BY seq") as rows:
+            events = tuple(map(_event, rows))
+        last = events[-1].seq if events else 0
+        found = db.execute("SELECT epoch, base, closed FROM stream").fetchone()
+        if self.epoch:  # the file is new in the midst of the work
+            epoch, last = self.epoch, self._base
+        elif found is None:
+            epoch = secrets.token_hex(8)
+        else:
+            epoch, base, closed = _typed(found, ((str,), (int,), (int,)))
+            last = max(last, base) + (0 if closed else LEAP)
+        try:
+            self._note_stream(db, epoch, last, closed=False)
+        except sqlite3.Error as error:
+            if is_damage(error):
+                raise
+            epoch, events, last = secrets.token_hex(8), (), 0
+        self.epoch, self._base = epoch, last
+        return events, last
+
+    def _note_stream(self, db: sqlite3.Connection, epoch: str, base: int, *, closed: bool) -> None:
+        db.execute("PRAGMA synchronous = FULL")
+        with transaction(db):
+            db.execute("INSERT OR REPLACE INTO stream VALUES (0, ?, ?, ?)", (epoch, base, closed))
+
+    def close_stream(self, db: sqlite3.Connection) -> None:
+        """Note that all numbers given are written."""
+        self._note_stream(db, self.epoch, 0, closed=True)
 
     def write(self, batch: _Batch, db: sqlite3.Connection) -> bool:
         """Write a batch, and trim what is over; tell whether there is more to trim than one commit should."""
@@ -351,6 +444,10 @@ class _Store:
                     db.execute("DELETE FROM faults WHERE place = ?", (place,))
                 else:
                     db.execute("INSERT OR REPLACE INTO faults VALUES (?, ?, ?, ?, ?, ?, ?, ?)", _fault_row(fault))
+            db.execute("DELETE FROM events WHERE seq <= ?", (batch.through,))
+            db.executemany(
+                "INSERT OR REPLACE INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", map(_event_row, batch.events.values())
+            )
             at_most = max(_FEWEST_TRIMMED, 2 * (len(batch.begins) + len(batch.puts)))
             gone, more = self._trim(db, now, over, at_most)
         self._over = over - gone
@@ -465,6 +562,10 @@ class Journal:
         self._flushes: list[asyncio.Future[JournalFailure | None]] = []
         self._faults: dict[int, Fault] = {}  # by place
         self._fault_changes: dict[int, Fault | None] = {}
+        self._events: dict[int, BustEvent] = {}  # by number, in order
+        self._last_event = 0
+        self._new_events: dict[int, BustEvent] = {}  # those that are not written yet
+        self._dropped = self._dropping = 0  # up to which number events are gone from the file, and are to be
         self._using = asyncio.Lock()
         self._writer: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -514,6 +615,10 @@ class Journal:
         self._unwritten = {}
         self._faults = {fault.place: fault for fault in known.faults}
         self._fault_changes = {}
+        self._events = {event.seq: event for event in known.events}
+        self._last_event = known.last_event
+        self._new_events = {}
+        self._dropped = self._dropping = 0
         self._is_open = self._is_usable = True
         return known.unfinished
 
@@ -528,6 +633,7 @@ class Journal:
         self._stop_timer()
         try:
             await self._end_writer()
+            await self._end_stream()
         finally:
             self._is_usable = False
             self._tell(self._begins, self._flushes, JournalFailure("it is closed"))
@@ -538,8 +644,18 @@ class Journal:
             elif not await close_in(thread, self._store.database, self._patience):
                 _log.warning("the journal was not closed properly; busts that were done may be done once more")
 
+    async def _end_stream(self) -> None:
+        """Note that no numbers were given that are not written, if that is so. If not, the next process leaps."""
+        if self._path is None or self._new_events:
+            return
+        try:
+            async with asyncio.timeout(self._patience), self._using:
+                await self._use(self._store.close_stream)
+        except (TimeoutError, *_FAILURES):
+            _log.info("the journal could not note that it was closed")
+
     async def _end_writer(self) -> None:
-        if self._begins or self._flushes or self._unwritten or self._fault_changes:
+        if self._begins or self._flushes or self._has_gathered():
             self._wake()
         writer = self._writer
         if writer is None:
@@ -655,13 +771,46 @@ class Journal:
         self._fault_changes[place] = None
         self._soon()
 
+    # Events
+
+    @property
+    def epoch(self) -> str:
+        """The epoch of the numbers of events."""
+        return self._store.epoch
+
+    @property
+    def last_event(self) -> int:
+        """The last number that may have been given to an event before this was opened."""
+        return self._last_event
+
+    @property
+    def events(self) -> tuple[BustEvent, ...]:
+        """The events that are kept, in order."""
+        return tuple(self._events.values())
+
+    def put_event(self, event: BustEvent) -> None:
+        """Keep an event; it is written with the next commit, and not after anything that is put later."""
+        self._events[event.seq] = self._new_events[event.seq] = event
+        self._soon()
+
+    def drop_events(self, through: int) -> None:
+        """Keep none up to this number any more."""
+        for events in (self._events, self._new_events):
+            for seq in list(takewhile(lambda seq: seq <= through, events)):
+                del events[seq]
+        self._dropping = max(through, self._dropping)
+        self._soon()
+
     # Writing
+
+    def _has_gathered(self) -> bool:
+        return bool(self._unwritten or self._fault_changes or self._new_events or self._dropping > self._dropped)
 
     def _soon(self) -> None:
         """Have what gathers written, with others that come in a moment."""
         if not self._is_open:
             return
-        if len(self._unwritten) + len(self._fault_changes) >= _MANY and not self._has_failed:
+        if len(self._unwritten) + len(self._fault_changes) + len(self._new_events) >= _MANY and not self._has_failed:
             self._wake()
         elif self._timer is None:
             wait = _RETRY if self._has_failed else _LINGER
@@ -712,7 +861,7 @@ class Journal:
             self._has_failed = failure is not None
         if failure is not None:
             self._warn(failure, fault)
-            if self._unwritten or self._fault_changes:
+            if self._has_gathered():
                 self._soon()
 
     async def _attempt(self, begins: Mapping[int, _Begin], *, durable: bool) -> bool:
@@ -720,6 +869,8 @@ class Journal:
             begins=tuple(begin.entry for begin in begins.values()),
             puts=dict(self._unwritten),
             faults=dict(self._fault_changes),
+            events=dict(self._new_events),
+            through=self._dropping,
             durable=durable,
         )
         more = await self._use(partial(self._store.write, batch))
@@ -729,6 +880,9 @@ class Journal:
                 self._known.pop(entry.job, None)
         for place, _ in _taken(self._fault_changes, batch.faults):
             del self._fault_changes[place]
+        for seq, _ in _taken(self._new_events, batch.events):
+            del self._new_events[seq]
+        self._dropped = max(self._dropped, batch.through)
         return more
 
     def _tell(
@@ -799,6 +953,7 @@ class Journal:
             for entry in self._known.values():
                 self._unwritten.setdefault(entry.number, entry)
             self._fault_changes = {**self._fault_changes, **self._faults}
+            self._new_events = dict(self._events)
             self._soon()
         return await attempt()
 

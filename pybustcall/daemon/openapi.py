@@ -17,6 +17,7 @@ from pydantic.json_schema import models_json_schema
 from pybustcall.capabilities import SEMVERX, VERSION, advertised_digest
 from pybustcall.models import (
     BINDING,
+    MAX_TARGET_BYTES,
     STRATEGIES,
     AnnounceRequest,
     BindingCapabilities,
@@ -38,6 +39,9 @@ from pybustcall.models import (
     ResolveReply,
     ResolveRequest,
     StatusReply,
+    StreamedBust,
+    StreamedLive,
+    StreamedReset,
     cache_key_of,
 )
 
@@ -53,6 +57,7 @@ _MODEL: Final = "#/components/schemas/{model}"
 _DIGEST: Final = "Bustcall-Capabilities"
 _KEY: Final = "Idempotency-Key"
 _KNOWN: Final = "If-None-Match"
+_PLACE: Final = "Last-Event-ID"
 
 # Parameters. Of the first four nothing is refused: what cannot be read counts as not said, so any text is well formed.
 _ON_EVERY: Final = ("Bustcall-Binding", "Bustcall-Version", _DIGEST, "Bustcall-Timeout-Ms")
@@ -84,8 +89,20 @@ _PARAMETERS: Final[Mapping[str, tuple[str, dict[str, Any], str]]] = MappingProxy
             {"type": "string"},
             f'"{advertised_digest()}"',
         ),
+        _PLACE: (
+            (
+                "The id of the last event that was read: those after it come first. If they are no longer kept, or it"
+                " is no id of this daemon's, a reset does."
+            ),
+            {"type": "string"},
+            "7f3a9c0d5b1e2f48-1042",
+        ),
     }
 )
+
+_TEXT: Final[dict[str, Any]] = {
+    "type": "string", "minLength": 1, "maxLength": MAX_TARGET_BYTES, "pattern": "^[^\\u0000-\\u001f\\u007f-\\u009f]+$",
+}  # fmt: skip
 
 # Parameters of paths and queries: where it stands, what it says, its schema, and an example.
 _PLACED: Final[Mapping[str, tuple[str, str, dict[str, Any], object]]] = MappingProxyType(
@@ -108,6 +125,24 @@ _PLACED: Final[Mapping[str, tuple[str, str, dict[str, Any], object]]] = MappingP
             "Only those in this state.",
             {"type": "string", "enum": list(get_args(JobState))},
             "waiting",
+        ),
+        "namespace": (
+            "query",
+            "Whose events: `default` unless it is said.",
+            {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*$", "minLength": 1, "maxLength": 64},
+            "default",
+        ),
+        "prefix": (
+            "query",
+            "Only what could concern a key that this prefix covers, or another one that is said, or one of the tags.",
+            {"type": "array", "items": _TEXT, "maxItems": 100},
+            ["products/"],
+        ),
+        "tag": (
+            "query",
+            "Only busts of this tag, or of another one that is said, or what concerns one of the prefixes.",
+            {"type": "array", "items": _TEXT, "maxItems": 100},
+            ["product:7"],
         ),
     }
 )
@@ -191,6 +226,7 @@ _REFUSALS: Final[Mapping[int, _Refusal]] = MappingProxyType(
             "The daemon requires capabilities and does not know the client's: send the capability document to"
             " `POST /api/v1/capabilities`, then repeat the request. The type is `urn:bustcall:problem:advertise`.",
         ),
+        429: _Refusal("TooManyRequests", "As many readers with these credentials follow as may.", "Retry-After"),
         500: _Refusal("InternalServerError", "A cache or a file failed; `detail` tells what was done and what not."),
         503: _Refusal("ServiceUnavailable", "The daemon is stopping.", "Retry-After"),
         507: _Refusal("InsufficientStorage", "The registry, or the disk, is full. Nothing was changed."),
@@ -213,6 +249,7 @@ class _Operation:
     - `placed`: its parameters in the path and the query
     - `accepted`: an example of its answer with 202, if it may have one
     - `keyed`: whether it takes an idempotency key; `tagged`: whether the answer has an entity tag
+    - `streamed`: what the events of its answer say, by their names, if it is a stream
     - `links`: the operations that may follow: their parameters and bodies, by name
     """
 
@@ -231,6 +268,7 @@ class _Operation:
     accepted: object = None
     keyed: bool = False
     tagged: bool = False
+    streamed: Mapping[str, type[BaseModel]] = field(default_factory=dict)
     links: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -259,6 +297,11 @@ _JOB: Final[dict[str, Any]] = {
     "progress": {"done": 2, "total": 2},
     "layers": [{"name": "redis", "ok": False, "removed": 0, "error": "it cannot be reached"}],
 }
+_STREAM: Final = (
+    'id: 7f3a9c0d5b1e2f48-1041\nevent: live\ndata: {"heartbeat":5.0}\n\n'
+    "id: 7f3a9c0d5b1e2f48-1042\nevent: bust\n"
+    'data: {"namespace":"default","kind":"tag","target":"product:7","soft":false,"strategy":"dimensional"}\n\n'
+)
 _SEE_JOB: Final[dict[str, Any]] = {
     "operationId": "job",
     "description": "How it stands, and what the audit knows of it.",
@@ -360,6 +403,25 @@ def _operations() -> tuple[_Operation, ...]:
             placed=("job",),
             refusals=(404,),
             links={"job": _SEE_JOB},
+        ),
+        _Operation(
+            method="get",
+            path="/api/v1/events",
+            name="events",
+            capability="events.stream",
+            summary="Tell of every bust that is applied, as server-sent events, for as long as the reader likes.",
+            reply={
+                "type": "string",
+                "description": (
+                    "Events with an id, a name and data in JSON, whose schemas `x-bustcall-events` tells by the name."
+                    " First comes what was missed, or `reset`; then `live`; then each `bust` as it is applied. A"
+                    " comment and the newest id come when there was nothing to say for `heartbeat` seconds."
+                ),
+            },
+            answer=_STREAM,
+            placed=("namespace", "prefix", "tag"),
+            refusals=(422, 429),
+            streamed={"bust": StreamedBust, "reset": StreamedReset, "live": StreamedLive},
         ),
         _Operation(
             method="post",
@@ -665,6 +727,7 @@ def _schemas(operations: tuple[_Operation, ...]) -> dict[str, Any]:
     # What is both, such as the capability document, is written as a reply: all of it is optional anyway.
     replies: list[type[BaseModel]] = [BindingCapabilities, Problem]
     replies += [operation.reply for operation in operations if not isinstance(operation.reply, dict)]
+    replies += [model for operation in operations for model in operation.streamed.values()]
     asked = [operation.request for operation in operations if operation.request is not None]
     _, schemas = models_json_schema(
         [
@@ -682,6 +745,7 @@ def _written(operation: _Operation) -> dict[str, Any]:
     parameters = [*_ON_EVERY, *((_KEY,) if operation.keyed else ())]
     parameters += operation.placed
     parameters += [_KNOWN] if operation.tagged and operation.request is None else []
+    parameters += [_PLACE] if operation.streamed else []
     refusals = {*_ANY_ROUTE, *operation.refusals, *(_MEASURED if operation.measured else ())}
     headers = [
         _DIGEST,
@@ -692,8 +756,16 @@ def _written(operation: _Operation) -> dict[str, Any]:
     done: dict[str, Any] = {
         "description": "Done.",
         "headers": _refer("headers", headers),
-        "content": {"application/json": {"schema": reply, "example": operation.answer}},
+        "content": {
+            "text/event-stream" if operation.streamed else "application/json": {
+                "schema": reply,
+                "example": operation.answer,
+            }
+        },
     }
+    if operation.streamed:
+        done["description"] = "It goes on until one side ends it."
+        done["x-bustcall-events"] = {name: _model(model) for name, model in operation.streamed.items()}
     if operation.links:
         done["links"] = operation.links
     responses: dict[str, dict[str, Any]] = {"200": done}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, final
 
 from pybustcall.capabilities import check_requirements
 from pybustcall.daemon.access import check_access, check_meeting, check_token, is_loopback
+from pybustcall.daemon.events import HEARTBEAT, MOST_EVENTS
 from pybustcall.daemon.journal import MOST, RETENTION
 from pybustcall.errors import ConfigurationError, InvalidRequest
 from pybustcall.models import Access, Requirements, check_namespace
@@ -34,6 +35,7 @@ class DaemonSettings:
     - `socket`: path of a Unix socket to listen on instead (mode 0600)
     - `token`: asked for as `Authorization: Bearer` by every capability that is protected; never in the repr
     - `operator_token`: another one, which opens what is private, too; never in the repr
+    - `tenants`: tokens by namespace, each of which opens what is protected for that namespace only; never in the repr
     - `access`: the tiers of capabilities, for those that shall have others than these: public for the capabilities
       themselves, protected for everything else
     - `requires`: what clients must have before they may do more than ask
@@ -52,6 +54,9 @@ class DaemonSettings:
     - `journal_retention`, `journal_most`: for how many seconds, and how many, busts that are over are kept there
     - `namespaces`: those that may be used; empty for any
     - `max_namespaces`: with registered entries at once
+    - `max_readers`: that may follow the events at a time, with one token
+    - `events_most`: how many events are kept for readers that come back
+    - `events_heartbeat`: seconds after which a stream that has nothing to say says so
     - `answer_within`: seconds after which a bust that goes on is answered as a job
     """
 
@@ -60,6 +65,7 @@ class DaemonSettings:
     socket: str | os.PathLike[str] | None = None
     token: str | None = field(default=None, repr=False)
     operator_token: str | None = field(default=None, repr=False)
+    tenants: Mapping[str, str] = field(default_factory=dict, repr=False)
     access: Mapping[str, Access] = field(default_factory=dict)
     requires: Requirements = field(default_factory=Requirements)
     allowed_hosts: tuple[str, ...] = ()
@@ -75,6 +81,9 @@ class DaemonSettings:
     journal_most: int = MOST
     namespaces: tuple[str, ...] = ()
     max_namespaces: int = 1000
+    max_readers: int = 500
+    events_most: int = MOST_EVENTS
+    events_heartbeat: float = HEARTBEAT
     answer_within: float = 1.0
 
     @property
@@ -94,11 +103,14 @@ _LEAST: Final = {
     "max_connections": ("the most connections must be 1 or more", 1),
     "max_entries": ("the most entries must be 0 or more", 0),
     "max_namespaces": ("the most namespaces must be 1 or more", 1),
+    "max_readers": ("the most readers of events must be 0 or more", 0),
+    "events_most": ("1 event or more must be kept", 1),
     "journal_most": ("the journal must keep 1 bust or more", 1),
 }
 _SECONDS: Final = {
     "read_timeout": ("the time to read a request must be more than 0 seconds", False),
     "journal_retention": ("the journal's retention must be more than 0 seconds", False),
+    "events_heartbeat": ("the heartbeat of events must be more than 0 seconds", False),
     "drain": ("the drain must be 0 seconds or more", True),
     "answer_within": ("the time to answer must be 0 seconds or more", True),
 }  # and whether 0 is possible
@@ -113,6 +125,7 @@ def check_values(settings: DaemonSettings, capabilities: Collection[str]) -> Non
     check_token(settings.operator_token, "operator_token")
     if settings.operator_token is not None and settings.operator_token == settings.token:
         raise ConfigurationError("the operator token must be another than the token", setting="operator_token")
+    _check_tenants(settings)
     check_access(settings.access, capabilities)
     check_requirements(settings.requires)
     check_meeting(settings.requires, settings.access, settings.operator_token)
@@ -134,11 +147,29 @@ def check_values(settings: DaemonSettings, capabilities: Collection[str]) -> Non
     _check_files(settings)
 
 
+def _check_tenants(settings: DaemonSettings) -> None:
+    """Raise `ConfigurationError` for tenants that cannot be, or whose token says not who they are."""
+    seen = {settings.token, settings.operator_token}
+    for namespace, token in settings.tenants.items():
+        try:
+            check_namespace(namespace)
+        except InvalidRequest as error:
+            told = str(error).removesuffix("; nothing was sent")
+            raise ConfigurationError(f"tenant {namespace!r}: {told}", setting="tenants") from None
+        if settings.namespaces and namespace not in settings.namespaces:
+            raise ConfigurationError(f"tenant {namespace}: this namespace is not allowed", setting="tenants")
+        check_token(token, "tenants")
+        if token in seen:
+            raise ConfigurationError(f"tenant {namespace}: its token must be no other's, too", setting="tenants")
+        seen.add(token)
+
+
 def _check_place(settings: DaemonSettings) -> None:
     if settings.socket is None:
         if type(settings.port) is not int or not 0 <= settings.port <= 65535:
             raise ConfigurationError(f"the port must be 0 to 65535, not {settings.port!r}", setting="port")
-        if settings.token is None and settings.operator_token is None and not is_loopback(settings.host):
+        tokens = (settings.token, settings.operator_token, *settings.tenants.values())
+        if tokens == (None, None) and not is_loopback(settings.host):
             raise ConfigurationError(
                 f"listening on {settings.host!r} lets other machines in, which needs a token; set one (BUSTCALL_TOKEN),"
                 " or listen on 127.0.0.1",

@@ -27,6 +27,7 @@ allowed_hosts = ["bust.internal"]
 [access]                                # no token stands in this file
 token_file = "secrets/token"            # or the variable BUSTCALL_TOKEN
 operator_token_file = "secrets/operator"
+tenants = { shop = "secrets/shop" }     # a token that opens this namespace only
 tiers = { "daemon.status" = "public", "cache.hotswap" = "private" }
 
 [requires]                              # of clients
@@ -54,6 +55,11 @@ most = 100_000
 [namespaces]
 allowed = ["default", "shop"]
 most = 1000                             # if any are allowed
+
+[events]                                # for those who follow what is busted
+kept = 10_000
+readers = 500                           # with one token
+heartbeat = 5
 
 [[layers]]                              # the innermost is busted first
 name = "redis"

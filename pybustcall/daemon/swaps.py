@@ -10,6 +10,8 @@ with the old version between the first bust and the commit. Only then is it answ
 - The first bust fails: the swap is rolled back. No version has changed, and what was busted is at worst a miss.
 - The second fails: the versions are put back in one transaction, and the entries that may have been made with the new
   ones are owed a bust, which is tried again, ever more slowly, until it is done.
+Those who follow the events are told with each bust, and that is written down before the swap goes on.
+
 - The process ends: at the next start a swap that was prepared is rolled back, and one that was committed is finished.
 
 Swaps wait for one another, and each is a task of its own: a client that goes away breaks nothing off.
@@ -32,7 +34,7 @@ from pybustcall.faults import CLEAN
 from pybustcall.models import HotSwapReply, HotSwapRequest, Swapped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from pybustcall.daemon.engine import Engine
     from pybustcall.daemon.registry import Swap
@@ -95,6 +97,7 @@ class Swaps:
     - `step`: is told each step once it is done and written down, and before the next begins
     - `pause`: tells how many seconds to wait before the n-th repeat of an owed bust, from 0
     - `patience`: seconds that closing waits for a swap under way
+    - `tell`: an attribute; tells those who follow the events of entries, by namespace, that go for the sake of a name
 
     Belongs to one event loop, between `open` and `close`.
     """
@@ -113,6 +116,7 @@ class Swaps:
         self._step = step
         self._pause = pause
         self._patience = patience
+        self.tell: Callable[[str, Mapping[str, Sequence[str]]], Awaitable[None]] | None = None
         self._turn = asyncio.Lock()
         self._acting: asyncio.Task[SwapAnswer] | None = None
         self._errands = Errands()
@@ -247,6 +251,7 @@ class Swaps:
     async def _bust(self, swap: Swap) -> int:
         """Bust what depends on the swapped; tell how many entries went. Raises `BackendFailure`, whatever failed."""
         names = [it.name for it in swap.changes]
+        found = self._engine.dependents(names)
         try:
             removal = await self._engine.bust_dependents(names)
         except BackendFailure:
@@ -256,6 +261,8 @@ class Swaps:
             failed = sum(map(len, self._engine.dependents(names).values()))
             raise BackendFailure("the daemon's log says why", failed=failed) from error
         finally:
+            if self.tell is not None and found:
+                await self.tell(names[0], found)
             await self.registry.try_save()
         return removal.count
 

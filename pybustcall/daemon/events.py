@@ -1,0 +1,483 @@
+"""Who is told of which bust: the log of events, and the readers that follow it.
+
+This module decides what an event says, how long it is kept, which readers it concerns, and when one of them has missed
+something and must be told to forget. When a bust is told of is decided by `jobs`, how events outlive the process by the
+`journal`, and how a stream reads on the wire by `app`. docs/explanation/events.md tells why it is so.
+
+Theory of operation. Each event has a number, ever rising within the epoch of its log. The log keeps the newest; all
+readers share it, and each is only a place in it, with a short list of what is due to it. A new event is handed to those
+whom the router finds, by look-ups of what the event names and never by asking each reader. A reader that falls behind,
+because its list is full or because what it asks for is no longer kept, has its list emptied and gets a reset, whose
+number is that of the newest event: it must forget all that it holds, and is up to date by that.
+
+Numbers outlive the process with the journal. What was told and not yet written when a process was killed belongs to
+busts that are not over in the journal either, so that the next process does them, and tells of them, again. Only their
+numbers could be given twice; therefore a log that was not closed goes on far beyond those.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections import deque
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar, final
+
+from sortedcontainers import SortedDict
+
+from pybustcall.keys import ENCODINGS, covers, prefixes_of, ranges_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, MutableMapping, Sequence
+
+    from pybustcall.models import Kind
+
+_Place = TypeVar("_Place")
+
+__all__ = [
+    "HEARTBEAT",
+    "LEAP",
+    "MOST_ALSO",
+    "MOST_EVENTS",
+    "MOST_PENDING",
+    "BustEvent",
+    "EventShelf",
+    "Events",
+    "Interest",
+    "Reader",
+    "TooManyReaders",
+]
+
+MOST_EVENTS: Final = 10_000
+"""How many events are kept for readers that come back."""
+MOST_BYTES: Final = 16_000_000
+"""How many bytes of keys and tags the kept events have together at most."""
+MOST_ALSO: Final = 1000
+"""How many further keys an event can name; one that would have more is told as if everything had been busted."""
+MOST_PENDING: Final = 1000
+"""How many events may wait for one reader."""
+HEARTBEAT: Final = 5.0
+"""Seconds after which a stream that has nothing to say says so."""
+LEAP: Final = 2**32
+"""How far numbers go on beyond the last one known of a log that was not closed."""
+
+_ALSO_BYTES: Final = 65536
+_STRIDE: Final = 250  # events looked through between two turns of the event loop
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BustEvent:
+    """A bust that was applied, as readers are told of it.
+
+    - `also`: further keys of the namespace that went with the named: what bears the tag or depends on it, as far as the
+      daemon knows. Variants of any of them (`pybustcall.keys.is_variant`) went, too, unless the strategy is "direct"
+    """
+
+    seq: int = 0
+    namespace: str
+    kind: Kind
+    target: str
+    soft: bool = False
+    strategy: str = "dimensional"
+    also: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it takes."""
+        return 200 + len(self.target) + sum(map(len, self.also))
+
+    def bounded(self) -> BustEvent:
+        """Make it short enough to tell: one that names very many keys is told as everything in its namespace."""
+        if len(self.also) <= MOST_ALSO and sum(map(len, self.also)) <= _ALSO_BYTES:
+            return self
+        return replace(self, kind="all", target="*", also=())
+
+    def encoded(self, epoch: str) -> bytes:
+        """Write it as a stream does."""
+        said: dict[str, object] = {
+            "namespace": self.namespace,
+            "kind": self.kind,
+            "target": self.target,
+            "soft": self.soft,
+            "strategy": self.strategy,
+        }
+        if self.also:
+            said["also"] = self.also
+        return block("bust", f"{epoch}-{self.seq}", said)
+
+
+def block(name: str, place: str, said: dict[str, object]) -> bytes:
+    """Write an event of a stream; JSON has no line ends outside of its escapes."""
+    return f"id: {place}\nevent: {name}\ndata: {json.dumps(said, separators=(',', ':'))}\n\n".encode()
+
+
+# Whom an event concerns
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Interest:
+    """What a reader wants to be told of, in one namespace: all, or what concerns these prefixes or tags."""
+
+    namespace: str
+    prefixes: frozenset[str] = frozenset()
+    tags: frozenset[str] = frozenset()
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether nothing is left out."""
+        return not (self.prefixes or self.tags)
+
+    def concerns(self, event: BustEvent) -> bool:
+        """Tell whether what was busted could be something that this reader holds. What the router does, one by one."""
+        if event.namespace != self.namespace:
+            return False
+        if self.is_everything or event.kind == "all" or (event.kind == "tag" and event.target in self.tags):
+            return True
+        wide = event.strategy != "direct"
+        named = () if event.kind == "tag" else (event.target,)
+        below = event.target if event.kind == "prefix" else None
+        return any(
+            any(covers(prefix, key) or (wide and _begins_variant(key, prefix)) for key in (*named, *event.also))
+            or (below is not None and covers(below, prefix))
+            for prefix in self.prefixes
+        )
+
+
+def _begins_variant(key: str, prefix: str) -> bool:
+    """Tell whether variants of `key` could lie below `prefix`."""
+    return prefix.startswith(tuple(f"{key}{mark}" for mark in ("?", *ENCODINGS)))
+
+
+@final
+class _Router:
+    """Finds the readers that an event concerns, by what it names."""
+
+    def __init__(self) -> None:
+        self._everything: dict[str, set[Reader]] = {}
+        self._tagged: dict[tuple[str, str], set[Reader]] = {}
+        self._below: dict[str, SortedDict[str, set[Reader]]] = {}
+        self._some: dict[str, set[Reader]] = {}  # those that want only some of the namespace
+
+    def add(self, reader: Reader) -> None:
+        interest = reader.interest
+        if interest.is_everything:
+            self._everything.setdefault(interest.namespace, set()).add(reader)
+            return
+        self._some.setdefault(interest.namespace, set()).add(reader)
+        for tag in interest.tags:
+            self._tagged.setdefault((interest.namespace, tag), set()).add(reader)
+        if interest.prefixes:
+            below = self._below.setdefault(interest.namespace, SortedDict())
+            for prefix in interest.prefixes:
+                below.setdefault(prefix, set()).add(reader)
+
+    def discard(self, reader: Reader) -> None:
+        interest = reader.interest
+        _drop(self._everything, interest.namespace, reader)
+        _drop(self._some, interest.namespace, reader)
+        for tag in interest.tags:
+            _drop(self._tagged, (interest.namespace, tag), reader)
+        if (below := self._below.get(interest.namespace)) is not None:
+            for prefix in interest.prefixes:
+                _drop(below, prefix, reader)
+            if not below:
+                del self._below[interest.namespace]
+
+    def concerned(self, event: BustEvent) -> set[Reader]:
+        """List those whom the event concerns: `Interest.concerns` is true of exactly these."""
+        found = set(self._everything.get(event.namespace, ()))
+        if event.kind == "all":
+            return found | self._some.get(event.namespace, set())
+        if event.kind == "tag":
+            found |= self._tagged.get((event.namespace, event.target), set())
+        below = self._below.get(event.namespace)
+        if below is not None:
+            named = () if event.kind == "tag" else (event.target,)
+            for key in (*named, *event.also):
+                for prefix in prefixes_of(key):
+                    found |= below.get(prefix, set())
+                if event.strategy != "direct":
+                    for mark in ("?", *ENCODINGS):
+                        _gather(below, key + mark, f"{key}{mark[:-1]}{chr(ord(mark[-1]) + 1)}", found)
+            if event.kind == "prefix":
+                for begin, end in ranges_of(event.target):
+                    _gather(below, begin, end, found)
+        return found
+
+
+def _gather(below: SortedDict[str, set[Reader]], begin: str, end: str, found: set[Reader]) -> None:
+    """Add the readers of all prefixes from `begin` up to, but without, `end`."""
+    for prefix in below.irange(begin, end, inclusive=(True, False)):
+        found |= below[prefix]
+
+
+def _drop(places: MutableMapping[_Place, set[Reader]], place: _Place, reader: Reader) -> None:
+    """Take a reader out of a place, and an empty place out of its table."""
+    if (readers := places.get(place)) is not None:
+        readers.discard(reader)
+        if not readers:
+            del places[place]
+
+
+# The log
+
+
+class EventShelf(Protocol):
+    """What keeps events longer than the process: the journal."""
+
+    @property
+    def epoch(self) -> str:
+        """The epoch of the numbers that it has."""
+
+    @property
+    def last_event(self) -> int:
+        """The last number that may have been given."""
+
+    @property
+    def events(self) -> Sequence[BustEvent]:
+        """What it holds, in the order of their numbers."""
+
+    def put_event(self, event: BustEvent) -> None:
+        """Keep it, before whatever is put later."""
+
+    def drop_events(self, through: int) -> None:
+        """Keep none any more up to this number."""
+
+
+class TooManyReaders(Exception):
+    """There are as many readers of one principal as there may be."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"{most} readers with these credentials follow the events already, and more may not")
+
+
+@final
+class Events:
+    """The events of one daemon, and those who follow them.
+
+    - `most`, `most_bytes`: how many events are kept for readers that come back, of how many bytes; the newest always is
+    - `most_readers`: how many may follow at a time, of each principal
+    - `most_pending`: how many events may wait for one reader
+    - `heartbeat`: seconds after which a stream that has nothing to say says so
+
+    Belongs to one event loop. Readers that are left when it is closed come to their end.
+    """
+
+    def __init__(
+        self,
+        *,
+        most: int = MOST_EVENTS,
+        most_bytes: int = MOST_BYTES,
+        most_readers: int = 1000,
+        most_pending: int = MOST_PENDING,
+        heartbeat: float = HEARTBEAT,
+    ) -> None:
+        self.epoch = secrets.token_hex(8)
+        self.heartbeat = heartbeat
+        self.most_pending = most_pending
+        self._most = most
+        self._most_bytes = most_bytes
+        self._most_readers = most_readers
+        self._last = 0
+        self._floor = 0  # up to this number nothing is kept
+        self._kept: SortedDict[int, BustEvent] = SortedDict()
+        self._bytes = 0
+        self._shelf: EventShelf | None = None
+        self._router = _Router()
+        self._readers: dict[str, set[Reader]] = {}
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        return f"Events({self.place}, {len(self._kept)} kept, {self.readers} readers)"
+
+    @property
+    def place(self) -> str:
+        """The id of the newest event."""
+        return f"{self.epoch}-{self._last}"
+
+    @property
+    def readers(self) -> int:
+        """How many follow now."""
+        return sum(map(len, self._readers.values()))
+
+    def attach(self, shelf: EventShelf) -> None:
+        """Go on where a process before this one ended. Before the first event is told."""
+        self._shelf = shelf
+        self.epoch, self._last = shelf.epoch, shelf.last_event
+        self._kept = SortedDict({event.seq: event for event in shelf.events})
+        self._bytes = sum(event.size for event in self._kept.values())
+        self._floor = self._kept.peekitem(0)[0] - 1 if self._kept else self._last
+        self._trim()
+
+    def tell(self, event: BustEvent) -> None:
+        """Give an event its number, keep it, and hand it to those whom it concerns."""
+        event = replace(event.bounded(), seq=self._last + 1)
+        self._last = event.seq
+        self._kept[event.seq] = event
+        self._bytes += event.size
+        if self._shelf is not None:
+            self._shelf.put_event(event)
+        self._trim()
+        if readers := self._router.concerned(event):
+            text = event.encoded(self.epoch)
+            for reader in readers:
+                reader.push(text)
+
+    def _trim(self) -> None:
+        before = self._floor
+        while len(self._kept) > 1 and (len(self._kept) > self._most or self._bytes > self._most_bytes):
+            self._floor, oldest = self._kept.popitem(0)
+            self._bytes -= oldest.size
+        if self._shelf is not None and self._floor != before:
+            self._shelf.drop_events(self._floor)
+
+    # Following
+
+    def follow(self, interest: Interest, *, after: str | None = None, whose: str = "") -> Reader:
+        """Begin to follow: what comes from now on, or what came after the event with the id `after`.
+
+        If that is of another epoch, no longer kept, or no id at all, the reader begins with a reset. `whose` names the
+        principal. Raises `TooManyReaders`. The reader must be closed.
+        """
+        readers = self._readers.setdefault(whose, set())
+        if len(readers) >= self._most_readers:
+            raise TooManyReaders(self._most_readers)
+        seen = self._last if after is None else self._number_of(after)
+        reader = Reader(self, interest, seen)
+        readers.add(reader)
+        self._router.add(reader)
+        reader.on_close(lambda: self._leave(reader, whose))
+        if self._is_closed:
+            reader.end()
+        return reader
+
+    def _leave(self, reader: Reader, whose: str) -> None:
+        self._router.discard(reader)
+        _drop(self._readers, whose, reader)
+
+    def _number_of(self, place: str) -> int | None:
+        """Tell up to which event somebody has read; None if that cannot be told from here."""
+        epoch, _, number = place.rpartition("-")
+        if epoch != self.epoch or not (number.isascii() and number.isdigit()) or len(number) > 19:
+            return None
+        seen = int(number)
+        return seen if self._floor <= seen <= self._last else None
+
+    @property
+    def newest(self) -> int:
+        """The number of the newest event."""
+        return self._last
+
+    def missed(self, seen: int) -> bool:
+        """Tell whether events after that number are no longer kept."""
+        return seen < self._floor
+
+    def between(self, seen: int, until: int, limit: int) -> list[BustEvent]:
+        """List at most `limit` events after the one, up to the other."""
+        return [self._kept[seq] for seq in islice(self._kept.irange(seen + 1, until), limit)]
+
+    def close(self) -> None:
+        """Have all readers come to their end, now and later."""
+        self._is_closed = True
+        for readers in list(self._readers.values()):
+            for reader in list(readers):
+                reader.end()
+
+
+@final
+class Reader:
+    """One reader's place in the log. Iterating tells what to write to it next, and ends with the log.
+
+    - first what it has missed, or a reset; then "live"; then events as they come, and heartbeats between them
+    """
+
+    def __init__(self, events: Events, interest: Interest, seen: int | None) -> None:
+        self.interest = interest
+        self._events = events
+        self._seen = events.newest if seen is None else seen  # how far the log was looked through
+        self._until = events.newest  # from here on events come by `push`
+        self._is_lost = seen is None
+        self._is_live = False
+        self._has_ended = False
+        self._pending: deque[bytes] = deque()
+        self._wake = asyncio.Event()
+        self._closing: Callable[[], None] = lambda: None
+
+    def __aiter__(self) -> Reader:
+        return self
+
+    def on_close(self, act: Callable[[], None]) -> None:
+        """Have this done once the reader is closed."""
+        self._closing = act
+
+    def push(self, text: bytes) -> None:
+        """Hand in an event. If there are too many already, all are dropped for a reset."""
+        if self._is_lost:
+            return  # the reset will have the number of the newest event
+        if len(self._pending) >= self._events.most_pending:
+            self._is_lost = True
+            self._pending.clear()
+        else:
+            self._pending.append(text)
+        self._wake.set()
+
+    def end(self) -> None:
+        """Come to the end, without what is still due."""
+        self._has_ended = True
+        self._wake.set()
+
+    def close(self) -> None:
+        """Follow no more. Repeating it is harmless."""
+        act, self._closing = self._closing, lambda: None
+        act()
+        self.end()
+
+    async def __anext__(self) -> bytes:
+        while True:
+            if self._has_ended:
+                raise StopAsyncIteration
+            if self._is_lost or (self._seen < self._until and self._events.missed(self._seen)):
+                return self._reset()
+            if self._seen < self._until:
+                if text := self._catch_up():
+                    return text
+                await asyncio.sleep(0)
+                continue
+            if not self._is_live:
+                self._is_live = True
+                return self._live()
+            if self._pending:
+                text = b"".join(self._pending)
+                self._pending.clear()
+                return text
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(self._events.heartbeat):
+                    await self._wake.wait()
+            except TimeoutError:
+                return self._beat()
+
+    def _reset(self) -> bytes:
+        self._is_lost = False
+        self._pending.clear()
+        self._seen = self._until = self._events.newest
+        return block("reset", self._events.place, {"reason": "events were missed that are no longer kept"})
+
+    def _catch_up(self) -> bytes:
+        """Look on through the log; what comes meanwhile is pushed."""
+        found = self._events.between(self._seen, self._until, _STRIDE)
+        self._seen = found[-1].seq if len(found) == _STRIDE else self._until
+        return b"".join(event.encoded(self._events.epoch) for event in found if self.interest.concerns(event))
+
+    def _live(self) -> bytes:
+        """Tell that all that was missed has been told, and how far that is."""
+        place = f"{self._events.epoch}-{self._until}"
+        return block("live", place, {"heartbeat": self._events.heartbeat})
+
+    def _beat(self) -> bytes:
+        # Nothing is due, so that all that this reader is to know up to the newest event has been told.
+        return f": heartbeat\nid: {self._events.place}\n\n".encode()
