@@ -669,21 +669,24 @@ async def _use(
     *,
     as_json: bool,
     verdict: Callable[[_T], int] = lambda _: 0,
+    patience: str = "--timeout",
 ) -> int:
     """Make one call of the client and tell what it came to, or why it failed and which rules are not met.
 
-    `to_json` makes the JSON object, or one a line; `verdict` tells the exit code of what it came to.
+    `to_json` makes the JSON object, or one a line; `verdict` tells the exit code of what it came to. `patience` is the
+    option that allows more time.
     """
     async with client:
         try:
             done = await call()
         except BustFailed as error:
             reasons = list(dict.fromkeys(reason for cause in error.causes for reason in cause.unmet))
-            line = {"ok": False, "error": type(error).__name__, "text": str(error), "applied": error.applied}
+            text = str(error).replace("with timeout=", f"with {patience}").replace("with daemon=", "with --url")
+            line = {"ok": False, "error": type(error).__name__, "text": text, "applied": error.applied}
             if as_json:
                 click.echo(json.dumps({**line, "unmet": reasons}))
             else:
-                told = [f"Error: {error}", *(reason for reason in reasons if reason not in str(error))]
+                told = [f"Error: {text}", *(reason for reason in reasons if reason not in text)]
                 click.echo("\n".join(_printable(text) for text in told), err=True)
             return _UNAVAILABLE if isinstance(error, DaemonsUnavailable | DeadlineExceeded) else _REFUSED
     if as_json:
@@ -828,7 +831,7 @@ def jobs_wait(client: BustcallClient, job: str, seconds: float, daemon: str | No
         return 0 if found.state == "done" else _REFUSED
 
     call = partial(client.wait_job, job, timeout=seconds, daemon=daemon)
-    return _run(_use(client, call, _job_lines, _job_dict, as_json=as_json, verdict=verdict))
+    return _run(_use(client, call, _job_lines, _job_dict, as_json=as_json, verdict=verdict, patience="--for"))
 
 
 def _job_line(job: BustJob) -> str:

@@ -948,6 +948,7 @@ def test_a_job_is_waited_for(whole_fake: FakeDaemon) -> None:
     code, _, err = call("jobs", "wait", "j2", "--for", "0.1", *at)
     assert code == 3
     assert "was not over within 0.1 s: it is running" in err
+    assert "allow more time with --for" in err
 
 
 def test_a_job_that_is_not_there_or_cannot_be(whole_fake: FakeDaemon) -> None:
@@ -955,6 +956,7 @@ def test_a_job_that_is_not_there_or_cannot_be(whole_fake: FakeDaemon) -> None:
     code, _, err = call("jobs", "show", "j1", "--url", whole_fake.url)
     assert code == 1
     assert "there is no such job" in err
+    assert "name another daemon with --url: " in err
     assert call("jobs", "show", "a/b", "--url", whole_fake.url)[0] == 2
     assert call("jobs", "list", "--daemon", "http://127.0.0.1:2", "--url", whole_fake.url)[0] == 2
 
