@@ -755,6 +755,26 @@ async def test_a_way_through_a_link_is_refused_at_removal(tmp_path: Path) -> Non
             engine.indexes.of(DEFAULT_NAMESPACE).remove("page")
 
 
+async def test_a_dry_run_of_a_branch_through_a_link_says_what_the_bust_would(tmp_path: Path) -> None:
+    """Refused by a layer alone, unless something depends on it; of several, it is just not held in that one."""
+    (tmp_path / "link").symlink_to("/")
+    (tmp_path / "page").write_text("old")
+    branch = wish("link/etc", kind="prefix")
+    async with opened(engine_over(FilesBackend(tmp_path))) as engine:
+        with pytest.raises(RefusedKey, match="through a link"):
+            await engine.count(branch)
+        engine.register("page", ["link/etc"])
+        assert list((await engine.count(branch)).values()) == [1]
+    indexes = Indexes()
+    indexes.of(DEFAULT_NAMESPACE).add("link/etc/passwd")
+    layers = [
+        Layer(name="files", number=0, backend=FilesBackend(tmp_path)),
+        Layer(name="memory", number=1, backend=MemoryBackend(indexes)),
+    ]
+    async with opened(Engine(layers, indexes)) as engine:
+        assert await engine.count(branch) == {"files": 0, "memory": 1}
+
+
 @pytest.mark.parametrize(
     ("shelf", "removed", "failed", "reason"),
     [

@@ -258,10 +258,18 @@ class Engine:
     async def count(self, wish: Wish) -> dict[str, int]:
         """Tell for each layer how many entries the bust would remove or mark now, and change nothing.
 
-        Raises `BackendFailure` if a layer cannot tell.
+        Raises `BackendFailure` if a layer cannot tell, and `RefusedKey` as the bust would.
         """
         bust = Bust(self, wish)
-        return {layer.name: await bust.count(layer) for layer in self.layers}
+        counts: dict[str, int] = {}
+        for layer in self.layers:
+            try:
+                counts[layer.name] = await bust.count(layer)
+            except RefusedKey:
+                if len(self.layers) == 1:
+                    raise
+                counts[layer.name] = 0  # what one of several layers could never hold is not held there
+        return counts
 
     async def bust_dependents(self, names: Iterable[str]) -> Removal:
         """Remove what depends on any of these names, with the variants; the names themselves need be no keys.
@@ -532,12 +540,19 @@ class Bust:
                 _log.exception("unexpected error at the layer %s while a bust was broken off", layer.name)
 
     async def count(self, layer: Layer) -> int:
-        """Tell how many entries this bust would remove or mark at a layer now."""
+        """Tell how many entries this bust would remove or mark at a layer now.
+
+        Raises `BackendFailure` if that cannot be told, and `RefusedKey` if nothing of it could be there.
+        """
         found: set[str] = set()
-        async with aclosing(self._covered(_Search(layer, self._wide))) as covered:
+        missed: list[BackendFailure | RefusedKey] = []
+        async with aclosing(self._covered(_Search(layer, self._wide, missed=missed))) as covered:
             async for keys in covered:
                 found.update(await layer.backend.held(self.wish.namespace, keys, stale=not self.wish.soft))
                 await self._take_turns(len(keys))
+        for miss in missed:
+            if isinstance(miss, BackendFailure) or not found:
+                raise miss
         return len(found)
 
     async def _begin(self, layer: Layer) -> int:
