@@ -198,6 +198,17 @@ def test_a_redis_url_is_said_or_named(key: str) -> None:
     assert not layer.backend.traits.soft  # as of a server with foreign keys
 
 
+def test_a_sqlite_layer_names_its_file() -> None:
+    """Beside the configuration, unless the path is whole; it is made when it is needed."""
+    (layer,) = layers_of(written('[[layers]]\nbackend = "sqlite"\npath = "cache.db"\ntimeout = 2.5\nfences = 100\n'))
+    assert repr(layer.backend) == f"SqliteBackend({str(Path('cache.db').absolute())!r})"
+    assert layer.backend.traits.fences
+    assert not Path("cache.db").exists()
+    for said in ("timeout = 61", "path = ''"):
+        with pytest.raises(InvalidConfiguration, match=rf"layers\.0\.{said.partition(' ')[0]}: expected"):
+            written(f'[[layers]]\nbackend = "sqlite"\n{said}\n')
+
+
 def test_an_option_makes_a_single_layer() -> None:
     """What is wrong with it is told without the file, which does not say it."""
     configuration = written("").with_layer(FilesLayer(backend="files", root="missing"))
@@ -255,7 +266,10 @@ REDIS = "[[layers]]\nbackend = 'redis'\n"
         ("layers = ['memory']", 'layers.0: expected a table, found "memory"'),
         (f"{MEMORY}numbr = 1", "layers.0.numbr: is no setting; did you mean number?"),
         (f"{MEMORY}settle = 4000", "layers.0.settle: expected 3600 or less, found 4000"),
-        ("[[layers]]\nbackend = 'varnish'", "layers.0.backend: expected 'memory', 'files', 'redis', found \"varnish\""),
+        (
+            "[[layers]]\nbackend = 'varnish'",
+            "layers.0.backend: expected 'memory', 'files', 'redis', 'sqlite', found \"varnish\"",
+        ),
         ("[[layers]]\nbackend = 'files'\nroot = 7", "layers.0.root: expected a string, found 7"),
         ("[[layers]]\nbackend = 'files'", "layers.0.root: is missing"),
         (REDIS, "layers.0: expected one of url, url_file and url_env; found none"),
@@ -274,7 +288,7 @@ REDIS = "[[layers]]\nbackend = 'redis'\n"
         ),
         (
             "[[layers]]\nname = 'a'",
-            "layers.0.backend: is missing; it says which kind of cache this is: memory, files or redis",
+            "layers.0.backend: is missing; it says which kind of cache this is: memory, files, redis or sqlite",
         ),
         ("a = \n", "line 1, column 5: Invalid value"),
         ("[a]\nb = 1\nb = 2\n", "line 3, column 6: Cannot overwrite a value"),

@@ -175,7 +175,9 @@ def test_the_table_of_routes_has_all_that_is_served() -> None:
     assert {anchor for _, _, anchor, _ in rows if anchor} <= anchors
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 409, 413, 415, 417, 421, 422, 426, 428, 429, 500, 503, 507])
+@pytest.mark.parametrize(
+    "status", [400, 401, 403, 404, 405, 409, 413, 415, 417, 421, 422, 426, 428, 429, 500, 503, 507]
+)
 def test_every_refusal_is_shown_with_an_example(status: int) -> None:
     """The reference page has a section for each refusal, with a problem document of that status."""
     page = HTTP_PAGE.read_text(encoding="utf-8")

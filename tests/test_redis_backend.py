@@ -545,22 +545,50 @@ async def test_others_cannot_bring_the_counter_up_to_what_was_lost(own_engine: R
         assert await reader.get("k") is None
 
 
-async def test_a_replica_that_takes_over_serves_nothing_from_before(own_engine: RedisProcess, tmp_path: Path) -> None:
-    """It may have lagged behind the busts of the server that failed."""
+@pytest.mark.parametrize("first", ["new reader", "old reader", "new daemon", "old daemon"])
+async def test_a_replica_that_takes_over_serves_nothing_from_before(
+    own_engine: RedisProcess, tmp_path: Path, first: str
+) -> None:
+    """It may have lagged behind the busts of the server that failed. All find it where that one was."""
     (tmp_path / "replica").mkdir()
     with RedisProcess(tmp_path / "replica") as replica:
-        async with opened(own_engine.url) as backend, RedisCache(own_engine.url) as cache:
-            await cache.set("k", b"old", ttl=None)
+        async with (
+            opened(own_engine.url) as old_daemon,
+            opened(own_engine.url) as new_daemon,
+            RedisCache(own_engine.url) as old_reader,
+            RedisCache(own_engine.url) as new_reader,
+            RedisCache(replica.url) as stray,
+        ):
+            await old_reader.set("k", b"old", tags=["t"], ttl=None)
+            token = (await old_reader.lookup("late")).token
             own_engine.ask("CONFIG", "SET", "repl-diskless-sync-delay", "0")
             replica.ask("REPLICAOF", "127.0.0.1", str(own_engine.port))
             there = "bustcall:{default}:e:k"
             await eventually(lambda: replica.ask("EXISTS", there) == b":1\r\n", "the replica has it")
+            with pytest.raises(RedisUnavailable, match="replica"):
+                await stray.get("k")
             replica.ask("REPLICAOF", "NO", "ONE")
-            assert await bust(backend, "key", "k") == 1
-        own_engine.kill()
-        assert replica.ask("EXISTS", there) == b":1\r\n"
-        async with RedisCache(replica.url) as cache:
-            assert await cache.get("k") is None
+            assert await bust(old_daemon, "tag", "t") == 1
+            assert await bust(old_daemon, "key", "late") == 0
+            own_engine.kill()
+            # In a thread, so that the loop hears meanwhile that connections are closed.
+            await asyncio.to_thread(replica.ask, "CONFIG", "SET", "port", str(own_engine.port))
+            replica.port = own_engine.port
+            assert replica.ask("EXISTS", there) == b":1\r\n"
+            match first:
+                case "new reader":
+                    assert await new_reader.get("k") is None
+                case "old reader":
+                    assert await old_reader.get("k") is None
+                case "new daemon":
+                    assert await bust(new_daemon, "key", "unrelated") == 0
+                case "old daemon":
+                    assert await bust(old_daemon, "key", "unrelated") == 0
+            for reader in (new_reader, old_reader):
+                assert await reader.get("k") is None
+                assert not await reader.store("late", b"old", token=token, ttl=None)
+            assert await old_reader.get_or_set("k", lambda: b"new", tags=["t"], ttl=None) == b"new"
+            assert await bust(new_daemon, "tag", "t") == 1
 
 
 async def test_two_daemons_bust_the_same(engine: RedisProcess) -> None:

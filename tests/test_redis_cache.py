@@ -23,7 +23,7 @@ import uvloop
 from pybustcall.daemon.backends import Scope
 from pybustcall.daemon.backends.redis import RedisBackend
 from pybustcall.errors import ClientClosed, ConfigurationError, InvalidRequest
-from pybustcall.integrations.filling import Guard
+from pybustcall.filling import Guard
 from pybustcall.integrations.redis import Breaker, Found, RedisCache, RedisUnavailable
 from pybustcall.models import Kind
 from pybustcall.testing.proxy import FaultyProxy, Trouble
@@ -929,6 +929,7 @@ def test_one_cache_serves_loops_of_many_threads(engine: RedisProcess) -> None:
     """Loops that begin and end at the same time are in each other's way nowhere."""
     cache = RedisCache(engine.url, timeout=20.0)
     failures: list[BaseException] = []
+    together = threading.Barrier(8)
 
     async def use() -> None:
         assert await cache.get_or_set("k", quick, ttl=60.0) == b"v"
@@ -936,9 +937,11 @@ def test_one_cache_serves_loops_of_many_threads(engine: RedisProcess) -> None:
     def run() -> None:
         try:
             for _ in range(25):
+                together.wait(PATIENCE)  # then the loops from before are closed, and each thread finds all of them
                 asyncio.run(use())
         except BaseException as error:
             failures.append(error)
+            together.abort()
             raise
 
     before, interval = len(os.listdir("/proc/self/fd")), sys.getswitchinterval()

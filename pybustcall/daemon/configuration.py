@@ -38,12 +38,14 @@ from pydantic import (
 from pybustcall.daemon.app import check_settings
 from pybustcall.daemon.backends.files import FilesBackend
 from pybustcall.daemon.backends.memory import MemoryBackend
+from pybustcall.daemon.backends.sqlite import SqliteBackend
 from pybustcall.daemon.engine import Layer
 from pybustcall.daemon.events import HEARTBEAT, MOST_EVENTS
 from pybustcall.daemon.settings import DaemonSettings
 from pybustcall.errors import ConfigurationError, InvalidRequest
 from pybustcall.models import MAX_SETTLE, Access, Requirements, check_namespace
 from pybustcall.redis_layout import DEFAULT_PREFIX, MAX_FENCES
+from pybustcall.sqlite_file import LONGEST_TIMEOUT
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -61,6 +63,7 @@ __all__ = [
     "InvalidConfiguration",
     "MemoryLayer",
     "RedisLayer",
+    "SqliteLayer",
     "load",
     "read",
     "read_secret",
@@ -392,8 +395,31 @@ class RedisLayer(_LayerTable):
         return environ[self.url_env] if self.url_env is not None else self.url or ""
 
 
-_KINDS: Final[Mapping[str, type[_LayerTable]]] = {"memory": MemoryLayer, "files": FilesLayer, "redis": RedisLayer}
-_AnyLayer = Annotated[MemoryLayer | FilesLayer | RedisLayer, Field(discriminator="backend")]
+@final
+class SqliteLayer(_LayerTable):
+    """What `SqliteCache` holds in a file of this machine."""
+
+    backend: Literal["sqlite"] = Field(description='"sqlite": an SQLite file')
+    path: _File = Field(
+        description="the file, which `SqliteCache` names, too, on a local disk; it is made if it is missing, in a"
+        " directory that must exist"
+    )
+    timeout: _Positive = Field(
+        1.0, le=LONGEST_TIMEOUT, description="seconds that another process may keep the file locked"
+    )
+    fences: int = Field(
+        MAX_FENCES, ge=1, description="busted things that are remembered in each namespace, to refuse late fills"
+    )
+
+
+_SomeLayer = MemoryLayer | FilesLayer | RedisLayer | SqliteLayer
+_KINDS: Final[Mapping[str, type[_LayerTable]]] = {
+    "memory": MemoryLayer,
+    "files": FilesLayer,
+    "redis": RedisLayer,
+    "sqlite": SqliteLayer,
+}
+_AnyLayer = Annotated[_SomeLayer, Field(discriminator="backend")]
 
 
 @final
@@ -478,7 +504,7 @@ class Configuration:
         unknown = {key.partition(".")[0] for key in self.left_out} - Document.model_fields.keys()
         return bool(unknown) or self.lacks("access")
 
-    def tables_of_layers(self) -> dict[str, MemoryLayer | FilesLayer | RedisLayer]:
+    def tables_of_layers(self) -> dict[str, _SomeLayer]:
         """Tell the tables of the layers by their keys in the file; without any there is one layer in memory."""
         if self.layer is not None:
             return {"layers.0": self.layer}
@@ -607,12 +633,14 @@ def _all_wrong(settings: DaemonSettings) -> list[ConfigurationError]:
             return list(wrong.values())
 
 
-def _backend_of(table: MemoryLayer | FilesLayer | RedisLayer, indexes: Indexes, environ: Mapping[str, str]) -> Backend:
+def _backend_of(table: _SomeLayer, indexes: Indexes, environ: Mapping[str, str]) -> Backend:
     match table:
         case MemoryLayer():
             return MemoryBackend(indexes)
         case FilesLayer():
             return FilesBackend(table.root)
+        case SqliteLayer():
+            return SqliteBackend(table.path, timeout=table.timeout, fences=table.fences)
         case _:
             try:
                 from pybustcall.daemon.backends.redis import RedisBackend  # noqa: PLC0415 - needs an extra
@@ -797,7 +825,7 @@ _EXPECTED: Final[Mapping[str, str]] = {
     "less_than_equal": "expected {le:g} or less",
     "literal_error": "expected {expected}",
     "union_tag_invalid": "expected {expected_tags}",
-    "union_tag_not_found": "is missing; it says which kind of cache this is: memory, files or redis",
+    "union_tag_not_found": "is missing; it says which kind of cache this is: memory, files, redis or sqlite",
     "missing": "is missing",
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Final
 
-from pybustcall.daemon.configuration import Document, FilesLayer, MemoryLayer, RedisLayer
+from pybustcall.daemon.configuration import Document, FilesLayer, MemoryLayer, RedisLayer, SqliteLayer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -136,7 +136,7 @@ def settings_page() -> str:
             table = _resolved(schema["properties"][name], schema)
             parts.append(f"## `[{name}]`\n\n{table['description']}\n\n{_rows(table)}")
     parts.append(_LAYERS)
-    parts += [_kind(table) for table in (MemoryLayer, FilesLayer, RedisLayer)]
+    parts += [_kind(table) for table in (MemoryLayer, FilesLayer, RedisLayer, SqliteLayer)]
     parts.append(f"## All of it\n\n```toml\n{EXAMPLE}```\n")
     return "\n".join(parts)
 
@@ -185,6 +185,8 @@ def _bounds(found: dict[str, Any]) -> Iterator[str]:
         yield f"{least:g} or more"
     else:
         yield f"above {above:g}"
+        if most is not None:
+            yield f"at most {most:g}"
 
 
 def _resolved(part: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:

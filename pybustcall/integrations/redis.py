@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, final
 from weakref import WeakKeyDictionary
 
 from pybustcall.errors import ConfigurationError, InvalidRequest
-from pybustcall.integrations.filling import (
+from pybustcall.filling import (
     BREAKER,
     Filling,
     Found,
@@ -37,6 +37,7 @@ from pybustcall.integrations.filling import (
     checked_lease,
     checked_tags,
     checked_ttl,
+    only_bytes,
 )
 from pybustcall.models import DEFAULT_NAMESPACE, check_target, redact
 from pybustcall.policies import Breaker
@@ -125,7 +126,7 @@ class RedisCache:
         self._fills_on_error = on_error == "fill"
         self._breaker = breaker
         self._known: Token | None = None
-        self._filling = Filling()
+        self._filling: Filling[bytes] = Filling(only_bytes)
         self._guards: WeakKeyDictionary[asyncio.AbstractEventLoop, Guard] = WeakKeyDictionary()
         self._clock: Callable[[], float] = time.monotonic
         self._told = -math.inf
@@ -151,7 +152,7 @@ class RedisCache:
         finally:
             await self._server.aclose()
 
-    async def get_or_set(self, key: str, make: Make, *, tags: Iterable[str] = (), ttl: float | None) -> bytes:
+    async def get_or_set(self, key: str, make: Make[bytes], *, tags: Iterable[str] = (), ttl: float | None) -> bytes:
         """Return the value under `key`; if nothing is held, make it, store it and return it.
 
         - `make`: an async or plain function without arguments that returns bytes; a plain one must not block
@@ -200,7 +201,7 @@ class RedisCache:
         """
         return await self._store(_storable(key), value, None, checked_tags(tags), checked_ttl(ttl))
 
-    async def _fill(self, token: Token, wanted: Wanted, value: bytes) -> None:
+    async def _fill(self, token: Token, wanted: Wanted[bytes], value: bytes) -> None:
         try:
             await self._store(wanted.key, value, token, wanted.tags, wanted.ttl)
         except RedisUnavailable as error:

@@ -1,7 +1,7 @@
 """Who makes a value while others wait for it, and when a server that is silent is no longer asked.
 
-This module decides that for the readers' half of every cache that the package knows. What is looked up and stored, and
-where, is decided by the cache itself (`redis`, `memcached`, `sqlite`); when a breaker opens by `policies`.
+This module decides that for the readers' half of every cache that the package knows, and for near caches. What is
+looked up and stored, and where, is decided by the cache itself; when a breaker opens by `policies`.
 
 Theory of operation. Of those readers in one event loop that miss the same key, one flight makes the value. Whoever was
 told the same token joins: nothing at all was busted between the flight's beginning and that look-up. Whoever was told a
@@ -24,7 +24,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Final, Generic, TypeVar, final
 from weakref import WeakKeyDictionary
 
 from pybustcall.errors import ClientClosed, ConfigurationError, InvalidRequest
@@ -44,9 +44,12 @@ __all__ = [
     "checked_lease",
     "checked_tags",
     "checked_ttl",
+    "only_bytes",
 ]
 
-Make = Callable[[], Awaitable[bytes] | bytes]
+_T = TypeVar("_T")
+
+Make = Callable[[], Awaitable[_T] | _T]
 """Makes the value of an entry anew."""
 
 BREAKER: Final = Breaker(incidents=3, open=1.0, cap=10.0, proofs=1)
@@ -67,11 +70,11 @@ class Found:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(Generic[_T]):
     """An entry to be made, and how it is to be stored."""
 
     key: str
-    make: Make
+    make: Make[_T]
     tags: tuple[str, ...]
     ttl: float | None
 
@@ -84,7 +87,7 @@ class Wanted:
 class _Making:
     """A value that is being made: for whose sake, and which others it waits for."""
 
-    filling: Filling
+    filling: object
     key: str
     outer: _Making | None
     inner: list[_Making] = field(default_factory=list)
@@ -106,26 +109,30 @@ _MAKING: ContextVar[_Making | None] = ContextVar("_MAKING", default=None)
 
 
 @final
-class _Flight:
+class _Flight(Generic[_T]):
     """A value that is being made, and how many wait for it."""
 
-    def __init__(self, token: object, task: asyncio.Task[bytes], making: _Making) -> None:
+    def __init__(self, token: object, task: asyncio.Task[_T], making: _Making) -> None:
         self.token = token
         self.task = task
         self.making = making
         self.waiting = 0
 
 
-_Flights = dict[str, _Flight]
+_Flights = dict[str, _Flight[_T]]
 
 
 @final
-class Filling:
-    """Has the values of one cache made, each once at a time, in each event loop that it is used in."""
+class Filling(Generic[_T]):
+    """Has the values of one cache made, each once at a time, in each event loop that it is used in.
 
-    def __init__(self) -> None:
-        self._flights: WeakKeyDictionary[asyncio.AbstractEventLoop, _Flights] = WeakKeyDictionary()
-        self._tasks: WeakKeyDictionary[asyncio.AbstractEventLoop, set[asyncio.Task[bytes]]] = WeakKeyDictionary()
+    `check` raises for a value that cannot be one.
+    """
+
+    def __init__(self, check: Callable[[_T], None]) -> None:
+        self._check = check
+        self._flights: WeakKeyDictionary[asyncio.AbstractEventLoop, _Flights[_T]] = WeakKeyDictionary()
+        self._tasks: WeakKeyDictionary[asyncio.AbstractEventLoop, set[asyncio.Task[_T]]] = WeakKeyDictionary()
 
     async def aclose(self) -> None:
         """Break off what is being made in the running loop: whoever waits for it gets `ClientClosed`."""
@@ -144,14 +151,14 @@ class Filling:
                 raise _circle(key)
             outer = outer.outer
 
-    async def alone(self, wanted: Wanted) -> bytes:
+    async def alone(self, wanted: Wanted[_T]) -> _T:
         """Make a value for this call only, and store it nowhere. Raises as `together` does."""
         with _waiting_for(making := _Making(self, wanted.key, _current())):
-            return await _made(wanted.make, making)
+            return await self._made(wanted.make, making)
 
     async def together(
-        self, wanted: Wanted, token: object, store: Callable[[Wanted, bytes], Awaitable[object]]
-    ) -> bytes:
+        self, wanted: Wanted[_T], token: object, store: Callable[[Wanted[_T], _T], Awaitable[object]]
+    ) -> _T:
         """Make a value and have it stored, or wait for whoever does, if they were told the same token.
 
         Raises what `make` or `store` raises, `RuntimeError` if the value would be made of itself, and `ClientClosed`
@@ -166,15 +173,15 @@ class Filling:
 
     def _take_off(
         self,
-        wanted: Wanted,
+        wanted: Wanted[_T],
         token: object,
-        store: Callable[[Wanted, bytes], Awaitable[object]],
-        flights: _Flights,
-    ) -> _Flight:
+        store: Callable[[Wanted[_T], _T], Awaitable[object]],
+        flights: _Flights[_T],
+    ) -> _Flight[_T]:
         making = _Making(self, wanted.key, _current())
 
-        async def fill() -> bytes:
-            value = await _made(wanted.make, making)
+        async def fill() -> _T:
+            value = await self._made(wanted.make, making)
             await store(wanted, value)
             return value
 
@@ -184,7 +191,7 @@ class Filling:
         tasks = self._tasks.setdefault(loop, set())
         tasks.add(task)
 
-        def land(task: asyncio.Task[bytes]) -> None:
+        def land(task: asyncio.Task[_T]) -> None:
             tasks.discard(task)
             _leave(flight, wanted.key, flights)
             if not task.cancelled():
@@ -193,8 +200,19 @@ class Filling:
         task.add_done_callback(land)
         return flight
 
+    async def _made(self, make: Make[_T], making: _Making) -> _T:
+        before = _MAKING.set(making)
+        try:
+            made = make()
+            value = await made if inspect.isawaitable(made) else made
+        finally:
+            making.is_over = True
+            _MAKING.reset(before)
+        self._check(value)
+        return value
 
-async def _wait(flight: _Flight, key: str, flights: _Flights) -> bytes:
+
+async def _wait(flight: _Flight[_T], key: str, flights: _Flights[_T]) -> _T:
     """Wait for a flight; the last who gives up breaks it off."""
     flight.waiting += 1
     try:
@@ -210,7 +228,7 @@ async def _wait(flight: _Flight, key: str, flights: _Flights) -> bytes:
     return flight.task.result()
 
 
-def _leave(flight: _Flight, key: str, flights: _Flights) -> None:
+def _leave(flight: _Flight[_T], key: str, flights: _Flights[_T]) -> None:
     """Let nobody join any more."""
     if flights.get(key) is flight:
         del flights[key]
@@ -245,18 +263,10 @@ def _circle(key: str) -> RuntimeError:
     )
 
 
-async def _made(make: Make, making: _Making) -> bytes:
-    before = _MAKING.set(making)
-    try:
-        value = make()
-        if inspect.isawaitable(value):
-            value = await value
-    finally:
-        making.is_over = True
-        _MAKING.reset(before)
+def only_bytes(value: object) -> None:
+    """Raise `TypeError` if a value is no bytes."""
     if not isinstance(value, bytes):
         raise TypeError(f"what makes a value must return bytes, not {type(value).__name__}")
-    return value
 
 
 # Asking a server

@@ -1,0 +1,630 @@
+"""An SQLite file that several processes share as a cache: opened, made, set aside, used in threads, never in a loop.
+
+This module decides what becomes of the file at a path, whatever is found there; in which thread and how long it is
+waited for; and what an error of SQLite means to a caller. What is kept in the file is `sqlite_layout`'s affair.
+
+Theory of operation. Each user of a file has two lanes, each a thread with a connection: one reads, one writes. Readers
+do not wait for writers (the file has a write-ahead log), so what is looked up does not queue behind what waits for
+another process to finish writing. What is asked for while a lane is busy is done together then, by one transaction of
+the writing lane, and told together. Whoever finds the file locked tries again every few milliseconds, at random, until
+`timeout`: SQLite itself would wait longer and longer, and never get its turn beside somebody who writes much.
+
+Who uses the file holds PATH.lock, shared with all others; who makes it or sets it aside holds it alone. So nobody works
+in a file that is no longer at the path: each use compares first, and opens what is there now. A file is made under
+another name, and complete when it gets its own. One that is damaged is renamed, and a new one begun, which is what may
+be done to a cache. It is empty, and refuses what was read before it was there. Only what is ours is ever renamed: a
+file of another program, or of a later version of ours, is refused and left as it is.
+
+A commit is safe from kills. It is also on the disk, should the machine stop, if the work is called `safe`; what was
+committed before it is so, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import logging
+import os
+import random
+import sqlite3
+import stat
+import threading
+import time
+import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, final
+from urllib.parse import quote
+from weakref import WeakSet
+
+from pybustcall.errors import BustcallError, ConfigurationError
+from pybustcall.sqlite_layout import APPLICATION, TABLES, VERSION, create, recognize
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+
+    from pybustcall.errors import Applied
+
+__all__ = ["LONGEST_TIMEOUT", "SqliteFile", "SqliteUnavailable"]
+
+T = TypeVar("T")
+
+LONGEST_TIMEOUT: Final = 60.0
+"""Seconds for which a busy file may be waited for."""
+
+_BATCH: Final = 128  # what is done at once, at most, and in one transaction; a work says what part of that it is
+_PAUSES: Final = (0.0005, 0.003)  # seconds between two attempts at a file that is busy
+_LOG_LIMIT: Final = 16 << 20  # bytes beyond which the write-ahead log is emptied
+_HEAD: Final = 4096  # bytes by which a file is judged that SQLite cannot read
+_MAGIC: Final = b"SQLite format 3\0"
+_WITH_IT: Final = ("-wal", "-shm", "-journal")  # what SQLite puts beside a file
+
+_log = logging.getLogger("pybustcall.sqlite")
+
+
+@final
+class SqliteUnavailable(BustcallError):
+    """The file cannot be used now. What was asked of it was not done, unless `applied` is "maybe".
+
+    `answered`: it was found out at once; otherwise somebody else kept the file locked for as long as one may wait.
+    """
+
+    def __init__(self, message: str, *, answered: bool = True, applied: Applied = "no") -> None:
+        super().__init__(message, applied=applied)
+        self.answered = answered
+
+
+@final
+class _Damaged(Exception):
+    """The file is ours, and cannot be used as it is."""
+
+
+@final
+class _Refused(Exception):
+    """The file cannot be used, and is not to be touched. The text goes on after the path."""
+
+
+_ADVICE: Final = {
+    sqlite3.SQLITE_BUSY: "another process kept it locked for {timeout:g} s; see what holds it",
+    sqlite3.SQLITE_LOCKED: "another process kept it locked for {timeout:g} s; see what holds it",
+    sqlite3.SQLITE_FULL: "its disk is full; make room there",
+    sqlite3.SQLITE_READONLY: "it is read-only; let this user write to the file and to its directory",
+    sqlite3.SQLITE_CANTOPEN: "it cannot be opened; let this user read and write the file and its directory",
+    sqlite3.SQLITE_PERM: "it cannot be opened; let this user read and write the file and its directory",
+    sqlite3.SQLITE_IOERR: "its disk failed, is full or over a limit; look at the disk",
+    sqlite3.SQLITE_CORRUPT: "it is damaged, and so is the new one that was begun; look at the disk",
+    sqlite3.SQLITE_NOTADB: "it is damaged, and so is the new one that was begun; look at the disk",
+    sqlite3.SQLITE_NOMEM: "memory is short",
+}
+_ADVICE_OF_ERRNO: Final = {
+    errno.ENOENT: "its directory does not exist; make it",
+    errno.ENOTDIR: "its directory is no directory; choose another path",
+    errno.ELOOP: "its lock file is a link; choose another path",
+    errno.EISDIR: "a directory is where its lock file should be; choose another path",
+    errno.EACCES: "it cannot be opened; let this user read and write the file and its directory",
+    errno.EPERM: "it cannot be opened; let this user read and write the file and its directory",
+    errno.EROFS: "its disk is read-only; choose another path",
+    errno.ENOSPC: "its disk is full; make room there",
+    errno.EMFILE: "this process has too many files open; allow more",
+}
+
+_Identity = tuple[int, int]
+_Outcome = tuple[Any, Exception | None]
+
+
+def _code(error: Exception) -> int:
+    """Tell SQLite's primary code of an error; 0 for those that it did not make itself."""
+    code: int = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF
+
+
+def _is_damage(error: Exception) -> bool:
+    return isinstance(error, _Damaged) or _code(error) in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+
+
+def _is_busy(error: Exception) -> bool:
+    return isinstance(error, BlockingIOError) or _code(error) in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+
+
+@final
+class _Opener:
+    """The file at a path: opens it, makes it, sets it aside. Used by one thread at a time."""
+
+    def __init__(self, path: str, *, writes: bool) -> None:
+        self.path = path
+        self.db: sqlite3.Connection | None = None
+        self._writes = writes
+        self._identity: _Identity | None = None  # of the file that `db` belongs to
+        self._lock: int | None = None
+
+    @contextmanager
+    def use(self) -> Generator[sqlite3.Connection, None, None]:
+        """Lend a connection to the file that is at the path now, and keep everybody from setting it aside."""
+        while True:
+            with self._holding(fcntl.LOCK_SH):
+                found = self._look()
+                if self.db is not None and found != self._identity:
+                    self._disconnect()
+                if found is not None:
+                    yield self.db or self._open(found)
+                    return
+            self._make()
+
+    def set_aside(self, why: str) -> None:
+        """Rename the file that was found damaged, and what belongs to it, unless another process has done so."""
+        # The connection is closed after it: SQLite sees then that the file was moved, and leaves the log as it is.
+        try:
+            with self._holding(fcntl.LOCK_EX):
+                if self._look() == self._identity:
+                    for end in ("", *_WITH_IT):  # the file first: without it, nobody takes up the others
+                        with suppress(FileNotFoundError):
+                            os.replace(f"{self.path}{end}", f"{self.path}.corrupt{end}")  # noqa: PTH105
+                    self._sync_directory()
+                    _log.warning(
+                        "the cache %s cannot be used (%s); it was set aside as %s.corrupt and a new one begun: all"
+                        " entries are forgotten", self.path, why, self.path,
+                    )  # fmt: skip
+        finally:
+            self._disconnect()
+
+    def close(self) -> None:
+        """Close the connection and the lock; both are opened anew when they are needed."""
+        self._disconnect()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _disconnect(self) -> None:
+        self._identity = None
+        if self.db is not None:
+            db, self.db = self.db, None
+            db.close()
+
+    @contextmanager
+    def _holding(self, how: int) -> Generator[None, None, None]:
+        """Hold the lock. Raises `BlockingIOError` if others do; it can be tried again."""
+        while True:
+            lock = self._lock = self._open_lock() if self._lock is None else self._lock
+            fcntl.flock(lock, how | fcntl.LOCK_NB)
+            if _identity(os.fstat(lock)) == self._identity_at(f"{self.path}.lock"):
+                break
+            os.close(lock)  # somebody removed the lock file, and others may hold another one by now
+            self._lock = None
+        try:
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+    def _open_lock(self) -> int:
+        return os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+    @staticmethod
+    def _identity_at(path: str) -> _Identity | None:
+        try:
+            return _identity(os.lstat(path))
+        except FileNotFoundError:
+            return None
+
+    def _look(self) -> _Identity | None:
+        """Tell which file is at the path, or None; refuse what can be no file of ours."""
+        try:
+            found = os.lstat(self.path)
+        except FileNotFoundError:
+            return None
+        if not stat.S_ISREG(found.st_mode):
+            kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "a directory or a special file"
+            raise _Refused(f"is {kind}; choose another path")
+        return _identity(found)
+
+    def _open(self, identity: _Identity) -> sqlite3.Connection:
+        self._identity = identity
+        if not os.lstat(self.path).st_size:
+            raise _Damaged("it is empty")
+        db = self.db = _connect(self.path)
+        try:
+            self._check(db, identity[1])
+        except BaseException as error:
+            if not isinstance(error, Exception) or not _is_damage(error):
+                self._disconnect()
+            elif isinstance(error, sqlite3.Error) and not self._is_ours():
+                self._disconnect()
+                raise _Refused("is not a cache, and was left as it is; choose another path") from error
+            raise
+        return db
+
+    def _is_ours(self) -> bool:
+        """Tell of a file that SQLite cannot read whether its head says that it is one of ours, or nothing any more.
+
+        It is opened here, which would drop the locks of this process on it; nobody can be using such a file.
+        """
+        with Path(self.path).open("rb") as file:
+            head = file.read(_HEAD)
+        return not head.strip(b"\0") or (head.startswith(_MAGIC) and int.from_bytes(head[68:72]) == APPLICATION)
+
+    def _check(self, db: sqlite3.Connection, inode: int) -> None:
+        (application,) = db.execute("PRAGMA application_id").fetchone()
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if application != APPLICATION:
+            raise _Refused("is a database of another program, and was left as it is; choose another path")
+        if version > VERSION:
+            raise _Refused(
+                f"was made by a later pybustcall (format {version}, known is {VERSION}), and was left as it is;"
+                " upgrade, or choose another path"
+            )
+        if version < VERSION:
+            raise _Damaged(f"its format is {version}, and {VERSION} is needed")
+        for setting in ("cell_size_check = ON", "cache_size = -8192", f"journal_size_limit = {_LOG_LIMIT // 4}"):
+            db.execute(f"PRAGMA {setting}")
+        (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            raise _Refused("lies on a file system that cannot share memory between processes; choose a local disk")
+        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not tables >= TABLES or db.execute("SELECT count(*) FROM meta").fetchone() != (1,):
+            raise _Damaged("tables are missing")
+        if not recognize(db, inode):
+            _log.warning("the cache %s is a copy of another file: all entries are forgotten", self.path)
+        if not self._writes:
+            db.execute("PRAGMA query_only = ON")
+
+    def _make(self) -> None:
+        """Put a new, empty file at the path, complete from its first moment, unless one is there."""
+        with self._holding(fcntl.LOCK_EX):
+            if self._look() is not None:
+                return
+            new = f"{self.path}.new"
+            for path in (self.path, new):  # of a file that was removed
+                for end in _WITH_IT:
+                    Path(f"{path}{end}").unlink(missing_ok=True)
+            Path(new).unlink(missing_ok=True)
+            os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            db = _connect(new)
+            try:
+                create(db, os.lstat(new).st_ino)
+                db.execute("PRAGMA journal_mode = WAL")
+            finally:
+                db.close()
+            Path(new).rename(self.path)
+            self._sync_directory()
+
+    def _sync_directory(self) -> None:
+        """See to it that an old file does not come back if the machine stops."""
+        directory = os.open(Path(self.path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def _identity(found: os.stat_result) -> _Identity:
+    return found.st_dev, found.st_ino
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    """Prepare to open a file that exists; nothing of it is read yet."""
+    return sqlite3.connect(
+        f"file:{quote(os.fsencode(path))}?mode=rw",
+        uri=True,
+        timeout=0.0,  # see the theory of operation
+        isolation_level=None,
+        check_same_thread=False,  # one at a time, though not always the same
+    )
+
+
+@final
+class _Job(Generic[T]):
+    """Something to do, and who waits for it."""
+
+    __slots__ = ("answer", "cost", "dropped", "loop", "safe", "work")
+
+    def __init__(
+        self, work: Callable[[sqlite3.Connection], T], loop: asyncio.AbstractEventLoop, *, safe: bool, cost: int
+    ) -> None:
+        self.work = work
+        self.loop = loop
+        self.safe = safe
+        self.cost = cost
+        self.answer: asyncio.Future[T] = loop.create_future()
+        self.dropped = False
+
+
+@final
+class _Lane:
+    """A thread with a connection, which does what it is asked for."""
+
+    def __init__(self, path: str, *, timeout: float, writes: bool) -> None:
+        self._writes = writes
+        self._timeout = timeout
+        self._opener = _Opener(path, writes=writes)
+        self._queue: deque[_Job[Any]] = deque()
+        self._gate = threading.Lock()  # for the queue and the thread
+        self._turn = threading.Lock()  # held by whoever uses the file
+        self._is_draining = False
+        self._thread: ThreadPoolExecutor | None = None
+        with _REGISTRY:
+            _LANES.add(self)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has a connection."""
+        return self._opener.db is not None
+
+    async def do(self, work: Callable[[sqlite3.Connection], T], *, safe: bool = False, cost: int = 1) -> T:
+        """Have something done, and wait for it. Cancelled before it has begun, it is not done."""
+        job = _Job(work, asyncio.get_running_loop(), safe=safe, cost=cost)
+        with self._gate:
+            self._queue.append(job)
+            if not self._is_draining:
+                self._is_draining = True
+                self._submit(self._drain)
+        try:
+            return await job.answer
+        except asyncio.CancelledError:
+            job.dropped = True
+            raise
+
+    async def aclose(self) -> None:
+        """Finish what was asked for, close the file, end the thread. It may be used again."""
+        with self._gate:
+            if self._thread is None:
+                return
+            thread, self._thread = self._thread, None
+            closing = thread.submit(self.close)
+        try:
+            await asyncio.shield(asyncio.wrap_future(closing))  # cancelled, it is closed all the same
+        finally:
+            thread.shutdown(wait=False)
+
+    def close(self) -> None:
+        """Close the file, in the lane's thread or where there is none."""
+        with self._turn:
+            self._opener.close()
+
+    def abandon(self) -> None:
+        """End the thread once it has nothing to do, without waiting for it."""
+        if self._thread is not None:
+            self._thread.submit(self.close)
+            self._thread.shutdown(wait=False)
+
+    def _submit(self, work: Callable[[], None]) -> None:
+        if self._thread is None:
+            name = "pybustcall-sqlite-" + ("writes" if self._writes else "reads")
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._thread.submit(work)
+
+    # In the thread
+
+    def _drain(self) -> None:
+        while jobs := self._take():
+            try:
+                with self._turn:
+                    outcomes = self._serve(jobs)
+            except Exception as error:  # noqa: BLE001 - it is raised where the answers are awaited
+                outcomes = [(None, error)] * len(jobs)
+            _tell(jobs, outcomes)
+
+    def _take(self) -> list[_Job[Any]]:
+        jobs: list[_Job[Any]] = []
+        left = _BATCH
+        with self._gate:
+            while self._queue and (not jobs or self._queue[0].cost <= left):
+                job = self._queue.popleft()
+                if not job.dropped:
+                    jobs.append(job)
+                    left -= job.cost
+            self._is_draining = bool(jobs)
+        return jobs
+
+    def _serve(self, jobs: Sequence[_Job[Any]]) -> list[_Outcome]:
+        """Do them together; where that fails, each by itself, so that each fails for itself."""
+        end = time.monotonic() + self._timeout
+        set_aside = False
+        while True:
+            try:
+                with self._opener.use() as db:
+                    return self._write(db, jobs) if self._writes else self._read(db, jobs)
+            except (sqlite3.Error, OSError, _Refused, _Damaged) as error:
+                failure = error
+            try:
+                if _is_damage(failure) and not set_aside:
+                    self._opener.set_aside(str(failure))
+                    set_aside = True
+                    continue
+            except (sqlite3.Error, OSError, _Refused) as error:
+                failure = error
+            if _is_busy(failure):
+                if time.monotonic() < end:
+                    time.sleep(random.uniform(*_PAUSES))  # noqa: S311 - no secret
+                    continue
+            elif len(jobs) > 1 and isinstance(failure, sqlite3.Error):
+                return [outcome for job in jobs for outcome in self._serve([job])]
+            return [(None, self._explain(failure)) for _ in jobs]
+
+    def _read(self, db: sqlite3.Connection, jobs: Sequence[_Job[Any]]) -> list[_Outcome]:
+        return [_outcome(job, db) for job in jobs]
+
+    def _write(self, db: sqlite3.Connection, jobs: Sequence[_Job[Any]]) -> list[_Outcome]:
+        safe = any(job.safe for job in jobs)
+        db.execute("PRAGMA synchronous = " + ("FULL" if safe else "NORMAL"))
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            outcomes = []
+            for job in jobs:
+                db.execute("SAVEPOINT job")
+                outcome = _outcome(job, db)
+                if outcome[1] is not None:
+                    db.execute("ROLLBACK TO job")
+                db.execute("RELEASE job")
+                outcomes.append(outcome)
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:  # a full disk may have ended it already
+                with suppress(sqlite3.Error):
+                    db.execute("ROLLBACK")
+            raise
+        with suppress(FileNotFoundError, sqlite3.Error):  # it was committed
+            if os.lstat(f"{self._opener.path}-wal").st_size > _LOG_LIMIT:
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        return outcomes
+
+    def _explain(self, error: Exception) -> Exception:
+        """Say what happened and what to do; the error itself is the cause. No text of it may hold a key."""
+        applied: Applied = "no"
+        if isinstance(error, _Refused):
+            text = f"the cache {self._opener.path} {error}"
+        elif isinstance(error, OSError) and not isinstance(error, BlockingIOError):
+            why = _ADVICE_OF_ERRNO.get(error.errno or 0, f"the system says: {error.strerror}")
+            text = f"the cache {self._opener.path} cannot be used: {why}"
+        else:
+            code = _code(error)
+            if isinstance(error, BlockingIOError):
+                code = sqlite3.SQLITE_BUSY
+            elif isinstance(error, _Damaged):
+                code = sqlite3.SQLITE_CORRUPT
+            name = getattr(error, "sqlite_errorname", type(error).__name__)
+            why = _ADVICE.get(code, f"SQLite failed ({name})").format(timeout=self._timeout)
+            text = f"the cache {self._opener.path} cannot be used: {why}"
+            if self._writes and code == sqlite3.SQLITE_IOERR:
+                applied = "maybe"  # it may be in the log, and what failed was to see it through to the disk
+        text += "; nothing was done" if applied == "no" else ""
+        explained = SqliteUnavailable(text, answered=not _is_busy(error), applied=applied)
+        explained.__cause__ = error
+        return explained
+
+    # Forks
+
+    def begin_fork(self) -> None:
+        """Wait for what is under way, and close the file; hold everybody off until the fork is done."""
+        self._gate.acquire()
+        self._turn.acquire()
+        with suppress(sqlite3.Error):
+            self._opener.close()
+
+    def end_fork(self) -> None:
+        """Go on in the parent; the file is opened anew when it is needed."""
+        self._turn.release()
+        self._gate.release()
+
+    def forget_parent(self) -> None:
+        """Begin anew in a forked child: the queue and the thread are the parent's."""
+        _INHERITED.append((self._thread, self._queue))
+        self._queue = deque()
+        self._thread = None
+        self._is_draining = False
+        self._gate, self._turn = threading.Lock(), threading.Lock()
+
+
+def _outcome(job: _Job[Any], db: sqlite3.Connection) -> _Outcome:
+    try:
+        return job.work(db), None
+    except (sqlite3.Error, OSError):
+        raise
+    except Exception as error:  # noqa: BLE001 - it is raised where the answer is awaited
+        return None, error
+
+
+def _tell(jobs: Sequence[_Job[Any]], outcomes: Sequence[_Outcome]) -> None:
+    """Tell all who wait in one loop at once, each loop by itself."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Job[Any], _Outcome]]] = {}
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        by_loop.setdefault(job.loop, []).append((job, outcome))
+    for loop, told in by_loop.items():
+        with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            loop.call_soon_threadsafe(_deliver, told)
+
+
+def _deliver(told: list[tuple[_Job[Any], _Outcome]]) -> None:
+    for job, (answer, failure) in told:
+        if job.answer.done():
+            continue  # nobody waits any more
+        if failure is None:
+            job.answer.set_result(answer)
+        else:
+            job.answer.set_exception(failure)
+
+
+@final
+class SqliteFile:
+    """The file at `path`, for any event loop and thread of this process; other processes may share it.
+
+    - `timeout`: seconds that another process may keep it locked; at most 60
+
+    Nothing is opened before the first use, and a file that is missing is made then. All that waits raises
+    `SqliteUnavailable` if the file cannot be used. Raises `ConfigurationError` (setting "path" or "timeout").
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, timeout: float) -> None:
+        if not os.fspath(path) or "\0" in os.fspath(path):
+            raise ConfigurationError(f"path must name a file, not {os.fspath(path)!r}", setting="path")
+        if not 0 < timeout <= LONGEST_TIMEOUT:
+            raise ConfigurationError(
+                f"timeout must be more than 0 and at most {LONGEST_TIMEOUT:g} seconds, not {timeout!r}",
+                setting="timeout",
+            )
+        self.path: Final = os.path.abspath(os.fspath(path))  # noqa: PTH100 - links stay links
+        self._reads = _Lane(self.path, timeout=timeout, writes=False)
+        self._writes = _Lane(self.path, timeout=timeout, writes=True)
+
+    def __repr__(self) -> str:
+        return f"SqliteFile({self.path!r})"
+
+    async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Have something read; each statement for itself sees one moment. What it raises is raised here."""
+        return await self._reads.do(work)
+
+    async def write(self, work: Callable[[sqlite3.Connection], T], *, safe: bool = False, cost: int = 1) -> T:
+        """Have something written, wholly or not at all; what it raises is raised here, and then nothing was written.
+
+        - `safe`: whether it is on the disk when this returns, should the machine stop
+        - `cost`: about how long it takes, as a part of the 128 that one transaction may do
+
+        Several may share a transaction. Cancelled, it may have been done or not.
+        """
+        return await self._writes.do(work, safe=safe, cost=cost)
+
+    async def aclose(self) -> None:
+        """Finish what was asked for, close the file, end the threads. Repeating it is harmless; use opens it anew."""
+        try:
+            await self._reads.aclose()
+        finally:
+            await self._writes.aclose()
+
+    def __del__(self) -> None:
+        lanes = [lane for lane in (getattr(self, "_reads", None), getattr(self, "_writes", None)) if lane is not None]
+        if any(lane.is_open for lane in lanes):
+            told = f"{self!r} was dropped open; use aclose"
+            for lane in lanes:
+                lane.abandon()
+            warnings.warn(told, ResourceWarning, stacklevel=2, source=self)
+
+
+_LANES: WeakSet[_Lane] = WeakSet()
+_REGISTRY = threading.Lock()
+_HELD: list[_Lane] = []
+_INHERITED: list[object] = []
+"""What a forked child must neither use nor close, nor let the garbage collector close."""
+
+
+def _before_fork() -> None:
+    _REGISTRY.acquire()
+    for lane in _LANES:
+        lane.begin_fork()
+        _HELD.append(lane)
+
+
+def _after_fork_in_parent() -> None:
+    while _HELD:
+        _HELD.pop().end_fork()
+    _REGISTRY.release()
+
+
+def _after_fork_in_child() -> None:
+    global _REGISTRY  # noqa: PLW0603
+    _REGISTRY = threading.Lock()
+    while _HELD:
+        _HELD.pop().forget_parent()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
