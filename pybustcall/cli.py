@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import threading
 from collections import Counter
@@ -681,7 +682,8 @@ async def _use(
             done = await call()
         except BustFailed as error:
             reasons = list(dict.fromkeys(reason for cause in error.causes for reason in cause.unmet))
-            text = str(error).replace("with timeout=", f"with {patience}").replace("with daemon=", "with --url")
+            text = re.sub(r"\b(with )?timeout=", rf"\1{patience}", str(error))
+            text = re.sub(r"\bdaemon=", "--url", text)
             line = {"ok": False, "error": type(error).__name__, "text": text, "applied": error.applied}
             if as_json:
                 click.echo(json.dumps({**line, "unmet": reasons}))
@@ -780,7 +782,7 @@ def jobs_list(
         return client.jobs(limit=limit, before=before, state=state, daemon=daemon)
 
     def tell(found: tuple[BustJob, ...]) -> list[str]:
-        return [f"{_job_line(job)}, asked for at {job.at}{_reason(job)}" for job in found] or ["no jobs"]
+        return [f"{_job_line(job)}, asked for by {job.who} at {job.at}{_reason(job)}" for job in found] or ["no jobs"]
 
     return _run(_use(client, call, tell, lambda found: [_job_dict(job) for job in found], as_json=as_json))
 
@@ -802,11 +804,17 @@ def jobs_show(client: BustcallClient, job: str, daemon: str | None, as_json: boo
 @_asking_options
 def jobs_cancel(client: BustcallClient, job: str, daemon: str | None, as_json: bool) -> int:
     """Have no more done for JOB; what was removed stays removed. Exits with 1 if it was over before."""
+    was_over = False
+
+    async def call() -> BustJob:
+        nonlocal was_over
+        found = await client.job(job, daemon=daemon)
+        was_over = found.is_over
+        return found if was_over else await client.cancel_job(job, daemon=found.daemon)
 
     def verdict(found: BustJob) -> int:
-        return 0 if found.state == "cancelled" else _REFUSED
+        return 0 if found.state == "cancelled" and not was_over else _REFUSED
 
-    call = partial(client.cancel_job, job, daemon=daemon)
     return _run(_use(client, call, _job_lines, _job_dict, as_json=as_json, verdict=verdict))
 
 

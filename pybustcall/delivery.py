@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Generic, Literal, Protocol, TypeVar, final
 
 from pybustcall.dispatcher import Daemon, dispatch, dispatch_each
@@ -128,6 +128,13 @@ class Job:
             reason=self.request.reason,
             allow_wider=self.wider,
         )
+
+    @property
+    def patience(self) -> Retry | None:
+        """How to try again. An attempt at a dry run may take all of the time: counting takes as long as it takes."""
+        if not self.request.dry_run or self.retry is None:
+            return self.retry
+        return replace(self.retry, attempt_timeout=max(self.retry.attempt_timeout, self.deadline - self.begun))
 
     @property
     def tolerates_storing(self) -> bool:
@@ -309,7 +316,7 @@ class Deliverer(Generic[_Daemon]):
                 self._daemons,
                 self._fleet,
                 deadline=deadline,
-                retry=job.retry,
+                retry=job.patience,
                 random=self._random,
                 adopt=self._adopt,
                 storable=tolerated,
@@ -322,7 +329,7 @@ class Deliverer(Generic[_Daemon]):
             self._fleet,
             needed=self._needed(job.mode),
             deadline=deadline,
-            retry=job.retry,
+            retry=job.patience,
             random=self._random,
             adopt=self._adopt,
             storable=tolerated,

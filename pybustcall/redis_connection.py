@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from pybustcall.errors import Applied
     from pybustcall.redis_layout import Call
 
-__all__ = ["RedisServer", "RedisUnavailable", "shown_url"]
+__all__ = ["RedisServer", "RedisUnavailable", "check_url", "shown_url"]
 
 _SHARED: Final = 50  # connections of a given client that all who were given it use at most
 
@@ -138,6 +138,7 @@ class RedisServer:
         self._looked = False
         self.where = "Redis" if url is None else shown_url(url)
         if url is not None:
+            check_url(url)
             self._open()
         _SERVERS.add(self)
 
@@ -253,8 +254,12 @@ class RedisServer:
             )
             # It opens nothing yet, and refuses options that there are not.
             client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ConfigurationError(f"{self.where} is no URL of a Redis server: {error}", setting="url") from None
+        except TypeError:
+            raise ConfigurationError(
+                f"{self.where} has an option after its ? that redis-py does not know", setting="url"
+            ) from None
         return client
 
     def forget_parent(self) -> None:
@@ -283,6 +288,36 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def check_url(url: str) -> None:
+    """Raise `ConfigurationError` for what redis-py would take for another server or database than is meant.
+
+    No text shows any of it, since what is mistyped may have its password anywhere.
+    """
+
+    def refuse(why: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"the URL of the Redis server {why}; expected redis://HOST:PORT/NUMBER, rediss://... or unix:///PATH",
+            setting="url",
+        )
+
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        raise refuse("cannot be read") from None
+    if parts.scheme not in {"redis", "rediss", "unix"}:
+        raise refuse("begins with neither redis://, rediss:// nor unix://")
+    if not url.startswith(f"{parts.scheme}://"):
+        raise refuse(f"has no // after {parts.scheme}:")
+    if parts.scheme == "unix" and len(parts.path) < 2:
+        raise refuse("names no path of a socket")
+    if parts.scheme != "unix" and not parts.hostname:
+        raise refuse("names no host")
+    numbers = [*parse_qs(parts.query).get("db", []), *([parts.path[1:]] if parts.scheme != "unix" else [])]
+    if any(number and not (number.isascii() and number.isdigit()) for number in numbers):
+        raise refuse("names a database that is no number")
 
 
 def shown_url(url: str) -> str:

@@ -915,8 +915,8 @@ def test_jobs_are_listed_shown_and_cancelled(whole_fake: FakeDaemon) -> None:
         "j1 waiting soft tag 'sale' (default)",
     ]
     newest, reasoned = out.splitlines()
-    assert re.search(r", 0 removed, asked for at 20\d\d-\d\d-\d\dT\d\d:\d\d:[\d.]+Z$", newest)
-    assert re.search(r", asked for at 20\S+Z, reason: price$", reasoned)
+    assert re.search(r", 0 removed, asked for by anonymous at 20\d\d-\d\d-\d\dT\d\d:\d\d:[\d.]+Z$", newest)
+    assert re.search(r", asked for by anonymous at 20\S+Z, reason: price$", reasoned)
     listed = [json.loads(line) for line in call("jobs", "list", "--state", "waiting", "--json", *at)[1].splitlines()]
     assert [(job["job"], job["kind"], job["daemon"]) for job in listed] == [("j1", "tag", whole_fake.url)]
     assert call("jobs", "list", "--limit", "1", "--before", "j2", *at)[1].startswith("j1 ")
@@ -930,6 +930,7 @@ def test_jobs_are_listed_shown_and_cancelled(whole_fake: FakeDaemon) -> None:
     code, out, _ = call("jobs", "cancel", "j1", "--json", *at)
     told = json.loads(out)
     assert (code, told["ok"], told["state"], told["ended"][:2]) == (0, True, "cancelled", "20")
+    assert call("jobs", "cancel", "j1", *at)[0] == 1  # by now it was over before
     whole_fake.finish("j2")
     assert call("jobs", "cancel", "j2", *at)[0] == 1
     assert ", ended 20" in call("jobs", "show", "j2", *at)[1]

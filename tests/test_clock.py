@@ -107,7 +107,7 @@ def daemons(redis: RedisProcess, pages: Path, clock: HostClock) -> Iterator[Conf
 
 @asynccontextmanager
 async def connected(daemon: DaemonProcess) -> AsyncIterator[BustcallClient]:
-    async with BustcallClient(daemon.url, probes=None, timeout=5.0) as client:
+    async with BustcallClient(daemon.url, probes=None, timeout=PATIENCE) as client:
         yield client
 
 
@@ -320,7 +320,7 @@ async def test_the_audit_keeps_nothing_longer_than_it_should_though_the_clock_is
     tmp_path: Path, clock: HostClock
 ) -> None:
     """What ended in what is now the future goes after the retention, counted from then on, and not an hour later."""
-    configuration = '[journal]\npath = "journal"\nretention = 1.0\n[[layers]]\nname = "memory"\nbackend = "memory"\n'
+    configuration = '[journal]\npath = "journal"\nretention = 4.0\n[[layers]]\nname = "memory"\nbackend = "memory"\n'
     daemons = ConfiguredDaemons(tmp_path, configuration, env=clock.env)
     try:
         daemon = daemons.start()

@@ -574,7 +574,7 @@ async def test_a_job_that_is_cancelled_under_way_tells_what_it_did(path: Path) -
         assert (await it.jobs.find(entry.job))[0] == cancelled
         assert [(layer.name, layer.ok, layer.error) for layer in cancelled.layers] == [
             ("inner", True, None),
-            ("outer", False, "it was cancelled before it was done here"),
+            ("outer", False, "it was cancelled by anonymous before it was done here"),
         ]
 
 
@@ -638,6 +638,35 @@ async def test_a_job_that_waits_can_be_cancelled(path: Path, waiting: str) -> No
         assert it.jobs._queue == {}
     async with house(path) as it:
         assert it.jobs._runs == {}
+
+
+async def test_a_job_that_is_being_tried_again_is_running(path: Path) -> None:
+    """It waits only while nobody is at it."""
+    async with house(path) as it:
+        it.inner.put("a")
+        it.inner.failure = STUCK
+        answer = await it.bust()
+        assert answer.entry.state == "waiting"
+        it.inner.failure = None
+        it.inner.passing.clear()
+        await eventually(lambda: it.log.count("inner a") >= 2, "it is tried again")
+        assert await it.state(answer) == "running"
+        assert (await it.jobs.recent())[0][0].state == "running"
+        it.inner.passing.set()
+        await it.over(answer)
+        assert await it.state(answer) == "done"
+
+
+async def test_the_audit_says_who_cancelled_a_job(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In the place of whatever it waited for."""
+    caplog.set_level(logging.INFO)
+    async with house(path, pause=lambda _: 60.0) as it:
+        it.inner.failure = AWAY
+        answer = await it.bust(who="token")
+        await it.jobs.cancel(answer.entry.job, who="operator")
+        entry, _ = await it.jobs.find(answer.entry.job)
+        assert {layer.error for layer in entry.layers} == {"it was cancelled by operator before it was done here"}
+        assert f"the job {answer.entry.job} was cancelled by operator" in caplog.text
 
 
 async def test_a_job_that_nobody_knows_is_no_job(path: Path) -> None:

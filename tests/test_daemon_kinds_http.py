@@ -347,3 +347,16 @@ async def test_faults_are_remembered_over_a_restart(tmp_path: Path) -> None:
         async with serving(journal=tmp_path / "journal") as client:
             await bust(client, kind="sort")
             assert len((await ask(client, "GET", "/api/v1/status"))[1]["fault_history"]) == expected
+
+
+async def test_a_dry_run_that_fails_does_not_speak_of_a_bust(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was to be removed, and nothing was."""
+
+    async def fail(*_args: Any, **_more: Any) -> list[str]:
+        raise BackendFailure("the cache is stuck")
+
+    async with serving() as client:
+        await register(client, "a")
+        monkeypatch.setattr(MemoryBackend, "held", fail)
+        status, told = await bust(client, dry_run=True)
+        assert (status, told["detail"]) == (500, "it cannot be counted: the cache is stuck; nothing was removed")

@@ -889,3 +889,13 @@ async def test_a_row_that_no_daemon_can_do_is_refused_and_pauses_none(path: Path
         assert (replay.verdict, replay.paused, replay.sent) == ("refused", frozenset(), False)
         made.daemons[1].script[0] = REFUSED
         assert (await made.deliverer.replay(row)).verdict == "later"
+
+
+@virtual_time
+async def test_a_dry_run_may_take_all_of_the_time() -> None:
+    """Counting takes as long as it takes, and to begin it anew would not shorten it; a bust is tried again sooner."""
+    for dry_run, attempts in ((True, 1), (False, Retry().attempts)):
+        counting = daemon("hub", (9.0, "ok"))
+        async with bench(counting) as made:
+            await made.bust(timeout=10.0, dry_run=dry_run, tolerance=12)
+            assert len(counting.asked) == attempts

@@ -1023,3 +1023,31 @@ def test_without_the_extra_it_says_so() -> None:
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60, check=False
     )
     assert "pip install 'pybustcall[redis]'" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("user:s3cret@127.0.0.1:7911", "begins with neither"),
+        ("http://u:s3cret@h", "begins with neither"),
+        ("redis//:s3cret@h", "begins with neither"),
+        ("redis:/:s3cret@h:1/0", "has no // after redis:"),
+        ("redis:/127.0.0.1:7911/s3cret", "has no // after redis:"),
+        ("redis:///0?password=s3cret", "names no host"),
+        ("redis://:s3cret@/0", "names no host"),
+        ("unix://?password=s3cret", "names no path"),
+        ("redis://:s3cret@h/abc", "names a database that is no number"),
+        ("redis://:s3cret@h/1/2", "names a database that is no number"),
+        ("unix:///s?db=s3cret", "names a database that is no number"),
+        ("redis://:s3cret@h:port/0", "cannot be read"),
+        ("redis://h?s3cret=1", "has an option after its ?"),
+        ("redis://h?socket_timeout=s3cret", "is no URL of a Redis server"),
+    ],
+)
+def test_a_mistyped_url_is_refused_and_shown_nowhere(url: str, why: str) -> None:
+    """It would be taken for another server or database, and its password may stand anywhere in it."""
+    with pytest.raises(ConfigurationError) as caught:
+        RedisCache(url)
+    assert why in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+    assert caught.value.setting == "url"

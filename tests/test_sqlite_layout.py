@@ -435,8 +435,8 @@ def test_a_copy_is_not_the_file(db: sqlite3.Connection) -> None:
     assert value(db, "a") is None
     assert look(db, "a").token.number == token.number + 1
     assert layout.recognize(db, 2)
-    db.execute("PRAGMA query_only = ON")
-    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+    db.execute("DROP TABLE fences")
+    with pytest.raises(sqlite3.OperationalError, match="no such table"):
         layout.recognize(db, 3)
     assert not db.in_transaction
 

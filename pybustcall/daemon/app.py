@@ -350,6 +350,8 @@ class Daemon:
             status, advice = (507, "; make room on its disk, and busts are taken again") if error.full else (500, "")
             raise Refusal(status, f"{error}{advice}; nothing was busted", stage=_BROKEN, binding=binding) from None
         except BustFailed as error:
+            if asked.dry_run:
+                raise Refusal(500, f"{error}; nothing was removed", stage=_BROKEN, binding=binding) from None
             _log.error("a bust was not applied in full: %s", error)
             raise Refusal(500, f"the bust was not applied in full: {error}", stage=_BROKEN, binding=binding) from None
         except BustCancelled as error:
@@ -434,7 +436,7 @@ class Daemon:
         """DELETE /api/v1/jobs/{job}: do no more for it. One that is over is told as it is."""
         try:
             await self._find(request)
-            await self._jobs.cancel(request.match_info["job"])
+            await self._jobs.cancel(request.match_info["job"], who=self._admission.principal(request).name)
             return _json(job_reply(*await self._find(request)))
         except NoSuchJob as error:
             raise Refusal(404, str(error), kind=_NO_SUCH_JOB) from None

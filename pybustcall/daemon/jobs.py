@@ -324,7 +324,9 @@ class Jobs:
 
     def _now(self, run: _Run) -> Entry:
         """Tell the entry of a bust that is under way, with what it has removed by now."""
-        return replace(run.entry, removed=sum(run.bust.removed.values()))
+        is_tried = run.entry.state == "waiting" and run.task is not None and not run.task.done()
+        state = "running" if is_tried else run.entry.state
+        return replace(run.entry, state=state, removed=sum(run.bust.removed.values()))
 
     def _progress(self, entry: Entry) -> Progress:
         """Tell how far a bust came: of one that is applied, that nothing is left of what it removed."""
@@ -332,11 +334,15 @@ class Jobs:
             return Progress(done=run.bust.done, total=run.bust.total)
         return Progress(done=entry.removed, total=entry.removed if entry.state in {"settling", "done"} else None)
 
-    async def cancel(self, job: str) -> Entry:
-        """Do no more for a bust; what is removed stays removed. One that is over stays as it is. Raises `NoSuchJob`."""
+    async def cancel(self, job: str, *, who: str = "anonymous") -> Entry:
+        """Do no more for a bust; what is removed stays removed. One that is over stays as it is. Raises `NoSuchJob`.
+
+        `who` has it cancelled, which the audit says of each layer at which it was not done.
+        """
         run = self._runs.get(job)
         if run is None:
             return (await self.find(job))[0]
+        _log.info("the job %s was cancelled by %s", job, who)
         self._over(run, "cancelled")
         if run.task is not None and not run.task.done():
             run.task.cancel()
@@ -344,7 +350,7 @@ class Jobs:
         await run.bust.abandon()
         if not run.settling:
             for name in run.owed:
-                run.errors.setdefault(name, "it was cancelled before it was done here")
+                run.errors[name] = f"it was cancelled by {who} before it was done here"
             self._note(run, attempts=run.entry.attempts)
             self.journal.put(run.entry)
         await self._save()
