@@ -143,6 +143,11 @@ class Filling(Generic[_T]):
                 task.cancel()
             await asyncio.wait(tasks)
 
+    @property
+    def is_making(self) -> bool:
+        """Whether this task makes a value, of whatever cache. What it makes must not be made of stale ones."""
+        return _current() is not None
+
     def check(self, key: str) -> None:
         """Raise `RuntimeError` if `key` is asked for by what makes it. Before it is looked up."""
         outer = _current()

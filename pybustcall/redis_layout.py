@@ -5,7 +5,7 @@ no event loop. What readers do with an entry is decided by `integrations.redis`,
 
 Theory of operation. All of a namespace lies in one slot of a Redis Cluster, by the braces in P = PREFIX:{NAMESPACE}.
 
-    P:m       hash    epoch, seq (the generation), run, floor, fences, keys, tags, cursor, lost
+    P:m       hash    epoch, seq (the generation), run, floor, fences, open, keys, tags, cursor, lost
     P:f       zset    fences: what was busted, scored by the generation of the last bust of it
     P:o       zset    open fences: what is being swept now, by hard busts; scored likewise
     P:e:KEY   hash    an entry: v (value), g (the generation it was born in), p (epoch), s ("1": stale), t (tags)
@@ -24,9 +24,9 @@ An entry is alive while its epoch is the current one. It dies with an open fence
 so that a bust of many takes effect at once.
 
 What can be lost. A server that is full may evict any of these keys (maxmemory-policy allkeys-*), and an operator may
-delete them. So it is always known how much there should be: P:m counts fences, keys and tags, and P:n the keys of each
-tag. They are counted up and down, never from what is there. Where the fences fall short, all tokens so far are refused.
-Where the index falls short, or P:m itself is gone, a new epoch begins, and all entries are misses.
+delete them. So it is always known how much there should be: P:m counts fences, open ones, keys and tags, and P:n the
+keys of each tag. Where the fences fall short, all tokens so far are refused. Where the open ones or the index fall
+short, or P:m itself is gone, a new epoch begins, and all entries are misses.
 
 Nothing leads to those any more. `lost` says that there may be some, and with which epoch that began; of a namespace
 that is new nobody can tell that there are none. The next bust of everything goes through all names of the server, once,
@@ -67,7 +67,7 @@ from pybustcall.keys import ENCODINGS, SEPARATORS, ranges_of
 from pybustcall.models import Kind, check_namespace
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 __all__ = [
     "DEFAULT_PREFIX",
@@ -100,6 +100,7 @@ _PREFIX: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _SWEPT: Final = 4  # keys of the index that each store looks after
 _STEPS: Final = 2000  # commands after which a script takes up no other entry; a thousand take about a millisecond
 _SWEEPING: Final = 1000  # commands after which a store takes up no other ghost: two with very many tags
+_OPEN: Final = 1_000_000  # open fences that are kept; those of daemons that never came back go first
 _TRIMMED: Final = 1000  # fences that one script lets go at most
 
 Range = tuple[bytes, bytes]
@@ -146,7 +147,7 @@ local function begin_anew(first, lost)
     call('UNLINK', F, O)
     local number = math.max(number_of(epoch), number_of(ARGV[2])) + 1
     epoch, seq = string.format('%.0f:%s', number, ARGV[1]), first
-    call('HSET', M, 'epoch', epoch, 'seq', string.format('%.0f', seq), 'floor', 0, 'fences', 0)
+    call('HSET', M, 'epoch', epoch, 'seq', string.format('%.0f', seq), 'floor', 0, 'fences', 0, 'open', 0)
     if lost then call('HSET', M, 'lost', epoch) end
     if run then call('HSET', M, 'run', run) end
 end
@@ -159,7 +160,7 @@ end
 
 -- Whether there is anything; where it is to be stored in, there is afterwards.
 local function enter(to_store)
-    local m = call('HMGET', M, 'epoch', 'seq', 'run')
+    local m = call('HMGET', M, 'epoch', 'seq', 'run', 'open')
     epoch, seq = m[1] or nil, tonumber(m[2] or '0')
     local server = try('INFO', 'server') -- an error where the user may not
     run = type(server) == 'string' and string.match(server, 'run_id:(%x+)') or nil
@@ -168,6 +169,8 @@ local function enter(to_store)
         begin_anew(0, true)
     elseif may_have_gone_back(m[3]) then
         begin_anew(math.max(seq, tonumber(ARGV[3])), false)
+    elseif call('ZCARD', O) ~= tonumber(m[4] or '0') then
+        begin_anew(seq, false) -- what was being swept is served again, and nobody knows what that was
     end
     return true
 end
@@ -238,6 +241,15 @@ end
 local function raise_fence(name, score)
     local there = call('ZSCORE', F, name)
     if not there or tonumber(there) < score then call('ZADD', F, score, name) end
+end
+
+local function open_fence(name, score)
+    local there = call('ZSCORE', O, name)
+    if not there or tonumber(there) < score then call('ZADD', O, score, name) end
+end
+
+local function note_open()
+    call('HSET', M, 'open', call('ZCARD', O))
 end
 
 -- Keep so many fences; the floor makes up for those that go.
@@ -371,28 +383,38 @@ seq = call('HINCRBY', M, 'seq', 1)
 for number = 6, #ARGV do raise_fence(ARGV[number], seq) end
 trim_fences(most)
 if ARGV[5] == '1' then
-    call('ZADD', O, seq, name)
-    local surplus = math.min(call('ZCARD', O) - most, @TRIMMED@)
+    for number = 6, #ARGV do open_fence(ARGV[number], seq) end
+    local surplus = math.min(call('ZCARD', O) - @OPEN@, @TRIMMED@)
     if surplus > 0 then call('ZPOPMIN', O, surplus) end -- of daemons that never came back
+    note_open()
 end
 return {epoch, seq}
 """
 
-# Put up more fences of a bust. how many are kept, its generation, fences
+# Put up more fences of a bust. how many are kept, its generation, 1 hard | 0 soft, fences
 _FENCE: Final = """
 call('HDEL', M, '')
 if not enter(false) then return 0 end
 check_fences()
 local score = math.min(tonumber(ARGV[5]), seq) -- of an epoch that is over it may lie ahead
-for number = 6, #ARGV do raise_fence(ARGV[number], score) end
+for number = 7, #ARGV do
+    raise_fence(ARGV[number], score)
+    if ARGV[6] == '1' then open_fence(ARGV[number], score) end
+end
 trim_fences(tonumber(ARGV[4]))
+note_open()
 return 0
 """
 
-# End a bust, unless the same was begun again meanwhile. the fence, its generation
+# Take open fences away, unless the same was begun again meanwhile. fence, its generation, fence, its generation, ...
 _END: Final = """
-local score = call('ZSCORE', O, ARGV[4])
-if score and tonumber(score) == tonumber(ARGV[5]) then call('ZREM', O, ARGV[4]) end
+call('HDEL', M, '')
+if not enter(false) then return 0 end
+for number = 4, #ARGV, 2 do
+    local score = call('ZSCORE', O, ARGV[number])
+    if score and tonumber(score) == tonumber(ARGV[number + 1]) then call('ZREM', O, ARGV[number]) end
+end
+note_open()
 return 0
 """
 
@@ -532,6 +554,7 @@ def _script(body: str) -> Script:
         "@STEPS@": str(_STEPS),
         "@SWEEPING@": str(_SWEEPING),
         "@SWEPT@": str(_SWEPT),
+        "@OPEN@": str(_OPEN),
         "@TRIMMED@": str(_TRIMMED),
     }.items():
         source = source.replace(name, value)
@@ -690,14 +713,26 @@ class Layout:
         return self._call(BEGIN, fresh, known, most, int(not soft), *fences)
 
     def fence(
-        self, fresh: str, known: Token | None, keys: Sequence[str], *, generation: int, most: int = MAX_FENCES
+        self,
+        fresh: str,
+        known: Token | None,
+        keys: Sequence[str],
+        *,
+        generation: int,
+        soft: bool,
+        most: int = MAX_FENCES,
     ) -> Call:
-        """Refuse late fills of these keys and their variants as well, by the bust that began as `generation`."""
-        return self._call(FENCE, fresh, known, most, generation, *(f"w:{key}" for key in keys))
+        """Refuse late fills of these keys and of their variants, too, and let readers miss them unless it is soft."""
+        return self._call(FENCE, fresh, known, most, generation, int(not soft), *(f"w:{key}" for key in keys))
 
-    def end(self, kind: Kind, target: str, generation: int) -> Call:
-        """End the bust that began as `generation`."""
-        return self._call(END, "", None, _fence(kind, target), generation)
+    def end(self, fresh: str, known: Token | None, fences: Iterable[tuple[Kind, str, int]]) -> Call:
+        """End busts of what is named, with its variants, each as the generation that it began as."""
+        names = [
+            (name, generation)
+            for kind, target, generation in fences
+            for name in dict.fromkeys((_fence(kind, target), f"w:{target}"))
+        ]
+        return self._call(END, fresh, known, *(part for pair in names for part in pair))
 
     def select(
         self, fresh: str, known: Token | None, ranges: Sequence[Range], *, tag: str | None = None, limit: int

@@ -95,6 +95,7 @@ __all__ = [
 APPLICATION: Final = 0x42434C53
 """By which a file is known as ours."""
 VERSION: Final = 1
+_OPEN: Final = 1_000_000  # open fences that are kept; those of daemons that never came back go first
 MAX_FENCES: Final = 10_000
 """How many fences are kept in a namespace. Each takes about 100 bytes."""
 LEAST_ROOM: Final = 1 << 20
@@ -616,30 +617,43 @@ def begin(
     seq = state.seq + 1
     db.execute("UPDATE namespaces SET seq = ? WHERE id = ?", (seq, ident))
     names = [_name(kind, target)]
-    if not soft:
-        _raise(db, "open_fences", ident, names, seq)
-        _trim(db, "open_fences", ident, most)  # of daemons that never came back
     if wide and kind in {"key", "prefix"}:
         names.append(f"w:{target}")
+    if not soft:
+        _raise(db, "open_fences", ident, names, seq)
+        _trim(db, "open_fences", ident, _OPEN)  # of daemons that never came back
     _put_up(db, ident, names, seq, most)
     return Token(state.epoch, seq)
 
 
 def fence(
-    db: sqlite3.Connection, namespace: str, keys: Sequence[str], *, generation: int, most: int = MAX_FENCES
+    db: sqlite3.Connection,
+    namespace: str,
+    keys: Sequence[str],
+    *,
+    generation: int,
+    soft: bool,
+    most: int = MAX_FENCES,
 ) -> None:
-    """Refuse late fills of these keys and their variants as well, by the bust that began as `generation`."""
+    """Refuse late fills of these keys and of their variants, too, and let readers miss them unless it is soft."""
     state = _state(db, namespace)
     if state.id is not None:  # of an epoch that is over the generation may lie ahead
-        _put_up(db, state.id, [f"w:{key}" for key in keys], min(generation, state.seq), most)
+        names, since = [f"w:{key}" for key in keys], min(generation, state.seq)
+        if not soft:
+            _raise(db, "open_fences", state.id, names, since)
+        _put_up(db, state.id, names, since, most)
 
 
-def end(db: sqlite3.Connection, namespace: str, kind: Kind, target: str, generation: int) -> None:
-    """End the bust that began as `generation`, unless the same was begun again meanwhile."""
-    db.execute(
+def end(db: sqlite3.Connection, namespace: str, fences: Iterable[tuple[Kind, str, int]]) -> None:
+    """End busts of what is named, with its variants, each as the generation that it began as, if none began since."""
+    db.executemany(
         "DELETE FROM open_fences WHERE namespace = (SELECT id FROM namespaces WHERE name = ?) AND name = ?"
         " AND generation = ?",
-        (namespace, _name(kind, target), generation),
+        [
+            (namespace, name, generation)
+            for kind, target, generation in fences
+            for name in dict.fromkeys((_name(kind, target), f"w:{target}"))
+        ],
     )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 from pybustcall.daemon import Backend, Engine, Indexes, Layer
-from pybustcall.daemon.backends import BackendFailure, RefusedKey, Scope, Traits
+from pybustcall.daemon.backends import NO_KEYS, BackendFailure, RefusedKey, Scope, Traits
 from pybustcall.daemon.index import Index
 from pybustcall.daemon.journal import Wish
 from pybustcall.models import DEFAULT_NAMESPACE
@@ -54,9 +54,11 @@ class Plain:
     async def begin(self, scope: Scope, *, soft: bool, wide: bool = False) -> int:
         return 0
 
-    async def fence(self, namespace: str, keys: Sequence[str], *, generation: int) -> None: ...
+    async def fence(self, namespace: str, keys: Sequence[str], *, generation: int, soft: bool) -> None: ...
 
-    async def end(self, scope: Scope, generation: int) -> None: ...
+    async def end(
+        self, scope: Scope, generation: int, *, named: bool = True, keys: Mapping[str, int] = NO_KEYS
+    ) -> None: ...
 
     async def select(self, scope: Scope) -> AsyncGenerator[Sequence[str], None]:
         for _ in range(0):

@@ -17,6 +17,7 @@ from pybustcall.daemon.backends.memory import MemoryBackend
 from pybustcall.daemon.index import Indexes
 from pybustcall.models import DEFAULT_NAMESPACE as HERE
 from tests.backend_conformance import CHECKS, Check, Fill, Harness, Seen
+from tests.memcached_harness import opened_memcached
 from tests.redis_harness import opened_foreign, opened_redis
 from tests.sqlite_harness import opened_sqlite
 
@@ -107,6 +108,7 @@ HARNESSES: dict[str, Making] = {
     "files of tenants": made_in("{namespace}"),
     "files deep in tenants": made_in("{namespace}/deep/pages"),
     "sqlite": opened_sqlite,
+    "memcached": opened_memcached,
     "redis": opened_redis,
     "redis with keys of others": opened_foreign("app:"),
     "redis with keys of others by tenants": opened_foreign("[app]*:{namespace}:{key}"),

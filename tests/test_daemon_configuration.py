@@ -209,6 +209,18 @@ def test_a_sqlite_layer_names_its_file() -> None:
             written(f'[[layers]]\nbackend = "sqlite"\n{said}\n')
 
 
+def test_a_memcached_layer_names_its_server() -> None:
+    """Which is not asked until it is needed; a URL that cannot be is told by its key, and not shown."""
+    table = '[[layers]]\nbackend = "memcached"\nurl = "memcached://127.0.0.1:1"\nprefix = "shop"\ntimeout = 2.5\n'
+    (layer,) = layers_of(written(table))
+    assert repr(layer.backend) == "MemcachedBackend(memcached://127.0.0.1:1)"
+    assert layer.backend.traits.soft
+    for url in ("s3cret", "memcached://user:s3cret@host", "redis://s3cret"):
+        with pytest.raises(InvalidConfiguration, match=r"layers\.0\.url: no URL of a memcached server") as caught:
+            layers_of(written(f'[[layers]]\nbackend = "memcached"\nurl = "{url}"\n'))
+        assert "s3cret" not in str(caught.value)
+
+
 def test_an_option_makes_a_single_layer() -> None:
     """What is wrong with it is told without the file, which does not say it."""
     configuration = written("").with_layer(FilesLayer(backend="files", root="missing"))
@@ -268,7 +280,7 @@ REDIS = "[[layers]]\nbackend = 'redis'\n"
         (f"{MEMORY}settle = 4000", "layers.0.settle: expected 3600 or less, found 4000"),
         (
             "[[layers]]\nbackend = 'varnish'",
-            "layers.0.backend: expected 'memory', 'files', 'redis', 'sqlite', found \"varnish\"",
+            "layers.0.backend: expected 'memory', 'files', 'redis', 'sqlite', 'memcached', found \"varnish\"",
         ),
         ("[[layers]]\nbackend = 'files'\nroot = 7", "layers.0.root: expected a string, found 7"),
         ("[[layers]]\nbackend = 'files'", "layers.0.root: is missing"),
@@ -288,7 +300,10 @@ REDIS = "[[layers]]\nbackend = 'redis'\n"
         ),
         (
             "[[layers]]\nname = 'a'",
-            "layers.0.backend: is missing; it says which kind of cache this is: memory, files, redis or sqlite",
+            (
+                "layers.0.backend: is missing; it says which kind of cache this is: memory, files, redis, sqlite or"
+                " memcached"
+            ),
         ),
         ("a = \n", "line 1, column 5: Invalid value"),
         ("[a]\nb = 1\nb = 2\n", "line 3, column 6: Cannot overwrite a value"),

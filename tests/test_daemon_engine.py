@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -30,13 +30,14 @@ from pybustcall.daemon import (
     TooManyNamespaces,
     Unsupported,
 )
-from pybustcall.daemon.backends import Scope, Traits
+from pybustcall.daemon.backends import NO_KEYS, Scope, Traits
 from pybustcall.daemon.engine import SLICE, format_size
 from pybustcall.daemon.journal import Wish
 from pybustcall.errors import ConfigurationError
 from pybustcall.keys import covers, is_variant
 from pybustcall.models import DEFAULT_NAMESPACE
 from tests.plain_cache import Plain, busted, engine_over, index_of, opened
+from tests.test_daemon_jobs import Layered
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -382,10 +383,12 @@ class Fenced:
         self._tell(f"begin {scope.kind} {scope.target}{' wide' if wide else ''}{' soft' if soft else ''}")
         return 7
 
-    async def fence(self, namespace: str, keys: Sequence[str], *, generation: int) -> None:
+    async def fence(self, namespace: str, keys: Sequence[str], *, generation: int, soft: bool) -> None:
         self._tell(f"fence {','.join(keys)}")
 
-    async def end(self, scope: Scope, generation: int) -> None:
+    async def end(
+        self, scope: Scope, generation: int, *, named: bool = True, keys: Mapping[str, int] = NO_KEYS
+    ) -> None:
         self._tell(f"end {generation}")
         if self.failing:
             raise BackendFailure("no")
@@ -418,7 +421,63 @@ async def test_a_fence_comes_before_the_first_removal_and_covers_dependents() ->
     engine = engine_over(Fenced(told))
     engine.register("list", ["product:7"])
     assert await busted(engine, "product:7") == 2
-    assert told == ["begin key product:7 wide", "remove product:7", "fence list", "remove list", "end 7"]
+    assert told == [
+        "begin key product:7 wide", "remove product:7", "begin key product:7 wide",
+        "fence list", "remove list", "end 7",
+    ]  # fmt: skip
+
+
+async def test_a_chain_is_fenced_level_by_level_each_with_a_later_generation() -> None:
+    """So that what is made of an old inner one is older than the fence over the outer one; a circle ends, too."""
+    told: list[str] = []
+    engine = engine_over(Fenced(told))
+    for key, depends_on in {"page": ["list", "product"], "list": ["product"], "a": ["b"], "b": ["a", "x"]}.items():
+        engine.register(key, depends_on)
+    assert await busted(engine, "product") == 3
+    begin = "begin key product wide"
+    assert told == [
+        begin, "remove product", begin, "fence list", "remove list",
+        begin, "fence page", "remove page", "end 7",
+    ]  # fmt: skip
+    assert await busted(engine, "x") == 3
+
+
+async def test_where_nobody_can_list_what_is_held_nothing_is_counted() -> None:
+    """A number that is too low would be taken for the truth; of one key it can be told."""
+    engine = engine_over(Fenced([], counts=False))
+    for kind, target in (("prefix", "p"), ("tag", "t"), ("all", "*")):
+        with pytest.raises(Unsupported, match=r"cannot list what it holds") as caught:
+            await engine.count(wish(target, kind=kind))
+        assert caught.value.field == "dry_run"
+    assert await engine.count(wish("one")) == {"fenced": 0}
+
+
+async def test_what_is_registered_while_one_layer_is_busted_goes_in_the_next(indexes: Indexes) -> None:
+    """It may have been made of what that one still held."""
+    held = [Layered(name, []) for name in ("inner", "outer")]
+    engine = Engine([Layer(name=it.name, number=place, backend=it) for place, it in enumerate(held)], Indexes())
+    for it in held:
+        it.put("product", "late")
+    bust = engine.bust(wish("product"))
+    await bust.visit(engine.layers[0])
+    engine.register("late", ["product"])
+    await bust.visit(engine.layers[1])
+    assert [it.keys for it in held] == [["late"], []]
+
+
+async def test_what_could_not_be_ended_is_ended_with_the_next_bust_there() -> None:
+    """Or readers would miss for ever what a cancelled bust had only begun to remove."""
+    told: list[str] = []
+    backend = Fenced(told)
+    engine = engine_over(backend)
+    bust = engine.bust(wish("p", "hybrid", kind="prefix"))
+    await bust.visit(engine.layers[0], "first")
+    backend.failing = True
+    await bust.abandon()
+    backend.failing = False
+    told.clear()
+    await busted(engine, "other")
+    assert told == ["end 7", "begin key other wide", "remove other", "end 7"]
 
 
 async def test_where_a_fence_stands_the_first_part_of_a_hybrid_sweep_is_to_begin() -> None:
@@ -532,7 +591,7 @@ async def test_what_depends_on_swapped_names_goes_in_every_layer() -> None:
     shelf = Shelf("page", broken=("page",))
     engine = layered((0, "shelf", Plain(shelf)), (1, "fenced", Fenced(told)))
     engine.register("page", ["model"])
-    assert engine.dependents(["model", "other"]) == {DEFAULT_NAMESPACE: ["page"]}
+    assert await engine.dependents(["model", "other"]) == {DEFAULT_NAMESPACE: [["page"]]}
     with pytest.raises(BackendFailure, match="the shelf is stuck") as caught:
         await engine.bust_dependents(["model"])
     assert (caught.value.removed, caught.value.failed) == (1, 1)

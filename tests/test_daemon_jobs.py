@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pybustcall.daemon import BackendFailure, Engine, Indexes, Jobs, Journal, Layer, MemoryBackend, RefusedKey
-from pybustcall.daemon.backends import Scope, Traits
+from pybustcall.daemon.backends import NO_KEYS, Scope, Traits
 from pybustcall.daemon.jobs import Answer, BustCancelled, BustFailed, NoSuchJob, pause_before
 from pybustcall.daemon.journal import Wish
 from pybustcall.models import DEFAULT_NAMESPACE
@@ -55,9 +55,11 @@ class Layered:
             raise self.failure
         return await self.inner.begin(scope, soft=soft, wide=wide)
 
-    async def fence(self, namespace: str, keys: Sequence[str], *, generation: int) -> None: ...
+    async def fence(self, namespace: str, keys: Sequence[str], *, generation: int, soft: bool) -> None: ...
 
-    async def end(self, scope: Scope, generation: int) -> None:
+    async def end(
+        self, scope: Scope, generation: int, *, named: bool = True, keys: Mapping[str, int] = NO_KEYS
+    ) -> None:
         self.log.append(f"{self.name} end")
 
     async def select(self, scope: Scope) -> AsyncGenerator[Sequence[str], None]:
@@ -655,6 +657,15 @@ async def test_a_job_that_is_being_tried_again_is_running(path: Path) -> None:
         it.inner.passing.set()
         await it.over(answer)
         assert await it.state(answer) == "done"
+
+
+async def test_a_cancelled_job_is_written_down_before_that_is_said(path: Path) -> None:
+    """Or a restart would go on with what somebody was told to be cancelled."""
+    async with house(path, pause=lambda _: 60.0) as it:
+        it.inner.failure = AWAY
+        answer = await it.bust()
+        await it.jobs.cancel(answer.entry.job)
+        assert not it.journal._unwritten
 
 
 async def test_the_audit_says_who_cancelled_a_job(path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -179,7 +179,7 @@ async def test_a_server_that_is_not_there_is_unreachable() -> None:
         for operation in (
             backend.check_ready(),
             backend.begin(scope, soft=False),
-            backend.fence(HERE, ["secret/key"], generation=1),
+            backend.fence(HERE, ["secret/key"], generation=1, soft=False),
             backend.end(scope, 1),
             select(),
             backend.estimate(scope),
@@ -445,7 +445,7 @@ async def test_fences_are_bounded(engine: RedisProcess) -> None:
         token = (await cache.lookup("k")).token
         for number in range(5):
             await backend.begin(Scope(HERE, "key", f"other{number}"), soft=True)
-        await backend.fence(HERE, [f"d{number}" for number in range(600)], generation=5)
+        await backend.fence(HERE, [f"d{number}" for number in range(600)], generation=5, soft=False)
         assert engine.ask("ZCARD", "bustcall:{default}:f") == b":3\r\n"
         assert not await cache.store("k", b"v", token=token, ttl=None)
     await backend.close()

@@ -490,16 +490,22 @@ async def test_who_makes_a_value_may_ask_for_it_afterwards(cache: RedisCache, ba
     assert await reader == await tasks[0] == b"second"
 
 
-async def test_a_refresh_in_the_background_is_in_nobodys_way(cache: RedisCache, backend: RedisBackend) -> None:
-    """What another reader makes anew is served stale to what makes others of it."""
-    await cache.set("part", b"old", ttl=60.0)
-    await bust(backend, "key", "part", soft=True)
+async def test_what_is_made_of_a_stale_entry_waits_for_it_to_be_made_anew(
+    cache: RedisCache, backend: RedisBackend
+) -> None:
+    """Or it would be stored as fresh with the old value in it; everybody else is served the stale one."""
+    for key in ("part", "page"):
+        await cache.set(key, b"old", ttl=60.0)
+        await bust(backend, "key", key, soft=True)
     refresh = Maker(b"new")
     reader = start(cache, "part", refresh)
     await eventually(lambda: refresh.calls)
-    assert await cache.get_or_set("page", lambda: cache.get_or_set("part", never, ttl=60.0), ttl=60.0) == b"old"
+    assert await cache.get_or_set("part", never, ttl=60.0) == b"old"
+    page = asyncio.create_task(cache.get_or_set("page", lambda: cache.get_or_set("part", never, ttl=60.0), ttl=60.0))
+    await asyncio.sleep(0)
     refresh.go.set()
-    assert await reader == b"new"
+    assert (await page, await reader) == (b"new", b"new")
+    assert await cache.get("page") == Found(b"new", stale=False)
 
 
 async def test_equal_keys_of_other_caches_are_others(engine: RedisProcess) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from aiohttp import web
 
 from pybustcall import BustcallClient
-from pybustcall.daemon import DaemonSettings, Engine, Indexes, Layer, create_app
+from pybustcall.daemon import DaemonSettings, Engine, Indexes, Jobs, Journal, Layer, MemoryBackend, create_app
 from pybustcall.daemon.backends import Scope
 from pybustcall.daemon.backends.redis import RedisBackend
 from pybustcall.daemon.engine import Bust
@@ -250,3 +252,103 @@ async def test_a_hybrid_bust_is_answered_once_no_reader_sees_what_bears_the_tag(
         assert bust.removed == {"redis": 1}
         await bust.visit(engine.layers[0])
         assert bust.removed == {"redis": 2}
+
+
+@pytest.mark.requirement("REL-04")
+@pytest.mark.parametrize("kind", ["key", "tag"])
+async def test_pages_made_of_fragments_made_of_what_is_busted_are_never_old(
+    redis: RedisProcess, tmp_path: Path, kind: Any
+) -> None:
+    """Readers make pages of fragments all the while; no read that begins after a bust has returned sees an old one."""
+    version = acknowledged = 1
+    fragments, pages = [f"fragment/{number}" for number in range(8)], [f"page/{number}" for number in range(4)]
+    cache = RedisCache(redis.url)
+    stale: list[tuple[int, int]] = []
+    reads = 0
+    dice = random.Random(3)
+    stop = asyncio.Event()
+
+    async def render_fragment() -> bytes:
+        told = version
+        await asyncio.sleep(dice.random() * 0.004)
+        return b"%d" % told
+
+    async def render_page() -> bytes:
+        parts = [await cache.get_or_set(it, render_fragment, ttl=None) for it in dice.sample(fragments, 4)]
+        return min(parts, key=int)
+
+    async def read() -> None:
+        nonlocal reads
+        while not stop.is_set():
+            least = acknowledged
+            seen = int(await cache.get_or_set(dice.choice(pages), render_page, ttl=dice.choice([0.03, None])))
+            reads += 1
+            if seen < least:
+                stale.append((seen, least))
+            await asyncio.sleep(dice.random() * 0.01)
+
+    def is_beyond(many: int) -> bool:
+        return reads > many
+
+    async with daemon(redis.url, tmp_path / "journal", answer_within=10.0) as client:
+        for fragment in fragments:
+            depends_on, tags = ([], ["product:7"]) if kind == "tag" else (["product:7"], [])
+            await client.register(fragment, depends_on, tags=tags)
+        for page in pages:
+            await client.register(page, fragments)
+        readers = [asyncio.create_task(read()) for _ in range(16)]
+        for _ in range(25):
+            before = reads
+            await eventually(partial(is_beyond, before + 60), "readers read")
+            version += 1
+            assert (await client.bust("product:7", kind=kind)).ok
+            acknowledged = version
+        stop.set()
+        await asyncio.gather(*readers)
+    assert stale == []
+    await cache.aclose()
+
+
+async def test_what_is_registered_anew_behind_the_fence_stays_registered(redis: RedisProcess) -> None:
+    """The registry's own bust is of what was there before the first layer was begun at, though it comes last."""
+    cache = RedisCache(redis.url)
+    indexes = Indexes()
+
+    async def make_anew() -> None:
+        indexes.of("default").add("page", ["product"])
+        await cache.set("page", b"new", ttl=60.0)
+
+    layers = [
+        Layer(name="redis", number=0, backend=Interrupted(redis.url, make_anew)),
+        Layer(name="memory", number=1, backend=MemoryBackend(indexes)),
+    ]
+    indexes.of("default").add("page", ["product"])
+    await cache.set("page", b"old", ttl=60.0)
+    jobs = Jobs(Engine(layers, indexes), Journal())
+    await jobs.open()
+    await jobs.bust(Wish(namespace="default", kind="key", target="page", strategy="direct"))
+    assert await cache.get("page") is not None
+    assert indexes.of("default").dependents("product") == ["page"]
+    await jobs.close()
+    await cache.aclose()
+
+
+async def test_who_cancels_a_bust_takes_no_fence_away_that_another_needs(redis: RedisProcess) -> None:
+    """Two of the same branch are under way; the fence goes with the last of them, whichever that is."""
+    async with opened(redis) as (cache, _, engine):
+        [layer] = engine.layers
+        for number in range(3):
+            await cache.set(f"p/{number}", b"old", ttl=None)
+        first, second = (bust_of(engine, "p", kind="prefix", strategy="hybrid") for _ in range(2))
+        await first.visit(layer, "first")
+        await second.visit(layer, "first")
+        await second.abandon()
+        assert await cache.get("p/1") is None
+        third = bust_of(engine, "p", kind="prefix", strategy="hybrid")
+        await third.visit(layer, "first")
+        await first.visit(layer)
+        await third.abandon()
+        await cache.set("p/1", b"new", ttl=None)
+        assert await cache.get("p/1") is not None
+        assert redis.ask("ZCARD", "bustcall:{default}:o") == b":0\r\n"
+        assert engine._open == {}

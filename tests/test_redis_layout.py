@@ -88,11 +88,12 @@ class Table:
         call = self.layout.begin(self.fresh(), self.known, kind, target, soft=soft, wide=wide, most=self.most)
         return int(self.told(self.run(call))[1])
 
-    def fence(self, *keys: str, generation: int) -> None:
-        self.run(self.layout.fence(self.fresh(), self.known, keys, generation=generation, most=self.most))
+    def fence(self, *keys: str, generation: int, soft: bool = True) -> None:
+        call = self.layout.fence(self.fresh(), self.known, keys, generation=generation, soft=soft, most=self.most)
+        self.run(call)
 
     def end(self, kind: Kind, target: str, generation: int) -> None:
-        self.run(self.layout.end(kind, target, generation))
+        self.run(self.layout.end(self.fresh(), self.known, [(kind, target, generation)]))
 
     def select(self, kind: Kind, target: str = "*", limit: int = 100) -> list[str]:
         ranges = {"key": ranges_of_prefix(target)[:1], "prefix": ranges_of_prefix(target)}.get(kind, (EVERY,))
@@ -349,13 +350,25 @@ def test_fences_are_kept_up_to_a_number(table: Table) -> None:
         tokens.append(table.token())
         table.begin("key", f"k{number}")
     assert table.client.zcard(table.name("f")) == 10
-    assert table.client.zcard(table.name("o")) == 10
+    assert table.client.zcard(table.name("o")) == 25  # what is being swept is hidden all the while
     taken = [table.store("other", token=token) for token in tokens]
     assert taken == [False] * 15 + [True] * 10
     assert not table.store("k20", token=tokens[20])
     table.fence(*(f"d{number}" for number in range(30)), generation=20)
     assert table.client.zcard(table.name("f")) == 10
     assert [table.store("other", token=token) for token in tokens] == [False] * 20 + [True] * 5
+
+
+def test_open_fences_that_are_lost_show_nothing_of_what_they_hid(table: Table) -> None:
+    """Nobody knows any more what that was, so everything is a miss."""
+    for key in ("p/1", "other"):
+        assert table.store(key)
+    table.begin("prefix", "p")
+    assert (table.get("p/1"), table.get("other") is None) == (None, False)
+    table.client.delete(table.name("o"))
+    assert (table.get("p/1"), table.get("other")) == (None, None)
+    assert table.store("other")
+    assert table.get("other") is not None
 
 
 def test_fences_that_are_lost_refuse_all_fills_so_far(table: Table) -> None:
@@ -632,8 +645,8 @@ def test_no_script_asks_for_the_time() -> None:
         layout.lookup("", None, "k"),
         layout.store("", None, "k", b"", tags=(), ttl=None, token=None),
         layout.begin("", None, "all", "*", soft=False, wide=False),
-        layout.fence("", None, [], generation=1),
-        layout.end("all", "*", 1),
+        layout.fence("", None, [], generation=1, soft=False),
+        layout.end("", None, [("all", "*", 1)]),
         layout.select("", None, [EVERY], limit=1),
         layout.remove("", None, [], generation=1, soft=False),
         layout.held("", None, [], generation=None, stale=False),
@@ -960,8 +973,12 @@ class Exact(Machine):
 
     def is_missed(self, key: str, entry: Stored) -> bool:
         """Tell whether a hard bust that has not ended covers it; one that was begun again counts by its last."""
-        last = {(bust.kind, bust.target): bust for bust in self.all if not bust.soft}
-        return any(not it.ended and it.names(key, entry.tags) and entry.born < it.generation for it in last.values())
+        hard = [bust for bust in self.all if not bust.soft]
+        last = {(bust.kind, bust.target): bust for bust in hard}
+        widely = {bust.target: bust for bust in hard if bust.wide and bust.kind in {"key", "prefix"}}
+        over = [it for it in last.values() if it.names(key, entry.tags)]
+        over += [it for it in widely.values() if key == it.target or is_variant(it.target, key)]
+        return any(not it.ended and entry.born < it.generation for it in over)
 
     def seen(self, key: str, entry: Entry | None) -> None:
         expected = self.entries.get(key)

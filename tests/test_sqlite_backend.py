@@ -125,7 +125,7 @@ def operations(backend: SqliteBackend) -> dict[str, Callable[[], Awaitable[objec
     return {
         "check_ready": backend.check_ready,
         "begin": partial(backend.begin, scope, soft=False),
-        "fence": partial(backend.fence, HERE, ["secret/key"], generation=1),
+        "fence": partial(backend.fence, HERE, ["secret/key"], generation=1, soft=False),
         "end": partial(backend.end, scope, 1),
         "remove": partial(backend.remove, HERE, ["secret/key"], generation=1, soft=False),
         "select": select,

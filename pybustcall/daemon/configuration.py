@@ -37,6 +37,7 @@ from pydantic import (
 
 from pybustcall.daemon.app import check_settings
 from pybustcall.daemon.backends.files import FilesBackend
+from pybustcall.daemon.backends.memcached import MemcachedBackend
 from pybustcall.daemon.backends.memory import MemoryBackend
 from pybustcall.daemon.backends.sqlite import SqliteBackend
 from pybustcall.daemon.engine import Layer
@@ -61,6 +62,7 @@ __all__ = [
     "FilesLayer",
     "Finding",
     "InvalidConfiguration",
+    "MemcachedLayer",
     "MemoryLayer",
     "RedisLayer",
     "SqliteLayer",
@@ -412,12 +414,27 @@ class SqliteLayer(_LayerTable):
     )
 
 
-_SomeLayer = MemoryLayer | FilesLayer | RedisLayer | SqliteLayer
+@final
+class MemcachedLayer(_LayerTable):
+    """What `MemcachedCache` holds in a memcached server, 1.6.10 or later. Only single keys can be counted there."""
+
+    backend: Literal["memcached"] = Field(description='"memcached": a memcached server')
+    url: _Text = Field(description="the server, as `memcached://HOST`, `memcached://HOST:PORT` or `unix:///PATH`")
+    prefix: _Text = Field(
+        DEFAULT_PREFIX, description="what the names of our items begin with; `MemcachedCache` has the same"
+    )
+    timeout: _Positive = Field(1.0, description="seconds that the server may take to answer")
+    connect_timeout: _Positive = Field(1.0, description="seconds that a connection to the server may take")
+    connections: int = Field(16, ge=1, description="connections that are open at most")
+
+
+_SomeLayer = MemoryLayer | FilesLayer | RedisLayer | SqliteLayer | MemcachedLayer
 _KINDS: Final[Mapping[str, type[_LayerTable]]] = {
     "memory": MemoryLayer,
     "files": FilesLayer,
     "redis": RedisLayer,
     "sqlite": SqliteLayer,
+    "memcached": MemcachedLayer,
 }
 _AnyLayer = Annotated[_SomeLayer, Field(discriminator="backend")]
 
@@ -641,6 +658,14 @@ def _backend_of(table: _SomeLayer, indexes: Indexes, environ: Mapping[str, str])
             return FilesBackend(table.root)
         case SqliteLayer():
             return SqliteBackend(table.path, timeout=table.timeout, fences=table.fences)
+        case MemcachedLayer():
+            return MemcachedBackend(
+                table.url,
+                prefix=table.prefix,
+                timeout=table.timeout,
+                connect_timeout=table.connect_timeout,
+                connections=table.connections,
+            )
         case _:
             try:
                 from pybustcall.daemon.backends.redis import RedisBackend  # noqa: PLC0415 - needs an extra
@@ -825,7 +850,7 @@ _EXPECTED: Final[Mapping[str, str]] = {
     "less_than_equal": "expected {le:g} or less",
     "literal_error": "expected {expected}",
     "union_tag_invalid": "expected {expected_tags}",
-    "union_tag_not_found": "is missing; it says which kind of cache this is: memory, files, redis or sqlite",
+    "union_tag_not_found": "is missing; it says which kind of cache this is: memory, files, redis, sqlite or memcached",
     "missing": "is missing",
 }
 

@@ -17,7 +17,7 @@ import json
 import logging
 import time
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, final
@@ -53,6 +53,7 @@ SLICE: Final = 250
 
 _log = logging.getLogger("pybustcall.daemon")
 
+_DEEPEST: Final = 64  # levels of what is made of one another
 _SIZE_AGE: Final = 5.0  # seconds: walking a large cache for its size more often would hold up busts
 
 Part = Literal["first", "rest", "whole"]
@@ -106,6 +107,20 @@ class Removal:
 
 
 @final
+@dataclass(slots=True)
+class _Open:
+    """How many busts have begun the same, and the newest generation of theirs."""
+
+    many: int = 0
+    newest: int = 0
+
+
+def _fenced_scope(namespace: str, key: str) -> Scope:
+    """Tell the name by which a fence over a dependent is counted: no bust begins with such a scope."""
+    return Scope(namespace, "key", f"\0{key}")
+
+
+@final
 class Engine:
     """Applies busts to layers of caches, by what the indexes know of entries and their dependents.
 
@@ -128,6 +143,8 @@ class Engine:
         self.step = step
         self._measuring = asyncio.Lock()
         self._size: tuple[float, int] | None = None
+        self._open: dict[tuple[str, Scope], _Open] = {}  # by layer: what busts under way have begun
+        self._left_open: dict[str, list[tuple[Scope, int, dict[str, int]]]] = {}  # what could not be ended there
 
     def __repr__(self) -> str:
         return f"Engine({', '.join(f'{layer.number} {layer.name}' for layer in self.layers)})"
@@ -255,11 +272,67 @@ class Engine:
         """Make the bust of a checked wish. Nothing is done before its `visit`."""
         return Bust(self, wish)
 
+    # What is open: two busts may have begun the same at a layer, and the fence is there until the last one ends it.
+
+    def opened(self, layer: Layer, scope: Scope, generation: int, *, again: bool = False) -> None:
+        """Note that a hard bust has begun at a layer, or begun the same once more."""
+        it = self._open.setdefault((layer.name, scope), _Open())
+        it.many += not again
+        it.newest = max(it.newest, generation)
+
+    def fenced(self, layer: Layer, namespace: str, key: str, generation: int, *, again: bool) -> None:
+        """Note that a hard bust has a fence over a key that depends on what it names."""
+        self.opened(layer, _fenced_scope(namespace, key), generation, again=again)
+
+    async def closed(self, layer: Layer, scope: Scope, fenced: Iterable[str]) -> None:
+        """End at a layer what a hard bust has begun, as far as no other bust needs it.
+
+        Raises `BackendFailure` if the cache cannot do it: it is done with the next bust there.
+        """
+        own = self._leave(layer, scope)
+        keys = {
+            key: it.newest
+            for key in fenced
+            if (it := self._leave(layer, _fenced_scope(scope.namespace, key))) is not None
+        }
+        if own is None and not keys:
+            return
+        try:
+            await layer.backend.end(scope, 0 if own is None else own.newest, named=own is not None, keys=keys)
+        except BackendFailure:
+            newest = 0 if own is None else own.newest
+            self._left_open.setdefault(layer.name, []).append((scope, newest, keys))
+            raise
+
+    def _leave(self, layer: Layer, scope: Scope) -> _Open | None:
+        """Note that one bust less needs it; tell about it if it was the last."""
+        it = self._open.get((layer.name, scope))
+        if it is None:
+            return None
+        it.many -= 1
+        return None if it.many > 0 else self._open.pop((layer.name, scope))
+
+    async def close_left_open(self, layer: Layer) -> None:
+        """End what could not be ended before. Raises `BackendFailure` if it still cannot be."""
+        left = self._left_open.get(layer.name, [])
+        while left:
+            scope, newest, keys = left[0]
+            await layer.backend.end(scope, newest, named=newest > 0, keys=keys)  # only what nobody has begun again
+            left.pop(0)
+
     async def count(self, wish: Wish) -> dict[str, int]:
         """Tell for each layer how many entries the bust would remove or mark now, and change nothing.
 
-        Raises `BackendFailure` if a layer cannot tell, and `RefusedKey` as the bust would.
+        Raises `Unsupported` if a layer can never tell, `BackendFailure` if it cannot now, and `RefusedKey` as the bust
+        would.
         """
+        for layer in self.layers:
+            if wish.kind != "key" and not layer.backend.traits.counts:
+                raise Unsupported(
+                    f"the layer {layer.name} ({layer.backend.name}) cannot list what it holds, so that nobody can tell"
+                    " what would be removed; bust without dry_run",
+                    "dry_run",
+                )
         bust = Bust(self, wish)
         counts: dict[str, int] = {}
         for layer in self.layers:
@@ -277,17 +350,18 @@ class Engine:
         In all namespaces: a dependency is the whole daemon's. Raises `BackendFailure` if a layer could not do it, after
         all the others were tried; the registry then still knows what is owed.
         """
-        found = self.dependents(names)
+        asked = list(names)
         removed, failures = 0, list[BackendFailure]()
         for layer in (layer for group in self.groups for layer in group):
             traits = layer.backend.traits
             if failures and traits.registry:
                 continue
-            for namespace, keys in found.items():
+            # For each layer anew: something may have been registered meanwhile.
+            for namespace, levels in (await self.dependents(asked)).items():
                 if not traits.namespaces and namespace != DEFAULT_NAMESPACE:
                     continue
                 try:
-                    removed += await self._remove_keys(layer, namespace, keys[::-1] if traits.registry else keys)
+                    removed += await self._remove_levels(layer, namespace, levels)
                 except BackendFailure as error:
                     failures.append(error)
         if failures:
@@ -302,29 +376,28 @@ class Engine:
             ) from first
         return Removal(removed)
 
-    def dependents(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """List for each namespace the entries that depend on any of these names, also by way of others.
+    async def dependents(self, names: Iterable[str]) -> dict[str, list[list[str]]]:
+        """List for each namespace the entries that depend on any of these names, also by way of others, in levels.
 
-        Each comes after those that it was found by way of. A registry forgets them in the other order, so that a
+        Each comes in a later level than all that it is made of. A registry forgets them in the other order, so that a
         removal that ends early leaves nothing behind that is not found again.
         """
-        asked = list(names)
-        found = {
-            namespace: [key for some in index.walk(asked, set()) for key in some] for namespace, index in self.indexes
-        }
-        return {namespace: keys for namespace, keys in found.items() if keys}
+        asked, turns = list(names), _Turns()
+        found = {namespace: await _levels_of(index, asked, turns) for namespace, index in list(self.indexes)}
+        return {namespace: levels for namespace, levels in found.items() if levels}
 
-    async def _remove_keys(self, layer: Layer, namespace: str, keys: Sequence[str]) -> int:
+    async def _remove_levels(self, layer: Layer, namespace: str, levels: list[list[str]]) -> int:
+        keys = sum(map(len, levels))
         try:
-            return await self._remove_each(layer, namespace, keys)
+            return await self._remove_each(layer, namespace, levels[::-1] if layer.backend.traits.registry else levels)
         except BackendFailure as error:
-            failed = len(keys) - error.removed if error.unreachable else error.failed
+            failed = keys - error.removed if error.unreachable else error.failed
             raise BackendFailure(
                 str(error), removed=error.removed, failed=failed, unreachable=error.unreachable
             ) from error
 
-    async def _remove_each(self, layer: Layer, namespace: str, keys: Sequence[str]) -> int:
-        """Remove these keys with their variants, slice by slice; what fails is passed over, and told at the end."""
+    async def _remove_each(self, layer: Layer, namespace: str, levels: list[list[str]]) -> int:
+        """Remove these keys with their variants, level by level; what fails is passed over, and told at the end."""
         backend, removed = layer.backend, 0
         failures: list[BackendFailure] = []
 
@@ -333,12 +406,12 @@ class Engine:
                 raise BackendFailure(str(error), removed=removed + error.removed, unreachable=True) from error
             failures.append(error)
 
-        for some in _slices(_holdable(layer, namespace, keys)):
+        for some in (some for level in levels for some in _slices(_holdable(layer, namespace, level))):
             scope = Scope(namespace, "key", some[0])
             try:
                 generation = await backend.begin(scope, soft=False, wide=True)
                 if more := some[1:]:
-                    await backend.fence(namespace, more, generation=generation)
+                    await backend.fence(namespace, more, generation=generation, soft=False)
             except BackendFailure as error:
                 error.failed = len(some)
                 pass_over(error)
@@ -354,7 +427,7 @@ class Engine:
                 except BackendFailure as error:
                     pass_over(error)
                     removed += error.removed
-            await backend.end(scope, generation)
+            await backend.end(scope, generation, keys=dict.fromkeys(more, generation))
             await asyncio.sleep(0)
         if failures:
             failed = sum(error.failed for error in failures)
@@ -426,18 +499,46 @@ class _Search:
     - `wide`: whether what belongs to the named is covered, too
     - `fenced`: the generation from which on late fills are refused of what the begin could not name; None: of nothing
     - `missed`: where to note what cannot be looked through, all the rest being found; None: it ends the search
+    - `links`: whether what depends on the named is covered, too, and not only the variants
     """
 
     layer: Layer
     wide: bool
     fenced: int | None = None
     missed: list[BackendFailure | RefusedKey] | None = None
+    links: bool = True
+
+    @property
+    def since(self) -> int:
+        """The generation since which what is covered is new."""
+        assert self.fenced is not None  # noqa: S101 - for the type checker: nothing is removed without one
+        return self.fenced
 
     def pass_over(self, error: BackendFailure | RefusedKey) -> None:
         """Note it and go on, or raise it where there is no going on."""
         if self.missed is None or (isinstance(error, BackendFailure) and error.unreachable):
             raise error
         self.missed.append(error)
+
+
+@final
+@dataclass(slots=True)
+class _Tally:
+    """How a visit went so far: what failed, why the one key cannot be there, and how many keys were looked at."""
+
+    failures: list[BackendFailure] = field(default_factory=list)
+    refused: RefusedKey | None = None
+    looked_at: int = 0
+
+
+@final
+@dataclass(slots=True)
+class _Begun:
+    """What was begun at a layer: since which generation, and what of the dependents was fenced by now."""
+
+    layer: Layer
+    generation: int
+    fenced: dict[str, None] = field(default_factory=dict)
 
 
 @final
@@ -459,13 +560,14 @@ class Bust:
         self._estimates: dict[str, int | None] = {}
         self._engine = engine
         self._step = engine.step
-        self._begun: dict[str, tuple[Layer, int]] = {}
+        self._begun: dict[str, _Begun] = {}
         self._broken: set[str] = set()  # begun, and to be begun anew: what failed there may know nothing of it any more
         self._looking = asyncio.Lock()
         self._looked_up: tuple[list[str], list[str]] | None = None
         self._known: tuple[list[str], list[str]] = ([], [])  # from looking before
         self._wide = wish.strategy != "direct"
-        self._since = 0  # keys since the event loop had its turn
+        self._members: dict[str, None] = {}  # what was found at a layer to bear the tag, and something depends on
+        self._turns = _Turns()
 
     @property
     def done(self) -> int:
@@ -495,15 +597,46 @@ class Bust:
             if part == "first":
                 await self._visit_first(layer, generation)
                 return
-            await self._sweep(layer, generation, wide=self._wide)
+            if self._wide and layer.backend.traits.fences and self.wish.kind != "all":
+                generation = await self._visit_by_levels(layer, generation)
+            else:
+                await self._sweep(layer, generation, wide=self._wide)
             if self.wish.verify:
                 await self._verify(layer, generation)
-            await layer.backend.end(self.scope, generation)
+            await self._end(layer)
         except BackendFailure:
             self._broken.add(layer.name)
             raise
-        self._begun.pop(layer.name, None)
         self._step(f"ended {layer.name}")
+        self.look_again()  # something may have been registered that the next layer holds
+
+    async def _visit_by_levels(self, layer: Layer, generation: int) -> int:
+        """Bust the named, and then what depends on it, each after all that it is made of; tell the last generation.
+
+        What is fenced is missed at once, and whoever read it before has an older token. So of two that depend on one
+        another the inner goes first, and the outer has a later generation: what is made in between of the old inner one
+        is older than the fence over the outer. What is only marked as stale is marked twice, for what was found fresh
+        while the marks were set may have gone into what was found stale before.
+        """
+        tally = _Tally()
+        await self._remove(_Search(layer, wide=True, fenced=generation, links=False), tally)
+        if self.wish.soft and self.wish.kind != "key":
+            generation = await self._begin_later(layer)
+            await self._remove(_Search(layer, wide=True, fenced=generation, links=False), tally)
+        done: set[str] = set()
+        levels = await self._levels()
+        while not done.issuperset(key for level in levels for key in level):
+            for level in levels:
+                generation = await self._begin_later(layer)
+                search = _Search(layer, wide=True, fenced=generation, missed=[])
+                await self._remove_found(search, self._belonging(search, [], level), tally)
+                done.update(level)
+            self.look_again()
+            levels = await self._levels()
+        self._conclude(layer, tally)
+        if tally.refused is not None and not tally.looked_at:
+            raise tally.refused
+        return generation
 
     async def _visit_first(self, layer: Layer, generation: int) -> None:
         traits = layer.backend.traits
@@ -513,7 +646,7 @@ class Bust:
                 async for keys in self._registered(search, index.tagged(self.wish.target)):
                     removing = layer.backend.remove(self.wish.namespace, keys, generation=generation, soft=False)
                     self.removed[layer.name] += await _told(removing)
-                    await self._take_turns(len(keys))
+                    await self._turns.take(len(keys))
             return
         # A registry that has forgotten who bears a tag could not tell any more what depends on these.
         wide = self._wide and traits.registry and self.wish.kind == "tag"
@@ -530,14 +663,13 @@ class Bust:
 
     async def abandon(self) -> None:
         """End what was begun and is not done: what has been removed stays so, and the rest is as it was."""
-        for layer, generation in list(self._begun.values()):
-            self._begun.pop(layer.name)
+        for begun in list(self._begun.values()):
             try:
-                await layer.backend.end(self.scope, generation)
+                await self._end(begun.layer)
             except BackendFailure:
-                continue  # its cache is gone, or tells nobody anything
+                continue  # it is ended with the next bust there: see `Engine.close_scopes`
             except Exception:  # noqa: BLE001 - logged in full; the others are ended, too
-                _log.exception("unexpected error at the layer %s while a bust was broken off", layer.name)
+                _log.exception("unexpected error at the layer %s while a bust was broken off", begun.layer.name)
 
     async def count(self, layer: Layer) -> int:
         """Tell how many entries this bust would remove or mark at a layer now.
@@ -549,59 +681,98 @@ class Bust:
         async with aclosing(self._covered(_Search(layer, self._wide, missed=missed))) as covered:
             async for keys in covered:
                 found.update(await layer.backend.held(self.wish.namespace, keys, stale=not self.wish.soft))
-                await self._take_turns(len(keys))
+                await self._turns.take(len(keys))
         for miss in missed:
             if isinstance(miss, BackendFailure) or not found:
                 raise miss
         return len(found)
 
+    async def prepare(self) -> None:
+        """Begin where nothing but the registry is: what is registered from now on is of what no layer holds yet.
+
+        Before any other layer is begun at. What readers make anew behind the first fence stays registered.
+        """
+        for layer in self._engine.layers:
+            if layer.backend.traits.registry and len(self._engine.layers) > 1:
+                await self._begin(layer)
+
     async def _begin(self, layer: Layer) -> int:
         begun = self._begun.get(layer.name)
         if begun is not None and layer.name not in self._broken:
-            return begun[1]
+            return begun.generation
         backend = layer.backend
+        await self._engine.close_left_open(layer)
         generation = await backend.begin(self.scope, soft=self.wish.soft, wide=self._wide)
-        self._begun[layer.name] = (layer, generation)
+        if not self.wish.soft:
+            self._engine.opened(layer, self.scope, generation, again=begun is not None)
+        if begun is None:
+            self._begun[layer.name] = _Begun(layer, generation)
+        else:
+            begun.generation = generation
         self._broken.discard(layer.name)
         self._step(f"begun {layer.name}")
         self._estimates[layer.name] = await backend.estimate(self.scope)
         return generation
 
+    async def _begin_later(self, layer: Layer) -> int:
+        """Have another generation, later than all that was read by now."""
+        begun = self._begun[layer.name]
+        begun.generation = await layer.backend.begin(self.scope, soft=self.wish.soft, wide=self._wide)
+        if not self.wish.soft:
+            self._engine.opened(layer, self.scope, begun.generation, again=True)
+        return begun.generation
+
+    async def _end(self, layer: Layer) -> None:
+        begun = self._begun.pop(layer.name)
+        if self.wish.soft:
+            await layer.backend.end(self.scope, begun.generation)
+        else:
+            await self._engine.closed(layer, self.scope, begun.fenced)
+
     async def _sweep(self, layer: Layer, generation: int, *, wide: bool) -> None:
-        backend, wish = layer.backend, self.wish
-        failures: list[BackendFailure] = []
-        missed: list[BackendFailure | RefusedKey] = []
-        refused: RefusedKey | None = None
-        looked_at = 0
-        async with aclosing(self._covered(_Search(layer, wide, generation, missed))) as covered:
+        tally = _Tally()
+        await self._remove(_Search(layer, wide, generation), tally)
+        self._conclude(layer, tally)
+        if tally.refused is not None and not tally.looked_at:
+            _, dependents = await self._look_up()
+            if wide == self._wide or not dependents:
+                raise tally.refused
+
+    async def _remove(self, search: _Search, tally: _Tally) -> None:
+        """Remove, or mark, all that is covered."""
+        search = replace(search, missed=[])
+        await self._remove_found(search, self._covered(search), tally)
+
+    async def _remove_found(self, search: _Search, covered: AsyncGenerator[list[str], None], tally: _Tally) -> None:
+        layer, wish = search.layer, self.wish
+        async with aclosing(covered):
             async for keys in covered:
                 try:
-                    removing = backend.remove(wish.namespace, keys, generation=generation, soft=wish.soft)
+                    removing = layer.backend.remove(wish.namespace, keys, generation=search.since, soft=wish.soft)
                     self.removed[layer.name] += await removing
                 except RefusedKey as error:
                     if wish.kind == "key" and keys == [wish.target]:
-                        refused = error  # it cannot be there, and what depends on it can
+                        tally.refused = error  # it cannot be there, and what depends on it can
                         continue
-                    failures.append(BackendFailure(f"a key {error}"))
+                    tally.failures.append(BackendFailure(f"a key {error}"))
                 except BackendFailure as error:
                     self.removed[layer.name] += error.removed
                     if error.unreachable:
                         raise
-                    failures.append(error)
-                looked_at += len(keys)
-                self._looked_at[layer.name] = max(looked_at, self._looked_at.get(layer.name, 0))
+                    tally.failures.append(error)
+                tally.looked_at += len(keys)
+                self._looked_at[layer.name] = max(tally.looked_at, self._looked_at.get(layer.name, 0))
                 self._step(f"swept {layer.name}")
-                await self._take_turns(len(keys))
-        for miss in missed:
+                await self._turns.take(len(keys))
+        for miss in search.missed or ():
             if isinstance(miss, RefusedKey):
-                refused = miss
+                tally.refused = miss
             else:
-                failures.append(miss)
-        if refused is not None and not looked_at and not failures:
-            _, dependents = await self._look_up()
-            if wide == self._wide or not dependents:
-                raise refused
-        if failures:
+                tally.failures.append(miss)
+
+    def _conclude(self, layer: Layer, tally: _Tally) -> None:
+        """Raise for what failed, once all the rest is done."""
+        if failures := tally.failures:
             removed, failed = self.removed[layer.name], sum(error.failed for error in failures)
             raise BackendFailure(
                 f"{removed} removed, {failed} not removed: {failures[0]}", removed=removed, failed=failed
@@ -613,18 +784,11 @@ class Bust:
             async for keys in covered:
                 held = layer.backend.held(self.wish.namespace, keys, generation=generation, stale=not self.wish.soft)
                 left += len(await held)
-                await self._take_turns(len(keys))
+                await self._turns.take(len(keys))
         if left:
             raise BackendFailure(
                 f"verified, and {left} of what was to be removed {'is' if left == 1 else 'are'} still held", failed=left
             )
-
-    async def _take_turns(self, keys: int) -> None:
-        """Give the event loop its turn once a slice of keys was looked at, in however small steps."""
-        self._since += keys
-        if self._since >= SLICE:
-            self._since = 0
-            await asyncio.sleep(0)
 
     # What is covered
 
@@ -632,6 +796,8 @@ class Bust:
         """Find all that is covered at a layer, in slices; what belongs to the named comes after it."""
         layer = search.layer
         named, dependents = await self._look_up()
+        if not search.links:
+            dependents = []
         seen: set[str] = set()  # dependents that were found here
         if search.wide and layer.backend.traits.registry:
             # What belongs to the named goes first, and of a chain its end: see `Engine.dependents`.
@@ -646,7 +812,8 @@ class Bust:
                     await self._fence(search, alone)
                     yield keys
                     if search.wide and self.wish.kind in {"prefix", "tag"}:
-                        async for more in self._belonging(search, alone, await self._walk(keys, seen)):
+                        found = await self._walk(keys, seen) if search.links else self._note(keys)
+                        async for more in self._belonging(search, alone, found):
                             yield more
         if search.wide and not layer.backend.traits.registry:
             left = [key for key in dependents if key not in seen]
@@ -709,13 +876,36 @@ class Bust:
             except BackendFailure as error:
                 search.pass_over(error)
                 more += error.found
-            await self._take_turns(len(some))
+            await self._turns.take(len(some))
         for some in _slices(more):
             yield some
 
     async def _fence(self, search: _Search, keys: Sequence[str]) -> None:
         if keys and search.fenced is not None:
-            await search.layer.backend.fence(self.wish.namespace, keys, generation=search.fenced)
+            backend, wish = search.layer.backend, self.wish
+            begun = self._begun.get(search.layer.name)
+            if begun is not None and backend.traits.fences and not wish.soft:
+                for key in keys:
+                    again = key in begun.fenced
+                    begun.fenced[key] = None
+                    self._engine.fenced(search.layer, wish.namespace, key, search.fenced, again=again)
+            await backend.fence(wish.namespace, keys, generation=search.fenced, soft=wish.soft)
+
+    def _note(self, keys: Sequence[str]) -> list[str]:
+        """Note which of these something depends on; that is covered later."""
+        if (index := self._index) is not None:
+            self._members.update((key, None) for key in keys if index.direct((key,)))
+        return []
+
+    async def _levels(self) -> list[list[str]]:
+        """List what depends on the named, also by way of others, each in a later level than all that it is made of."""
+        named, _ = await self._look_up()
+        if (index := self._index) is None:
+            return []
+        subjects = dict.fromkeys([*self._subjects(index, named), *self._members])
+        levels = await _levels_of(index, list(subjects), self._turns)
+        self.also.update((key, None) for level in levels for key in level)
+        return levels
 
     async def _walk(self, names: Sequence[str], seen: set[str]) -> list[str]:
         """List what the registry knows to depend on these, also by way of others, and is not in `seen` yet."""
@@ -724,7 +914,7 @@ class Bust:
             for some in index.walk(names, seen):
                 found += some
                 self.also.update(dict.fromkeys(some))
-                await self._take_turns(len(some) + min(len(names), SLICE))
+                await self._turns.take(len(some) + min(len(names), SLICE))
         return found
 
     async def _look_up(self) -> tuple[list[str], list[str]]:
@@ -752,6 +942,43 @@ class Bust:
                 return named
             case "all":
                 return []
+
+
+@final
+class _Turns:
+    """Gives the event loop its turn once a slice of keys was looked at, in however small steps."""
+
+    def __init__(self) -> None:
+        self._since = 0
+
+    async def take(self, keys: int) -> None:
+        """Count so many more."""
+        self._since += keys
+        if self._since >= SLICE:
+            self._since = 0
+            await asyncio.sleep(0)
+
+
+async def _levels_of(index: Index, subjects: Sequence[str], turns: _Turns) -> list[list[str]]:
+    """List what depends on any of `subjects`, also by way of others, each in a later level than all it is made of.
+
+    Among it is what is gone, if its links are kept. A circle, in which nothing comes first, is cut somewhere.
+    """
+    depth: dict[str, int] = {}
+    ahead = list(subjects)
+    for number in range(_DEEPEST):
+        found: set[str] = set()
+        for some in _slices(ahead):
+            found |= index.direct(some)
+            await turns.take(len(some))
+        if not found:
+            break
+        depth.update(dict.fromkeys(found, number))
+        ahead = list(found)
+    levels: list[list[str]] = [[] for _ in range(max(depth.values(), default=-1) + 1)]
+    for key, number in depth.items():
+        levels[number].append(key)
+    return [level for level in levels if level]
 
 
 def _holdable(layer: Layer, namespace: str, keys: Iterable[str]) -> list[str]:

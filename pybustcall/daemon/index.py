@@ -517,6 +517,13 @@ class Index:
             pass
         return sorted(found - {key})
 
+    def direct(self, names: Iterable[str]) -> set[str]:
+        """Tell what depends on any of these by itself; also what is gone, if its links are kept."""
+        found: set[str] = set()
+        for name in names:
+            found |= self._dependents.get(name, _NONE)
+        return found
+
     def walk(self, names: Iterable[str], found: set[str]) -> Iterator[list[str]]:
         """Go through the entries that depend on any of `names`, also by way of others, a few at a time.
 

@@ -337,7 +337,8 @@ class Jobs:
     async def cancel(self, job: str, *, who: str = "anonymous") -> Entry:
         """Do no more for a bust; what is removed stays removed. One that is over stays as it is. Raises `NoSuchJob`.
 
-        `who` has it cancelled, which the audit says of each layer at which it was not done.
+        `who` has it cancelled, which the audit says of each layer at which it was not done. Raises `JournalFailure` if
+        it could not be written down: then a restart would go on with it.
         """
         run = self._runs.get(job)
         if run is None:
@@ -354,6 +355,7 @@ class Jobs:
             self._note(run, attempts=run.entry.attempts)
             self.journal.put(run.entry)
         await self._save()
+        await self.journal.flush()
         return run.entry
 
     # Doing
@@ -416,6 +418,7 @@ class Jobs:
         `down` are the layers that are not tried: by default all that are known to be down.
         """
         run.errors.clear()
+        await run.bust.prepare()
         known = self._down if down is None else down
         failed_inside = False
         for group in self.engine.groups:

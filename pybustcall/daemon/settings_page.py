@@ -8,7 +8,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Final
 
-from pybustcall.daemon.configuration import Document, FilesLayer, MemoryLayer, RedisLayer, SqliteLayer
+from pybustcall.daemon.configuration import (
+    Document,
+    FilesLayer,
+    MemcachedLayer,
+    MemoryLayer,
+    RedisLayer,
+    SqliteLayer,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -136,7 +143,7 @@ def settings_page() -> str:
             table = _resolved(schema["properties"][name], schema)
             parts.append(f"## `[{name}]`\n\n{table['description']}\n\n{_rows(table)}")
     parts.append(_LAYERS)
-    parts += [_kind(table) for table in (MemoryLayer, FilesLayer, RedisLayer, SqliteLayer)]
+    parts += [_kind(table) for table in (MemoryLayer, FilesLayer, RedisLayer, SqliteLayer, MemcachedLayer)]
     parts.append(f"## All of it\n\n```toml\n{EXAMPLE}```\n")
     return "\n".join(parts)
 

@@ -251,14 +251,15 @@ class Swaps:
     async def _bust(self, swap: Swap) -> int:
         """Bust what depends on the swapped; tell how many entries went. Raises `BackendFailure`, whatever failed."""
         names = [it.name for it in swap.changes]
-        found = self._engine.dependents(names)
+        levels = await self._engine.dependents(names)
+        found = {namespace: [key for level in its for key in level] for namespace, its in levels.items()}
         try:
             removal = await self._engine.bust_dependents(names)
         except BackendFailure:
             raise
         except Exception as error:
             _log.exception("unexpected error while busting for a hot swap")
-            failed = sum(map(len, self._engine.dependents(names).values()))
+            failed = sum(map(len, found.values()))
             raise BackendFailure("the daemon's log says why", failed=failed) from error
         finally:
             if self.tell is not None and found:

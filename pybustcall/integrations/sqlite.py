@@ -160,12 +160,13 @@ class SqliteCache:
         - `tags`: up to 256 texts by which a bust finds the entry
         - `ttl`: seconds until the entry ends by itself; None is never
 
-        If the entry is stale, one reader makes it anew, and all others get the stale value at once. Whatever `make`
-        raises is raised here. Of several calls at a time with one key, one `make` runs in each event loop; if the file
-        cannot be used, each runs its own. `make` may ask for other keys, and a task that it begins may. Raises
-        `InvalidRequest`, before anything is made, for arguments that cannot be, such as a key with more than 128 of the
-        marks `/:?#`, `RuntimeError` if it would wait for itself, since `make` asks for its own key, if only by way of
-        others, and with on_error="raise" `SqliteUnavailable`.
+        If the entry is stale, one reader makes it anew, and all others get the stale value at once, but for those whose
+        own `make` asks for it: what is made must not be made of what is stale. Whatever `make` raises is raised here.
+        Of several calls at a time with one key, one `make` runs in each event loop; if the file cannot be used, each
+        runs its own. `make` may ask for other keys, and a task that it begins may. Raises `InvalidRequest`, before
+        anything is made, for arguments that cannot be, such as a key with more than 128 of the marks `/:?#`,
+        `RuntimeError` if it would wait for itself, since `make` asks for its own key, if only by way of others, and
+        with on_error="raise" `SqliteUnavailable`.
         """
         wanted = Wanted(_storable(key), make, checked_tags(tags), checked_ttl(ttl))
         self._filling.check(wanted.key)
@@ -174,7 +175,7 @@ class SqliteCache:
         except SqliteUnavailable as error:
             self._on_error(error)
             return await self._filling.alone(wanted)
-        if looked.found is not None and not looked.refresh:
+        if looked.found is not None and not looked.refresh and not (looked.found.stale and self._filling.is_making):
             return looked.found.value
         return await self._filling.together(wanted, looked.token, partial(self._fill, looked.token))
 

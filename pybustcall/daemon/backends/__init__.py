@@ -12,15 +12,19 @@ more misses than it must. A conversation that breaks off is begun anew, from its
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, final
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, Protocol, final
 
 from pybustcall.keys import covers
 from pybustcall.models import KINDS, Kind, redact
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, Mapping, Sequence
 
-__all__ = ["Backend", "BackendFailure", "RefusedKey", "Scope", "Traits"]
+__all__ = ["NO_KEYS", "Backend", "BackendFailure", "RefusedKey", "Scope", "Traits"]
+
+NO_KEYS: Final[Mapping[str, int]] = MappingProxyType({})
+"""What a bust has fenced that nothing depends on."""
 
 
 class RefusedKey(ValueError):
@@ -88,6 +92,9 @@ class Traits:
     - `remote`: whether it is reached over a network, and so may be away while the daemon is well
     - `settle`: seconds after which a second bust is needed, since a fill in flight could be stored after the first;
       0 where the cache itself refuses late fills
+    - `counts`: whether it can list what it holds. Where it cannot, `begin` and `fence` do all of a bust at once,
+      `select` tells nothing but of one key, `variants` tells those that have names of their own, and nobody knows how
+      many entries a prefix, a tag or everything covered
     - `registry`: whether it is nothing but what the engine's indexes know. Nobody reads from it, so it is busted after
       all other layers, which need what it knows, and beside them not a second time
     """
@@ -98,6 +105,7 @@ class Traits:
     fences: bool = False
     remote: bool = False
     settle: float = 0.0
+    counts: bool = True
     registry: bool = False
 
 
@@ -136,11 +144,19 @@ class Backend(Protocol):
         the key or of the prefix that it names, where the backend can refuse late fills.
         """
 
-    async def fence(self, namespace: str, keys: Sequence[str], *, generation: int) -> None:
-        """Refuse late fills of these keys as well: they depend on what is busted. Nothing where it cannot be done."""
+    async def fence(self, namespace: str, keys: Sequence[str], *, generation: int, soft: bool) -> None:
+        """Refuse late fills of these keys and of their variants as well, and, unless it is soft, let readers miss them.
 
-    async def end(self, scope: Scope, generation: int) -> None:
-        """End a bust: all that it covers has been removed."""
+        They depend on what is busted. Nothing where it cannot be done.
+        """
+
+    async def end(
+        self, scope: Scope, generation: int, *, named: bool = True, keys: Mapping[str, int] = NO_KEYS
+    ) -> None:
+        """End a bust that began as `generation`, unless not `named`, and its fences over `keys`, of these generations.
+
+        What was begun again since, by another daemon, goes on.
+        """
 
     def select(self, scope: Scope) -> AsyncGenerator[Sequence[str], None]:
         """Find the keys held that `scope` names, in batches of at most 500, none twice. Holds still for no writer.

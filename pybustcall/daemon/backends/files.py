@@ -35,7 +35,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar, final
 
-from pybustcall.daemon.backends import BackendFailure, RefusedKey, Scope, Traits
+from pybustcall.daemon.backends import NO_KEYS, BackendFailure, RefusedKey, Scope, Traits
 from pybustcall.errors import ConfigurationError, InvalidRequest
 from pybustcall.keys import covers, is_variant
 from pybustcall.models import DEFAULT_NAMESPACE, check_namespace, redact
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         Generator,
         Iterable,
         Iterator,
+        Mapping,
         Sequence,
     )
     from concurrent.futures import Future
@@ -148,10 +149,12 @@ class FilesBackend:
         """Tell 0: files have no generations."""
         return 0
 
-    async def fence(self, namespace: str, keys: Sequence[str], *, generation: int) -> None:
+    async def fence(self, namespace: str, keys: Sequence[str], *, generation: int, soft: bool) -> None:
         """Do nothing: whoever writes a file asks nobody."""
 
-    async def end(self, scope: Scope, generation: int) -> None:
+    async def end(
+        self, scope: Scope, generation: int, *, named: bool = True, keys: Mapping[str, int] = NO_KEYS
+    ) -> None:
         """Do nothing."""
 
     async def select(self, scope: Scope) -> AsyncGenerator[Sequence[str], None]:

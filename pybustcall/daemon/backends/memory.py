@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final, final
 
-from pybustcall.daemon.backends import Traits
+from pybustcall.daemon.backends import NO_KEYS, Traits
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, Mapping, Sequence
 
     from pybustcall.daemon.backends import Scope
     from pybustcall.daemon.index import Index, Indexes
@@ -55,10 +55,12 @@ class MemoryBackend:
         self._indexes.expire()  # busts of keys ask nothing else that would drop what is over
         return self._indexes.begin()
 
-    async def fence(self, namespace: str, keys: Sequence[str], *, generation: int) -> None:
+    async def fence(self, namespace: str, keys: Sequence[str], *, generation: int, soft: bool) -> None:
         """Do nothing: see the module."""
 
-    async def end(self, scope: Scope, generation: int) -> None:
+    async def end(
+        self, scope: Scope, generation: int, *, named: bool = True, keys: Mapping[str, int] = NO_KEYS
+    ) -> None:
         """Do nothing: a generation needs no end."""
 
     async def select(self, scope: Scope) -> AsyncGenerator[Sequence[str], None]:

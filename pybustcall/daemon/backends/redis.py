@@ -22,7 +22,7 @@ import secrets
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, final
 
-from pybustcall.daemon.backends import BackendFailure, RefusedKey, Traits
+from pybustcall.daemon.backends import NO_KEYS, BackendFailure, RefusedKey, Traits
 from pybustcall.errors import ConfigurationError, InvalidRequest
 from pybustcall.keys import is_variant
 from pybustcall.models import DEFAULT_NAMESPACE, check_target
@@ -43,9 +43,10 @@ from pybustcall.redis_layout import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 
     from pybustcall.daemon.backends import Scope
+    from pybustcall.models import Kind
     from pybustcall.redis_layout import Range
 
 __all__ = ["RedisBackend"]
@@ -144,19 +145,27 @@ class RedisBackend:
                 del self._known[next(iter(self._known))]
         return told.generation
 
-    async def fence(self, namespace: str, keys: Sequence[str], *, generation: int) -> None:
-        """Refuse late fills of these keys and of their variants as well."""
+    async def fence(self, namespace: str, keys: Sequence[str], *, generation: int, soft: bool) -> None:
+        """Refuse late fills of these keys and of their variants, too, and let readers miss them unless it is soft."""
         layout, known = self._at(namespace)
         sound, _ = self._sifted(namespace, keys)
         for some in _cut(sound, _FENCED):
+            call = layout.fence(_fresh(), known, some, generation=generation, soft=soft, most=self._fences)
             with _translated():
-                await self._server.run(layout.fence(_fresh(), known, some, generation=generation, most=self._fences))
+                await self._server.run(call)
 
-    async def end(self, scope: Scope, generation: int) -> None:
-        """End a bust, unless another daemon has begun the same meanwhile."""
-        layout, _ = self._at(scope.namespace)
-        with _translated():
-            await self._server.run(layout.end(scope.kind, scope.target, generation))
+    async def end(
+        self, scope: Scope, generation: int, *, named: bool = True, keys: Mapping[str, int] = NO_KEYS
+    ) -> None:
+        """End a bust; what another daemon has begun since goes on."""
+        layout, known = self._at(scope.namespace)
+        sound, _ = self._sifted(scope.namespace, list(keys))
+        fences: list[tuple[Kind, str, int]] = [("key", key, keys[key]) for key in sound]
+        if named:
+            fences.insert(0, (scope.kind, scope.target, generation))
+        for begin in range(0, len(fences), _FENCED):
+            with _translated():
+                await self._server.run(layout.end(_fresh(), known, fences[begin : begin + _FENCED]))
 
     async def select(self, scope: Scope) -> AsyncGenerator[Sequence[str], None]:
         """Find what is held, in the order of the keys' bytes; other programs' keys after ours, in no order.

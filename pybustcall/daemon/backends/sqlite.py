@@ -22,7 +22,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, final
 
 from pybustcall import sqlite_layout as layout
-from pybustcall.daemon.backends import BackendFailure, RefusedKey, Traits
+from pybustcall.daemon.backends import NO_KEYS, BackendFailure, RefusedKey, Traits
 from pybustcall.errors import InvalidRequest
 from pybustcall.models import check_target
 from pybustcall.redis_layout import check_marks
@@ -32,9 +32,10 @@ from pybustcall.sqlite_layout import EVERY, MAX_FENCES, ranges_of_prefix
 if TYPE_CHECKING:
     import os
     import sqlite3
-    from collections.abc import AsyncGenerator, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 
     from pybustcall.daemon.backends import Scope
+    from pybustcall.models import Kind
     from pybustcall.sqlite_layout import Page, Range, Token
 
 __all__ = ["SqliteBackend"]
@@ -120,20 +121,26 @@ class SqliteBackend:
             del self._known[next(iter(self._known))]
         return told.generation
 
-    async def fence(self, namespace: str, keys: Sequence[str], *, generation: int) -> None:
-        """Refuse late fills of these keys and of their variants as well."""
+    async def fence(self, namespace: str, keys: Sequence[str], *, generation: int, soft: bool) -> None:
+        """Refuse late fills of these keys and of their variants, too, and let readers miss them unless it is soft."""
         sound, _ = self._sifted(namespace, keys)
         for some in _cut(sound, _FENCED):
-            work = partial(_fenced, namespace=namespace, keys=some, generation=generation, most=self._fences)
+            work = partial(_fenced, namespace=namespace, keys=some, generation=generation, soft=soft, most=self._fences)
             with _translated():
                 await self._file.write(work, cost=_WHOLE)
 
-    async def end(self, scope: Scope, generation: int) -> None:
-        """End a bust, unless another daemon has begun the same meanwhile."""
-        with _translated():
-            await self._file.write(
-                lambda db: layout.end(db, scope.namespace, scope.kind, scope.target, generation), safe=True
-            )
+    async def end(
+        self, scope: Scope, generation: int, *, named: bool = True, keys: Mapping[str, int] = NO_KEYS
+    ) -> None:
+        """End a bust; what another daemon has begun since goes on."""
+        sound, _ = self._sifted(scope.namespace, list(keys))
+        fences: list[tuple[Kind, str, int]] = [("key", key, keys[key]) for key in sound]
+        if named:
+            fences.insert(0, (scope.kind, scope.target, generation))
+        for begin in range(0, len(fences), _FENCED):
+            work = partial(_ended, namespace=scope.namespace, fences=fences[begin : begin + _FENCED])
+            with _translated():
+                await self._file.write(work, safe=True)
 
     async def select(self, scope: Scope) -> AsyncGenerator[Sequence[str], None]:
         """Find what is held, in the order of the keys' bytes."""
@@ -241,8 +248,14 @@ def _nothing(_: sqlite3.Connection) -> None:
     """Do nothing, in a transaction that writes."""
 
 
-def _fenced(db: sqlite3.Connection, *, namespace: str, keys: Sequence[str], generation: int, most: int) -> None:
-    layout.fence(db, namespace, keys, generation=generation, most=most)
+def _fenced(
+    db: sqlite3.Connection, *, namespace: str, keys: Sequence[str], generation: int, soft: bool, most: int
+) -> None:
+    layout.fence(db, namespace, keys, generation=generation, soft=soft, most=most)
+
+
+def _ended(db: sqlite3.Connection, *, namespace: str, fences: Sequence[tuple[Kind, str, int]]) -> None:
+    layout.end(db, namespace, fences)
 
 
 def _removed(db: sqlite3.Connection, *, namespace: str, keys: Sequence[str], generation: int, soft: bool) -> int:

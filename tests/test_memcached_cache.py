@@ -1,0 +1,734 @@
+"""The readers' half of a cache in memcached: who makes a value, who waits for it, and that no bust is ever undone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from functools import partial
+from typing import Any, cast
+
+import pytest
+
+from pybustcall import memcached_layout as items
+from pybustcall.daemon.backends import Scope
+from pybustcall.daemon.backends.memcached import MemcachedBackend
+from pybustcall.errors import ClientClosed, ConfigurationError, InvalidRequest
+from pybustcall.integrations.memcached import Found, MemcachedCache, MemcachedUnavailable, Token
+from pybustcall.memcached_connection import MemcachedServer
+from pybustcall.memcached_layout import Answer, Command, Layout
+from pybustcall.models import Kind
+from pybustcall.testing.proxy import FaultyProxy, Trouble
+from tests.conftest import PATIENCE, eventually
+from tests.engines import free_port
+from tests.memcached_process import MemcachedProcess, shared_memcached
+
+SHOP = "shop"
+AT = Layout("bustcall", SHOP)
+
+
+@pytest.fixture
+def engine() -> MemcachedProcess:
+    """An empty server."""
+    server = shared_memcached()
+    server.ask("flush_all")
+    return server
+
+
+@pytest.fixture
+async def cache(engine: MemcachedProcess) -> AsyncIterator[MemcachedCache]:
+    """A cache in it."""
+    async with MemcachedCache(engine.url, namespace=SHOP, timeout=PATIENCE) as cache:
+        yield cache
+
+
+@pytest.fixture
+async def other(engine: MemcachedProcess) -> AsyncIterator[MemcachedCache]:
+    """The same one, as another process has it."""
+    async with MemcachedCache(engine.url, namespace=SHOP, timeout=PATIENCE) as cache:
+        yield cache
+
+
+@pytest.fixture
+async def backend(engine: MemcachedProcess) -> AsyncIterator[MemcachedBackend]:
+    """The daemon's half."""
+    backend = MemcachedBackend(engine.url, timeout=PATIENCE)
+    yield backend
+    await backend.close()
+
+
+@pytest.fixture
+def dead() -> str:
+    """The URL of a server that is not there."""
+    return f"memcached://127.0.0.1:{free_port()}"
+
+
+async def bust(backend: MemcachedBackend, kind: Kind, target: str = "*", *, soft: bool = False) -> None:
+    """Bust as the engine does."""
+    scope = Scope(SHOP, kind, target)
+    generation = await backend.begin(scope, soft=soft)
+    if kind == "key":
+        await backend.remove(SHOP, [target], generation=generation, soft=soft)
+    await backend.end(scope, generation)
+
+
+class Maker:
+    """Makes values as slowly as the test wants, and counts."""
+
+    def __init__(self, value: bytes = b"v") -> None:
+        self.value = value
+        self.calls = 0
+        self.cancelled = 0
+        self.go = asyncio.Event()
+
+    async def __call__(self) -> bytes:
+        self.calls += 1
+        value = self.value
+        try:
+            await self.go.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return value
+
+
+async def quick() -> bytes:
+    """Make a value at once."""
+    return b"v"
+
+
+async def never() -> bytes:
+    """Be not called."""
+    raise AssertionError("it was called")
+
+
+def start(cache: MemcachedCache, key: str, make: Maker, **more: Any) -> asyncio.Task[bytes]:
+    """Ask for a value in a task."""
+    return asyncio.create_task(cache.get_or_set(key, make, ttl=60.0, **more))
+
+
+def waiting(cache: MemcachedCache, key: str) -> int:
+    """Tell how many wait for a value."""
+    return sum(flights[key].waiting for flights in cache._filling._flights.values() if key in flights)
+
+
+# Values
+
+
+async def test_a_value_is_made_once(cache: MemcachedCache, other: MemcachedCache) -> None:
+    """And found from then on, by everybody."""
+    assert await cache.get_or_set("k", quick, tags=["t"], ttl=60.0) == b"v"
+    assert await cache.get_or_set("k", never, tags=["t"], ttl=60.0) == b"v"
+    assert await other.get_or_set("k", never, tags=["other"], ttl=60.0) == b"v"
+    assert await cache.get("k") == await other.get("k") == Found(b"v", stale=False)
+    assert await cache.get("missing") is None
+
+
+async def test_a_hit_takes_one_exchange(cache: MemcachedCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it has the tags that were said; of others nobody knows before."""
+    await cache.set("a/b", b"v", tags=["t", "u"], ttl=None)
+    exchanges = 0
+    run = MemcachedServer.run
+
+    async def counted(server: MemcachedServer, commands: list[Command]) -> list[Answer]:
+        nonlocal exchanges
+        exchanges += 1
+        return await run(server, commands)
+
+    monkeypatch.setattr(MemcachedServer, "run", counted)
+    assert await cache.get_or_set("a/b", never, tags=["u", "t"], ttl=None) == b"v"
+    assert exchanges == 1
+    assert await cache.get_or_set("a/b", never, ttl=None) == b"v"
+    assert exchanges == 3
+
+
+async def test_an_entry_ends_with_its_ttl(cache: MemcachedCache) -> None:
+    """In whole seconds, rounded up, which memcached counts by the tick."""
+    await cache.set("k", b"v", ttl=0.0001)
+    await cache.set("kept", b"v", ttl=10.0**9)
+    async with asyncio.timeout(10):
+        while await cache.get("k") is not None:
+            await asyncio.sleep(0.05)
+    assert await cache.get("kept") == Found(b"v", stale=False)
+
+
+async def test_what_is_no_value_is_refused(cache: MemcachedCache) -> None:
+    """And nothing is stored."""
+    with pytest.raises(TypeError, match="must return bytes, not str"):
+        await cache.get_or_set("k", lambda: "text", ttl=None)  # type: ignore[arg-type, return-value]
+    looked = await cache.lookup("k")
+    for call in (
+        cache.set("k", "text", ttl=None),  # type: ignore[arg-type]
+        cache.store("k", "text", token=looked.token, ttl=None),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InvalidRequest, match="value must be bytes, not str"):
+            await call
+    assert await cache.get("k") is None
+
+
+@pytest.mark.parametrize(
+    ("field", "arguments"),
+    [
+        ("key", {"key": ""}),
+        ("key", {"key": "a\n"}),
+        ("key", {"key": 7}),
+        ("key", {"key": "a" + "/:?#" * 32 + "/"}),
+        ("tag", {"tags": [""]}),
+        ("tag", {"tags": ["a\nb"]}),
+        ("tags", {"tags": "product:7"}),
+        ("tags", {"tags": [f"{number}" for number in range(257)]}),
+        ("ttl", {"ttl": 0}),
+        ("ttl", {"ttl": float("nan")}),
+        ("ttl", {"ttl": "60"}),
+    ],
+)
+async def test_arguments_that_cannot_be_are_refused(
+    cache: MemcachedCache, field: str, arguments: dict[str, Any]
+) -> None:
+    """Before anything is made or sent."""
+    said = {"key": "k", "tags": ["t"], "ttl": 60.0, **arguments}
+    key = said.pop("key")
+    for call in (
+        cache.get_or_set(key, never, **said),
+        cache.set(key, b"v", **said),
+        cache.store(key, b"v", token=Token(0, ()), **said),
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            await call
+        assert caught.value.field == field
+
+
+async def test_a_key_with_very_many_marks_cannot_be_stored(cache: MemcachedCache) -> None:
+    """To look for one is possible, and 128 are no trouble."""
+    key = "secret/" * 129
+    looked = await cache.lookup(key)
+    assert looked.found is await cache.get(key) is None
+    for call in (
+        cache.store(key, b"v", token=looked.token, ttl=None),
+        cache.set(key, b"v", ttl=None),
+        cache.get_or_set(key, never, ttl=None),
+    ):
+        with pytest.raises(InvalidRequest, match=r"129 of the marks .* at most 128") as caught:
+            await call
+        assert "secret" not in str(caught.value)
+    for asked in (cache.get, cache.lookup):
+        with pytest.raises(InvalidRequest):
+            await asked("a\n")
+    assert await cache.get_or_set("secret/" * 128, quick, ttl=None) == b"v"
+    assert await cache.get("secret/" * 128) == Found(b"v", stale=False)
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    """At once."""
+    for settings in (
+        {"url": "redis://h"},
+        {"url": "memcached://h", "prefix": "{"},
+        {"url": "memcached://h", "lease": 0},
+        {"url": "memcached://h", "timeout": -1},
+        {"url": "memcached://h", "on_error": "ignore"},
+    ):
+        with pytest.raises(ConfigurationError):
+            MemcachedCache(**cast("Any", settings))
+    with pytest.raises(InvalidRequest):
+        MemcachedCache("memcached://h", namespace="a/b")
+    assert repr(MemcachedCache("memcached://h", namespace="a")) == "MemcachedCache(memcached://h, namespace='a')"
+
+
+@pytest.mark.parametrize("on_error", ["fill", "raise"])
+async def test_a_value_that_is_too_large_is_told(
+    engine: MemcachedProcess, caplog: pytest.LogCaptureFixture, on_error: Any
+) -> None:
+    """How large it is and what to do, without the key; whoever asked gets it unless he wants to be told."""
+    value = bytes(2 << 20)
+    async with MemcachedCache(engine.url, namespace=SHOP, on_error=on_error) as cache:
+        await cache.set("secret key", b"old", ttl=None)
+        with pytest.raises(MemcachedUnavailable, match=r"has 2097205 bytes, .* nothing was stored") as caught:
+            await cache.set("secret key", value, ttl=None)
+        error = caught.value
+        assert (error.too_large, error.whole, error.answered, error.applied) == (True, False, True, "no")
+        assert "secret key" not in str(error)
+        assert await cache.get("secret key") is None, "what was there before would be older than what is known"
+        if on_error == "fill":
+            assert await cache.get_or_set("k", lambda: value, ttl=None) == value
+            assert "is more than it takes (-I" in caplog.text
+        else:
+            with pytest.raises(MemcachedUnavailable):
+                await cache.get_or_set("k", lambda: value, ttl=None)
+        assert await cache.get("k") is None
+        assert await cache.set("k", value[: 1000 << 10], ttl=None)
+
+
+# Busts
+
+
+def all_but_one_have_ended(tasks: list[asyncio.Task[bytes]], make: Maker) -> bool:
+    """Tell whether one makes a value, and all others have theirs."""
+    return make.calls > 0 and sum(task.done() for task in tasks) == len(tasks) - 1
+
+
+@pytest.mark.parametrize(("kind", "target"), [("key", "p/1"), ("prefix", "p"), ("tag", "t"), ("all", "*")])
+@pytest.mark.parametrize("soft", [False, True])
+async def test_a_slow_fill_is_not_stored_after_a_bust(
+    cache: MemcachedCache, backend: MemcachedBackend, kind: Kind, target: str, soft: bool
+) -> None:
+    """Whoever asked before it gets the value, and whoever asks after it makes a new one."""
+    old, new = Maker(b"old"), Maker(b"new")
+    before = start(cache, "p/1", old, tags=["t"])
+    await eventually(lambda: old.calls)
+    await bust(backend, kind, target, soft=soft)
+    after = start(cache, "p/1", new, tags=["t"])
+    await eventually(lambda: new.calls)
+    new.go.set()
+    assert await after == b"new"
+    old.go.set()
+    assert await before == b"old"
+    assert await cache.get("p/1") == Found(b"new", stale=False)
+
+
+async def test_a_slow_fill_is_stored_after_an_unrelated_bust(cache: MemcachedCache, backend: MemcachedBackend) -> None:
+    """To refuse it would cost a miss for nothing. Whoever asks meanwhile joins it."""
+    make = Maker()
+    tasks = [start(cache, "p/1", make, tags=["t"])]
+    await eventually(lambda: make.calls)
+    await bust(backend, "prefix", "p/10")
+    await bust(backend, "tag", "u")
+    await bust(backend, "key", "p/1?x")
+    tasks.append(start(cache, "p/1", make, tags=["t"]))
+    await eventually(lambda: waiting(cache, "p/1") == 2)
+    make.go.set()
+    assert await asyncio.gather(*tasks) == [b"v", b"v"]
+    assert make.calls == 1
+    assert await cache.get("p/1") == Found(b"v", stale=False)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+async def test_a_bust_between_the_check_and_the_store_does_no_harm(
+    cache: MemcachedCache, backend: MemcachedBackend, monkeypatch: pytest.MonkeyPatch, soft: bool
+) -> None:
+    """What is stored says under which generations it was made."""
+    put = MemcachedCache._put
+    for kind, target in (("prefix", "p"), ("tag", "t"), ("all", "*")):
+        looked = await cache.lookup("p/1")
+
+        async def busts_first(*arguments: Any, kind: Any = kind, target: str = target, **more: Any) -> bool:
+            await bust(backend, kind, target, soft=soft)
+            return await put(*arguments, **more)
+
+        monkeypatch.setattr(MemcachedCache, "_put", busts_first)
+        assert await cache.store("p/1", b"old", token=looked.token, tags=["t"], ttl=None)
+        monkeypatch.undo()
+        assert await cache.get("p/1") == (Found(b"old", stale=True) if soft else None)
+        await bust(backend, "key", "p/1")
+
+
+async def test_of_fifty_who_find_a_stale_entry_one_makes_it_anew(
+    engine: MemcachedProcess, backend: MemcachedBackend
+) -> None:
+    """In five processes, all others get the old value at once; for each kind of bust, and after each once more."""
+    caches = [MemcachedCache(engine.url, namespace=SHOP, timeout=PATIENCE) for _ in range(5)]
+    for kind, target in (("key", "p/1"), ("prefix", "p"), ("tag", "t"), ("all", "*")):
+        for tags in (["t"], ["t", "new"]):
+            await caches[0].set("p/1", b"old", tags=["t"], ttl=None)
+            await bust(backend, kind, target, soft=True)  # type: ignore[arg-type]
+            make = Maker(b"new")
+            tasks = [start(caches[number % 5], "p/1", make, tags=tags) for number in range(50)]
+            await eventually(partial(all_but_one_have_ended, tasks, make))
+            make.go.set()
+            assert sorted(await asyncio.gather(*tasks)) == [b"new", *[b"old"] * 49]
+            assert make.calls == 1
+            assert await caches[1].get("p/1") == Found(b"new", stale=False)
+    for cache in caches:
+        await cache.aclose()
+
+
+async def test_to_look_alone_chooses_nobody(cache: MemcachedCache, backend: MemcachedBackend) -> None:
+    """Nor does it take the place of who is."""
+    await cache.set("k", b"old", ttl=None)
+    await bust(backend, "key", "k", soft=True)
+    for _ in range(3):
+        assert await cache.get("k") == Found(b"old", stale=True)
+    assert (await cache.lookup("k")).refresh
+
+
+async def test_a_lease_that_ends_chooses_another(engine: MemcachedProcess, backend: MemcachedBackend) -> None:
+    """If the one who was chosen has failed."""
+    async with MemcachedCache(engine.url, namespace=SHOP, lease=0.05) as cache:
+        await cache.set("k", b"old", ttl=60.0)
+        await bust(backend, "key", "k", soft=True)
+
+        async def fail() -> bytes:
+            raise LookupError("the database is down")
+
+        with pytest.raises(LookupError):
+            await cache.get_or_set("k", fail, ttl=60.0)
+        assert await cache.get_or_set("k", never, ttl=60.0) == b"old"
+        async with asyncio.timeout(10):
+            while (value := await cache.get_or_set("k", lambda: b"new", ttl=60.0)) != b"new":
+                assert value == b"old"
+                await asyncio.sleep(0.05)
+
+
+async def test_another_soft_bust_chooses_another(cache: MemcachedCache, backend: MemcachedBackend) -> None:
+    """What the first one makes may be old by then, and is refused."""
+    await cache.set("k", b"old", tags=["t"], ttl=None)
+    for kind, target in (("key", "k"), ("tag", "t")):
+        await bust(backend, kind, target, soft=True)  # type: ignore[arg-type]
+        first = await cache.lookup("k", tags=["t"])
+        await bust(backend, kind, target, soft=True)  # type: ignore[arg-type]
+        second = await cache.lookup("k", tags=["t"])
+        assert (first.refresh, second.refresh) == (True, True)
+        assert not await cache.store("k", b"1", token=first.token, tags=["t"], ttl=None)
+        assert await cache.get("k") == Found(b"old", stale=True)
+
+
+async def test_it_can_be_done_by_hand(cache: MemcachedCache, backend: MemcachedBackend) -> None:
+    """Look up, make, store."""
+    looked = await cache.lookup("k")
+    assert (looked.found, looked.refresh) == (None, False)
+    assert await cache.store("k", b"1", token=looked.token, tags=["t"], ttl=None)
+    assert not await cache.store("k", b"late", token=looked.token, ttl=None), "another one was stored meanwhile"
+    assert (await cache.lookup("k")).found == Found(b"1", stale=False)
+    await bust(backend, "tag", "t", soft=True)
+    looked = await cache.lookup("k")
+    assert (looked.found, looked.refresh) == (Found(b"1", stale=True), True)
+    assert not (await cache.lookup("k")).refresh
+    assert await cache.set("k", b"3", ttl=None)
+    assert not await cache.store("k", b"2", token=looked.token, ttl=None)
+    assert await cache.get("k") == Found(b"3", stale=False)
+
+
+async def test_tags_that_are_known_later_are_refused_if_any_was_busted(
+    cache: MemcachedCache, backend: MemcachedBackend
+) -> None:
+    """Those that were said are told apart, and what has no tags is not concerned."""
+    fills = [
+        (await cache.lookup(key, tags=known), tags)
+        for key, known, tags in (("a", [], ["t"]), ("b", ["t"], ["t"]), ("c", [], []), ("d", ["t", "u"], ["u"]))
+    ]
+    await bust(backend, "tag", "u")
+    told = [
+        await cache.store(key, b"v", token=looked.token, tags=tags, ttl=None)
+        for key, (looked, tags) in zip("abcd", fills, strict=True)
+    ]
+    assert told == [False, True, True, False]
+    looked = await cache.lookup("a")
+    assert await cache.store("a", b"v", token=looked.token, tags=["never seen"], ttl=None)
+
+
+async def test_a_token_of_nothing_stores_nothing(cache: MemcachedCache) -> None:
+    """Whatever the server has lost."""
+    assert not await cache.store("a/b", b"v", token=Token(0, ()), ttl=None)
+    looked = await cache.lookup("a/b")
+    token = Token(looked.token.cas, looked.token.generations[:-1])
+    await cache._server.run([items.delete(AT.sequence)])
+    assert not await cache.store("a/b", b"v", token=token, tags=["t"], ttl=None)
+
+
+async def test_what_others_put_there_is_no_entry(cache: MemcachedCache, backend: MemcachedBackend) -> None:
+    """It is a miss, and is replaced when a value is stored."""
+    await cache._server.run([Command(b"ms %b 4 T0 F1" % AT.entry("k"), b"what")])
+    assert await cache.get("k") is None
+    assert await cache.get_or_set("k", quick, ttl=None) == b"v"
+    assert await cache.get("k") == Found(b"v", stale=False)
+    await bust(backend, "key", "k")
+
+
+async def test_a_server_that_keeps_no_generation_says_so(cache: MemcachedCache) -> None:
+    """Where somebody else has put something at its name."""
+    await cache._server.run([Command(b"ms %b 4 T0" % AT.covering("k")[0], b"what")])
+    for call in (cache.lookup("k"), cache.set("k", b"v", ttl=None)):
+        with pytest.raises(MemcachedUnavailable, match="does not keep what it has just stored") as caught:
+            await call
+        assert caught.value.answered
+    assert await cache.get_or_set("k", quick, ttl=None) == b"v"
+
+
+# Flights
+
+
+async def test_many_who_miss_at_once_make_it_once(cache: MemcachedCache) -> None:
+    """All get the same."""
+    make = Maker()
+    tasks = [start(cache, "a/k", make, tags=["t"]) for _ in range(50)]
+    await eventually(lambda: waiting(cache, "a/k") == 50)
+    make.go.set()
+    assert await asyncio.gather(*tasks) == [b"v"] * 50
+    assert make.calls == 1
+
+
+async def test_nobody_joins_a_flight_from_before_a_bust(cache: MemcachedCache, backend: MemcachedBackend) -> None:
+    """That one goes on for those who asked before."""
+    first, second = Maker(b"1"), Maker(b"2")
+    one = start(cache, "k", first)
+    await eventually(lambda: first.calls)
+    await bust(backend, "key", "k")
+    two = [start(cache, "k", second) for _ in range(3)]
+    await eventually(lambda: second.calls)
+    first.go.set()
+    second.go.set()
+    assert await one == b"1"
+    assert await asyncio.gather(*two) == [b"2"] * 3
+    assert (first.calls, second.calls) == (1, 1)
+    assert await cache.get("k") == Found(b"2", stale=False)
+
+
+async def test_a_value_cannot_be_made_of_itself(cache: MemcachedCache) -> None:
+    """It would wait for ever."""
+
+    async def make() -> bytes:
+        return await cache.get_or_set("k", quick, ttl=None)
+
+    with pytest.raises(RuntimeError, match="cannot be made of itself"):
+        await cache.get_or_set("k", make, ttl=None)
+
+
+async def test_a_call_that_is_cancelled_anywhere_leaves_nothing_behind(cache: MemcachedCache) -> None:
+    """After any number of turns of the loop, and the cache goes on as before."""
+    for turns in range(40):
+        task = asyncio.create_task(cache.get_or_set(f"k/{turns}", quick, tags=["t"], ttl=60.0))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task})
+        assert task.cancelled() or task.result() == b"v"
+        assert await cache.get_or_set(f"k/{turns}", quick, tags=["t"], ttl=60.0) == b"v"
+        assert await cache.get("missing") is None
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_closing_breaks_off_what_is_made(engine: MemcachedProcess) -> None:
+    """Whoever waits is told; a later call opens anew."""
+    before = len(os.listdir("/proc/self/fd"))
+    cache = MemcachedCache(engine.url)
+    make = Maker()
+    task = start(cache, "k", make)
+    await eventually(lambda: make.calls)
+    await cache.aclose()
+    await cache.aclose()
+    with pytest.raises(ClientClosed):
+        await task
+    assert make.cancelled == 1
+    assert await cache.get_or_set("k", quick, ttl=60.0) == b"v"
+    await cache.aclose()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# Without a server
+
+
+async def test_without_memcached_values_are_made_all_the_same(dead: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged once in a while, not for each."""
+    async with MemcachedCache(dead) as cache:
+        with caplog.at_level(logging.WARNING):
+            for _ in range(5):
+                assert await cache.get_or_set("k", quick, ttl=60.0) == b"v"
+    assert len(caplog.records) == 1
+    assert "without a cache" in caplog.text
+
+
+async def test_it_can_be_told_to_raise(dead: str) -> None:
+    """As all calls but `get_or_set` do."""
+    async with MemcachedCache(dead, on_error="raise", breaker=None) as cache:
+        for call in (
+            cache.get_or_set("k", never, ttl=60.0),
+            cache.get("k"),
+            cache.lookup("k"),
+            cache.set("k", b"v", ttl=60.0),
+        ):
+            with pytest.raises(MemcachedUnavailable) as caught:
+                await call
+            assert (caught.value.whole, caught.value.asked, caught.value.applied) == (True, True, "no")
+
+
+@pytest.mark.parametrize("on_error", ["fill", "raise"])
+async def test_a_server_that_dies_meanwhile_does_not_lose_the_value(on_error: Any) -> None:
+    """Unless it is to be told; and it is used again when it is back."""
+    with MemcachedProcess() as server:
+        async with MemcachedCache(server.url, on_error=on_error) as cache:
+            make = Maker()
+            task = start(cache, "k", make)
+            await eventually(lambda: make.calls)
+            server.kill()
+            make.go.set()
+            if on_error == "fill":
+                assert await task == b"v"
+            else:
+                with pytest.raises(MemcachedUnavailable):
+                    await task
+            server.start()
+            assert await cache.get_or_set("k", quick, ttl=60.0) == b"v"
+            assert await cache.get("k") == Found(b"v", stale=False)
+
+
+async def test_a_full_server_does_not_keep_values_from_being_made() -> None:
+    """They are not cached, and what is there is found; it goes on being asked."""
+    with MemcachedProcess("-M", "-m", "4") as server:
+        async with MemcachedCache(server.url, timeout=PATIENCE) as cache:
+            await cache.set("kept", b"v", ttl=None)
+            refused = 0
+            for number in range(40):
+                value = bytes(900_000)
+                assert await cache.get_or_set(f"k{number}", lambda value=value: value, ttl=None) == value  # type: ignore[misc]
+                refused += await cache.get(f"k{number}") is None
+            assert refused > 10
+            assert await cache.get_or_set("kept", never, ttl=None) == b"v"
+
+
+async def test_a_server_without_cas_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    """Late fills could be stored, so nothing is."""
+    with MemcachedProcess("-C") as server:
+        async with MemcachedCache(server.url) as cache:
+            with pytest.raises(MemcachedUnavailable, match="start it without -C") as caught:
+                await cache.lookup("k")
+            assert (caught.value.answered, caught.value.applied) == (True, "no")
+            assert await cache.get_or_set("k", quick, ttl=None) == b"v"
+            assert await cache.get("k") is None
+    assert "without -C" in caplog.text
+
+
+# A server that does not answer
+
+
+class Clock:
+    """A clock that goes on when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+async def proxy(engine: MemcachedProcess) -> AsyncIterator[FaultyProxy]:
+    """A way to the server that can be a black hole."""
+    async with FaultyProxy(f"http://127.0.0.1:{engine.port}") as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def guarded(proxy: FaultyProxy) -> AsyncIterator[MemcachedCache]:
+    """A cache that goes this way, with an entry. Its breaker has a clock of its own."""
+    url = f"memcached://127.0.0.1:{proxy.url.rpartition(':')[2]}"
+    async with MemcachedCache(url, namespace=SHOP) as guarded:
+        guarded._clock = Clock()
+        speak(guarded, proxy)
+        await guarded.set("k", b"old", ttl=None)
+        yield guarded
+
+
+def fall_silent(cache: MemcachedCache, proxy: FaultyProxy) -> None:
+    """Let nothing pass, and give up soon, since it is not slowness that keeps the answer back."""
+    proxy.trouble = Trouble(stall=True)
+    cache._server._limit = cache._server._connect_timeout = 0.05
+
+
+def speak(cache: MemcachedCache, proxy: FaultyProxy) -> None:
+    """Let all pass, and have patience with a slow machine."""
+    proxy.heal()
+    cache._server._limit = cache._server._connect_timeout = PATIENCE
+
+
+async def tried(calls: Iterable[Awaitable[Any]]) -> list[str]:
+    """Tell of each call "no" if nobody tried to ask, "in vain" if there was no answer to it, "yes" if there was."""
+
+    async def told(call: Awaitable[Any]) -> str:
+        try:
+            await call
+        except MemcachedUnavailable as error:
+            return "answered" if error.answered else "in vain" if error.asked else "no"
+        return "yes"
+
+    return list(await asyncio.gather(*map(told, calls)))
+
+
+def later(cache: MemcachedCache) -> None:
+    """Let the pause of the breaker be over."""
+    clock = cache._clock
+    assert isinstance(clock, Clock)
+    clock.now += 10.0
+
+
+async def test_a_black_hole_is_asked_no_more_after_a_few_calls(
+    guarded: MemcachedCache, proxy: FaultyProxy, cache: MemcachedCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Values are made at once, nothing that the server holds is served, and nothing is stored."""
+    fall_silent(guarded, proxy)
+    assert await tried(guarded.get("k") for _ in range(3)) == ["in vain"] * 3
+    before = proxy.connections
+    looked = await cache.lookup("other")
+    with caplog.at_level(logging.WARNING):
+        for number in range(20):
+            assert await guarded.get_or_set("k", str(number).encode, ttl=None) == b"%d" % number
+    for call in (
+        guarded.get("k"),
+        guarded.lookup("k"),
+        guarded.store("other", b"v", token=looked.token, ttl=None),
+        guarded.set("other", b"v", ttl=None),
+    ):
+        with pytest.raises(MemcachedUnavailable, match=r"not answered, and is tried again in \d\.\d s; nothing") as it:
+            await call
+        assert (it.value.applied, it.value.whole, it.value.answered) == ("no", True, False)
+    assert proxy.connections == before, "nobody has asked"
+    assert len(caplog.records) == 1
+    assert await cache.get("k") == Found(b"old", stale=False)
+    assert await cache.get("other") is None
+
+
+async def test_one_call_tries_again_after_a_pause(guarded: MemcachedCache, proxy: FaultyProxy) -> None:
+    """While the others fail at once; if it fails, there is another pause, and else all goes on."""
+    fall_silent(guarded, proxy)
+    await tried(guarded.get("k") for _ in range(3))
+    for _ in range(3):
+        later(guarded)
+        before = proxy.connections
+        assert sorted(await tried(guarded.get("k") for _ in range(10))) == ["in vain", *["no"] * 9]
+        assert await tried(guarded.get("k") for _ in range(10)) == ["no"] * 10
+        assert proxy.connections == before + 1
+    speak(guarded, proxy)
+    later(guarded)
+    assert sorted(await tried(guarded.get("k") for _ in range(10))) == [*["no"] * 9, "yes"]
+    assert await tried(guarded.get("k") for _ in range(10)) == ["yes"] * 10
+    assert await guarded.get("k") == Found(b"old", stale=False)
+
+
+async def test_a_trial_that_is_cancelled_lets_the_next_call_try(guarded: MemcachedCache, proxy: FaultyProxy) -> None:
+    """It says nothing of the server."""
+    fall_silent(guarded, proxy)
+    await tried(guarded.get("k") for _ in range(3))
+    later(guarded)
+    task = asyncio.create_task(guarded.get("k"))
+    await asyncio.sleep(0)
+    with pytest.raises(MemcachedUnavailable, match="by another call just now"):
+        await guarded.get("k")
+    task.cancel()
+    await asyncio.wait({task})
+    assert task.cancelled()
+    assert await tried([guarded.get("k")]) == ["in vain"]
+
+
+async def test_who_waits_in_vain_for_a_connection_has_not_met_a_silent_server(engine: MemcachedProcess) -> None:
+    """So the breaker stays closed."""
+    async with MemcachedCache(engine.url, timeout=0.05, connect_timeout=0.05, connections=1) as cache:
+        await cache.get("k")
+        (state,) = cache._server._states.values()
+        async with state.slots:
+            assert await tried(cache.get("k") for _ in range(10)) == ["no"] * 10
+        assert await cache.get("k") is None
+
+
+def test_one_cache_serves_many_loops(engine: MemcachedProcess) -> None:
+    """One after the other; what one has found out of the server is in no other's way."""
+    cache = MemcachedCache(engine.url)
+    before = len(os.listdir("/proc/self/fd"))
+
+    async def use(ask: Callable[[str], Awaitable[Found | None]], key: str) -> None:
+        make = Maker(key.encode())
+        make.go.set()
+        assert await asyncio.gather(*(cache.get_or_set(key, make, ttl=60.0) for _ in range(5))) == [key.encode()] * 5
+        assert await ask(key) == Found(key.encode(), stale=False)
+
+    for number in range(6):
+        asyncio.run(use(cache.get, f"{number}"))
+    assert len(os.listdir("/proc/self/fd")) == before
