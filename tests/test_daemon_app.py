@@ -631,6 +631,9 @@ async def test_two_hosts_or_two_tokens_are_refused() -> None:
         ({"state": "f", "registry": "f"}, "registry", "cannot both be kept in 'f'; give each a file of its own"),
         ({"state": "f", "registry": Path("f").absolute()}, "registry", "cannot both be kept"),
         ({"state": Path("a/../f"), "registry": "./f"}, "registry", "cannot both be kept"),
+        ({"state": "f", "journal": "f-wal"}, "journal", "cannot both be kept"),
+        ({"state": "f-journal", "registry": "f"}, "registry", "cannot both be kept"),
+        ({"socket": "x" * 108}, "socket", "longer than 107 bytes"),
     ],
 )
 def test_settings_that_cannot_work_are_told_by_name(settings: dict[str, Any], setting: str, reason: str) -> None:

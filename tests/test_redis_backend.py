@@ -79,6 +79,7 @@ async def bust(backend: RedisBackend, kind: Kind, target: str, *, soft: bool = F
     [
         ("", "begins with no text"),
         ("{key}", "begins with no text"),
+        ("x{namespace}:{namespace}:{key}", "has {namespace} twice"),
         ("{namespace}:{key}", "begins with no text"),
         ("app:{key}:v", "goes on after"),
         ("app:{namespace}", "needs a mark"),

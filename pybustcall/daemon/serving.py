@@ -17,7 +17,7 @@ import threading
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["serve"]
 
 _log = logging.getLogger("pybustcall.daemon")
-_MAX_SOCKET_PATH: Final = 107  # bytes: sun_path of Linux is 108 with its closing NUL
 
 
 async def serve(engine: Engine, settings: DaemonSettings, *, ready: Callable[[str], None] | None = None) -> None:
@@ -228,8 +227,6 @@ def _bind_unix(path: Path) -> socket.socket:
     def refuse(why: str) -> ConfigurationError:
         return ConfigurationError(f"the socket {str(path)!r} {why}", setting="socket")
 
-    if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
-        raise refuse(f"is longer than {_MAX_SOCKET_PATH} bytes, the most that the system takes; choose a shorter path")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if (found := _lstat(path)) is not None:

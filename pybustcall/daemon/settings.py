@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DaemonSettings", "check_values"]
 
+_BESIDE: Final = ("-wal", "-shm", "-journal")
+_MAX_SOCKET_PATH: Final = 107  # bytes: sun_path of Linux is 108 with its closing NUL
 _HOST_NAME: Final = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
 
 
@@ -165,6 +167,12 @@ def _check_tenants(settings: DaemonSettings) -> None:
 
 
 def _check_place(settings: DaemonSettings) -> None:
+    if settings.socket is not None and len(os.fsencode(settings.socket)) > _MAX_SOCKET_PATH:
+        raise ConfigurationError(
+            f"the socket {os.fspath(settings.socket)!r} is longer than {_MAX_SOCKET_PATH} bytes, the most that the"
+            " system takes; choose a shorter path",
+            setting="socket",
+        )
     if settings.socket is None:
         if type(settings.port) is not int or not 0 <= settings.port <= 65535:
             raise ConfigurationError(f"the port must be 0 to 65535, not {settings.port!r}", setting="port")
@@ -190,7 +198,11 @@ def _check_files(settings: DaemonSettings) -> None:
     for setting, path in files:
         if path is None:
             continue
-        other = seen.setdefault(os.path.realpath(path), setting)
+        real = os.path.realpath(path)
+        # SQLite has files of its own beside each database.
+        names = [real, *(real + end for end in _BESIDE)]
+        other = next((seen[name] for name in names if name in seen), setting)
+        seen.update((name, setting) for name in names)
         if other != setting:
             raise ConfigurationError(
                 f"the {other} and the {setting} cannot both be kept in {os.fspath(path)!r}; give each a file of"

@@ -379,6 +379,8 @@ class _Foreign:
             wrong = "begins with no text of its own, and so would cover keys of anybody"
         elif tenant and not re.match(r"[^A-Za-z0-9._-]", second):
             wrong = "needs a mark after {namespace}, such as a colon, or one tenant's keys could be another's"
+        elif "{namespace}" in second:
+            wrong = "has {namespace} twice"
         elif ours.startswith(first) or first.startswith(ours):
             wrong = "covers this daemon's own keys"
         if not _is_utf8(pattern):
