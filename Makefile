@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 LOCK   := .ci/requirements-dev.txt
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint types floors pytest interop simulate bench-failover bench-latency bench-journal bench-index bench-delegation bench-redis bench-events openapi schema lock clean
+.PHONY: demo test lint types floors pytest interop simulate bench-failover bench-latency bench-journal bench-index bench-delegation bench-redis bench-events bench-sqlite openapi schema lock clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -56,6 +56,9 @@ bench-delegation: $(READY)
 # A bust of 100,000 entries in Redis: time to the answer, longest block of the daemon, what others wait for meanwhile.
 bench-redis: $(READY)
 	$(BIN)/python -m bench.redis_prefix
+
+bench-sqlite: $(READY)
+	$(BIN)/python -m bench.sqlite_cache
 
 bench-events: $(READY)
 	$(BIN)/python -m bench.events

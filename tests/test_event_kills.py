@@ -16,6 +16,7 @@ import pytest
 from pybustcall import BustcallClient
 from pybustcall.testing.proxy import FaultyProxy
 from tests.conftest import PATIENCE, StartDaemon, eventually
+from tests.test_bench import check_table, run_bench
 
 READERS: Final = 4
 KILLS: Final = 10
@@ -212,3 +213,10 @@ async def test_who_was_away_is_told_what_was_busted_or_to_forget_before_anything
         proxy.upstream = await asyncio.to_thread(start)
         await follower.until_live()
         assert follower.told[before:] == [("reset", "")]
+
+
+def test_the_bench_of_events_tells_each_number_of_readers(tmp_path: Path) -> None:
+    """No reader misses an event, or gets one twice or out of order; times are not judged."""
+    ran = run_bench("events", tmp_path, "--readers", "1,20", "--busts", "5")
+    check_table(ran)
+    assert [(row["readers"], row["wrong"]) for row in ran.rows] == [(1, 0), (20, 0)]

@@ -34,6 +34,7 @@ from pybustcall.models import Kind
 from tests.configured_daemons import ConfiguredDaemons
 from tests.conftest import PATIENCE, eventually
 from tests.sqlite_harness import SqliteHarness
+from tests.test_bench import run_bench
 from tests.test_full_disk import SmallDisk
 
 HERE = "default"
@@ -511,3 +512,9 @@ async def test_closing_twice_and_without_opening_is_harmless(path: Path) -> None
     await backend.close()
     await backend.close()
     await eventually(lambda: len(asyncio.all_tasks()) == 1)
+
+
+def test_the_bench_of_a_cache_in_a_file_leaves_nothing_and_touches_nothing_else(tmp_path: Path) -> None:
+    """Whatever it takes; times are not judged."""
+    ran = run_bench("sqlite_cache", tmp_path, "--entries", "1000", "--runs", "1", "--seconds", "0.1")
+    assert len(ran.rows) == 3
