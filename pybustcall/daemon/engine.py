@@ -53,7 +53,10 @@ SLICE: Final = 250
 
 _log = logging.getLogger("pybustcall.daemon")
 
-_DEEPEST: Final = 64  # levels of what is made of one another
+_DEEPEST: Final = (
+    64  # levels that are sorted; what lies deeper, or in a circle, comes in the order in which it is found
+)
+_ROUNDS: Final = 5  # in which what was registered meanwhile is looked for; each is of what the one before left open
 _SIZE_AGE: Final = 5.0  # seconds: walking a large cache for its size more often would hold up busts
 
 Part = Literal["first", "rest", "whole"]
@@ -624,15 +627,16 @@ class Bust:
             generation = await self._begin_later(layer)
             await self._remove(_Search(layer, wide=True, fenced=generation, links=False), tally)
         done: set[str] = set()
-        levels = await self._levels()
-        while not done.issuperset(key for level in levels for key in level):
+        for _ in range(_ROUNDS):
+            levels = await self._levels()
+            if done.issuperset(key for level in levels for key in level):
+                break
             for level in levels:
                 generation = await self._begin_later(layer)
                 search = _Search(layer, wide=True, fenced=generation, missed=[])
                 await self._remove_found(search, self._belonging(search, [], level), tally)
                 done.update(level)
             self.look_again()
-            levels = await self._levels()
         self._conclude(layer, tally)
         if tally.refused is not None and not tally.looked_at:
             raise tally.refused
@@ -962,23 +966,26 @@ class _Turns:
 async def _levels_of(index: Index, subjects: Sequence[str], turns: _Turns) -> list[list[str]]:
     """List what depends on any of `subjects`, also by way of others, each in a later level than all it is made of.
 
-    Among it is what is gone, if its links are kept. A circle, in which nothing comes first, is cut somewhere.
+    Among it is what is gone, if its links are kept. In a circle nothing comes first: what there is of it is told twice.
     """
     depth: dict[str, int] = {}
     ahead = list(subjects)
-    for number in range(_DEEPEST):
+    number = 0
+    while ahead:
         found: set[str] = set()
         for some in _slices(ahead):
             found |= index.direct(some)
             await turns.take(len(some))
-        if not found:
-            break
+        if number >= _DEEPEST:
+            found -= depth.keys()
         depth.update(dict.fromkeys(found, number))
         ahead = list(found)
+        number += 1
     levels: list[list[str]] = [[] for _ in range(max(depth.values(), default=-1) + 1)]
-    for key, number in depth.items():
-        levels[number].append(key)
-    return [level for level in levels if level]
+    for key, its in depth.items():
+        levels[its].append(key)
+    levels = [level for level in levels if level]
+    return levels * 2 if number > _DEEPEST else levels
 
 
 def _holdable(layer: Layer, namespace: str, keys: Iterable[str]) -> list[str]:
