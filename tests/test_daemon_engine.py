@@ -466,7 +466,7 @@ async def test_what_is_registered_while_one_layer_is_busted_goes_in_the_next(ind
 
 
 async def test_a_chain_may_be_of_any_length() -> None:
-    """Each link is fenced after the one before it, if it is long some of them twice."""
+    """Each link is fenced after the one before it."""
     told: list[str] = []
     engine = engine_over(Fenced(told))
     chain = [f"link/{number}" for number in range(70)]
@@ -474,9 +474,44 @@ async def test_a_chain_may_be_of_any_length() -> None:
         engine.register(key, [before])
     await busted(engine, "product")
     fences = [it.removeprefix("fence ") for it in told if it.startswith("fence")]
-    assert fences == chain * 2
+    assert fences == chain
     told.clear()
     assert (await engine.bust_dependents(["product"])).count >= 70
+
+
+async def test_what_hangs_off_a_circle_comes_after_it_and_all_comes_twice() -> None:
+    """In a circle nothing comes first: what was made of its last, while its first was gone, goes in the second turn."""
+    told: list[str] = []
+    engine = engine_over(Fenced(told))
+    for key, depends_on in {"a": ["product", "b"], "b": ["a"], "c": ["b"], "d": ["d", "product"]}.items():
+        engine.register(key, depends_on)
+    await busted(engine, "product")
+    fences = [it.removeprefix("fence ").split(",") for it in told if it.startswith("fence")]
+    order = [key for keys in fences for key in keys]
+    assert sorted(order) == ["a", "a", "b", "b", "c", "c", "d", "d"]
+    assert order.index("a") < order.index("b") < order.index("c")
+    assert fences[: len(fences) // 2] == fences[len(fences) // 2 :]
+
+
+async def test_left_overs_are_ended_once_though_several_busts_begin() -> None:
+    """And those that still cannot be ended stay for the next."""
+    told: list[str] = []
+    backend = Fenced(told)
+    engine = engine_over(backend)
+    [layer] = engine.layers
+    busts = [engine.bust(wish(f"p{number}", "hybrid", kind="prefix")) for number in range(2)]
+    for bust in busts:
+        await bust.visit(layer, "first")
+    backend.failing = True
+    for bust in busts:
+        await bust.abandon()
+    with pytest.raises(BackendFailure):
+        await busted(engine, "other")
+    backend.failing = False
+    told.clear()
+    await asyncio.gather(*(engine.bust(wish(f"q{number}")).visit(layer) for number in range(3)))
+    assert told.count("end 7") == 2 + 3
+    assert engine._open == {}
 
 
 async def test_a_bust_ends_though_somebody_registers_all_the_while() -> None:

@@ -16,7 +16,8 @@ import asyncio
 import json
 import logging
 import time
-from contextlib import aclosing
+from collections import Counter
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -317,11 +318,15 @@ class Engine:
 
     async def close_left_open(self, layer: Layer) -> None:
         """End what could not be ended before. Raises `BackendFailure` if it still cannot be."""
-        left = self._left_open.get(layer.name, [])
-        while left:
-            scope, newest, keys = left[0]
-            await layer.backend.end(scope, newest, named=newest > 0, keys=keys)  # only what nobody has begun again
-            left.pop(0)
+        left = self._left_open.pop(layer.name, [])  # nobody else is at it meanwhile
+        try:
+            while left:
+                scope, newest, keys = left[-1]
+                await layer.backend.end(scope, newest, named=newest > 0, keys=keys)  # only what nobody has begun again
+                left.pop()
+        finally:
+            if left:
+                self._left_open.setdefault(layer.name, []).extend(left)
 
     async def count(self, wish: Wish) -> dict[str, int]:
         """Tell for each layer how many entries the bust would remove or mark now, and change nothing.
@@ -537,9 +542,10 @@ class _Tally:
 @final
 @dataclass(slots=True)
 class _Begun:
-    """What was begun at a layer: since which generation, and what of the dependents was fenced by now."""
+    """What was begun at a layer: as which generations, first and last, and what of the dependents was fenced by now."""
 
     layer: Layer
+    first: int
     generation: int
     fenced: dict[str, None] = field(default_factory=dict)
 
@@ -605,8 +611,13 @@ class Bust:
             else:
                 await self._sweep(layer, generation, wide=self._wide)
             if self.wish.verify:
-                await self._verify(layer, generation)
+                # What readers made anew since then, behind the first fences, is held rightly.
+                await self._verify(layer, self._begun[layer.name].first)
             await self._end(layer)
+        except RefusedKey:
+            with suppress(BackendFailure):
+                await self._end(layer)
+            raise
         except BackendFailure:
             self._broken.add(layer.name)
             raise
@@ -707,10 +718,10 @@ class Bust:
         backend = layer.backend
         await self._engine.close_left_open(layer)
         generation = await backend.begin(self.scope, soft=self.wish.soft, wide=self._wide)
-        if not self.wish.soft:
+        if self._is_counted(layer):
             self._engine.opened(layer, self.scope, generation, again=begun is not None)
         if begun is None:
-            self._begun[layer.name] = _Begun(layer, generation)
+            self._begun[layer.name] = _Begun(layer, generation, generation)
         else:
             begun.generation = generation
         self._broken.discard(layer.name)
@@ -722,16 +733,20 @@ class Bust:
         """Have another generation, later than all that was read by now."""
         begun = self._begun[layer.name]
         begun.generation = await layer.backend.begin(self.scope, soft=self.wish.soft, wide=self._wide)
-        if not self.wish.soft:
+        if self._is_counted(layer):
             self._engine.opened(layer, self.scope, begun.generation, again=True)
         return begun.generation
 
     async def _end(self, layer: Layer) -> None:
         begun = self._begun.pop(layer.name)
-        if self.wish.soft:
-            await layer.backend.end(self.scope, begun.generation)
-        else:
+        if self._is_counted(layer):
             await self._engine.closed(layer, self.scope, begun.fenced)
+        else:
+            await layer.backend.end(self.scope, begun.generation)
+
+    def _is_counted(self, layer: Layer) -> bool:
+        """Whether readers miss at this layer what is begun, so that several busts may need the same fence."""
+        return layer.backend.traits.fences and not self.wish.soft
 
     async def _sweep(self, layer: Layer, generation: int, *, wide: bool) -> None:
         tally = _Tally()
@@ -888,7 +903,7 @@ class Bust:
         if keys and search.fenced is not None:
             backend, wish = search.layer.backend, self.wish
             begun = self._begun.get(search.layer.name)
-            if begun is not None and backend.traits.fences and not wish.soft:
+            if begun is not None and self._is_counted(search.layer):
                 for key in keys:
                     again = key in begun.fenced
                     begun.fenced[key] = None
@@ -966,26 +981,56 @@ class _Turns:
 async def _levels_of(index: Index, subjects: Sequence[str], turns: _Turns) -> list[list[str]]:
     """List what depends on any of `subjects`, also by way of others, each in a later level than all it is made of.
 
-    Among it is what is gone, if its links are kept. In a circle nothing comes first: what there is of it is told twice.
+    Among it is what is gone, if its links are kept. In a circle nothing comes first: all is told twice then.
     """
     depth: dict[str, int] = {}
     ahead = list(subjects)
-    number = 0
-    while ahead:
+    for number in range(_DEEPEST):
         found: set[str] = set()
         for some in _slices(ahead):
             found |= index.direct(some)
             await turns.take(len(some))
-        if number >= _DEEPEST:
-            found -= depth.keys()
         depth.update(dict.fromkeys(found, number))
         ahead = list(found)
-        number += 1
+        if not ahead:
+            break
+    else:
+        return await _levels_of_deep(index, ahead, depth, turns)
     levels: list[list[str]] = [[] for _ in range(max(depth.values(), default=-1) + 1)]
     for key, its in depth.items():
         levels[its].append(key)
-    levels = [level for level in levels if level]
-    return levels * 2 if number > _DEEPEST else levels
+    return [level for level in levels if level]
+
+
+async def _levels_of_deep(index: Index, ahead: Sequence[str], found: Iterable[str], turns: _Turns) -> list[list[str]]:
+    """Do the same where it is very deep or goes in a circle: one after the other, each once all before it are told."""
+    left = dict.fromkeys(found)
+    for some in index.walk(ahead, set()):
+        left.update(dict.fromkeys(some))
+        await turns.take(len(some))
+    before = Counter[str]()  # how many of those left each is made of
+    for key in left:
+        before.update(index.direct((key,)) - {key})
+        await turns.take(1)
+    levels: list[list[str]] = []
+    is_circle = False
+    ready = [key for key in left if not before[key]]
+    while left:
+        if not ready:
+            is_circle = True
+            ready = [next(iter(left))]
+        levels.append(ready)
+        for key in ready:
+            del left[key]
+        made: dict[str, None] = {}
+        for key in ready:
+            for other in index.direct((key,)) - {key}:
+                before[other] -= 1
+                if other in left and before[other] <= 0:
+                    made[other] = None
+            await turns.take(1)
+        ready = list(made)
+    return levels * 2 if is_circle else levels
 
 
 def _holdable(layer: Layer, namespace: str, keys: Iterable[str]) -> list[str]:
