@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -165,6 +166,24 @@ async def test_readers_are_live_at_once_and_told_of_what_comes() -> None:
     assert [name for name, _, _ in parsed(await anext(elsewhere))] == ["live"]
     assert parsed(await anext(elsewhere)) == [("", f"{events.epoch}-3", None)]  # so that it comes back from there
     assert repr(events) == f"Events({events.epoch}-3, 3 kept, 2 readers)"
+
+
+async def test_a_heartbeat_says_nothing_of_what_is_still_due() -> None:
+    """Where an event comes as the heartbeat is due, on a loop that was late: its id must not be told before it."""
+    events = Events(heartbeat=0.01)
+    reader = events.follow(EVERYTHING)
+    assert await due(reader) == [("live", "")]
+    waiting = asyncio.ensure_future(anext(reader))
+    await asyncio.sleep(0)
+    loop = asyncio.get_running_loop()
+
+    def late() -> None:
+        time.sleep(0.02)
+        loop.call_soon(events.tell, event("a"))  # runs before the timeout, in the same turn of the loop
+
+    loop.call_soon(late)
+    [(name, place, _)] = parsed(await waiting)
+    assert (name, place) == ("bust", f"{events.epoch}-1")
 
 
 async def test_who_comes_back_is_told_what_was_missed_before_being_live() -> None:

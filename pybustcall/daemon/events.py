@@ -459,7 +459,8 @@ class Reader:
                 async with asyncio.timeout(self._events.heartbeat):
                     await self._wake.wait()
             except TimeoutError:
-                return self._beat()
+                if not self._wake.is_set():  # on a loop that was late both can come in one turn
+                    return self._beat()
 
     def _reset(self) -> bytes:
         self._is_lost = False
