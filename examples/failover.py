@@ -193,8 +193,13 @@ async def play(show: Show, seconds: float) -> None:
     def left() -> bool:
         return client.statistics().failovers >= 1 and counts["1"] + counts["2"] >= enough
 
+    served_on_return: list[int] = []
+
     def returned() -> bool:
-        return client.statistics().failbacks >= 1 and client.topology().route == "star"
+        if client.statistics().failbacks < 1 or client.topology().route != "star":
+            return False
+        served_on_return.append(counts["H"])
+        return counts["H"] >= served_on_return[0] + enough
 
     def replayed() -> bool:
         return client.statistics().replayed == counts["deferred"] and not show.waiting

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
@@ -93,6 +93,14 @@ def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
         process.wait(PATIENCE)
         assert process.stdout is not None
         process.stdout.close()
+
+
+@pytest.fixture
+def start_brisk(start_daemon: StartDaemon, tmp_path: Path) -> StartDaemon:
+    """Start daemons whose heartbeat of events is short, for what waits for one."""
+    settings = tmp_path / "brisk.toml"
+    settings.write_text("[events]\nheartbeat = 0.1\n")
+    return partial(start_daemon, "--config", str(settings))
 
 
 @pytest.fixture

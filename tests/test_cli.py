@@ -447,9 +447,9 @@ def test_a_daemon_without_the_capability_is_told(fake: FakeDaemon) -> None:
 @pytest.mark.requirement("INT-01")
 @pytest.mark.requirement("INT-02")
 @pytest.mark.requirement("RES-12")
-def test_a_daemon_is_checked_for_conformance(start_daemon: StartDaemon) -> None:
+def test_a_daemon_is_checked_for_conformance(start_brisk: StartDaemon) -> None:
     """One line a check; exit code 0 if none failed; with --strict also what only daemons of ours must do."""
-    url = start_daemon().url
+    url = start_brisk().url
     code, out, err = call("conformance", url)
     *lines, last = out.splitlines()
     assert (code, err) == (0, "")
@@ -498,10 +498,10 @@ def test_a_daemon_that_goes_while_it_is_checked_is_told_check_by_check(fake: Fak
 
 
 def test_a_daemon_with_a_token_is_checked_with_it(
-    start_daemon: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start_brisk: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From a file or the environment, as everywhere."""
-    daemon = start_daemon(env={"BUSTCALL_TOKEN": "s3cret"})
+    daemon = start_brisk(env={"BUSTCALL_TOKEN": "s3cret"})
     code, out, err = call("conformance", daemon.url)
     assert (code, err) == (1, "each failure is a 401: the daemon wants a token (--token-file or BUSTCALL_TOKEN)\n")
     assert re.search(r"^\d+ passed, \d+ failed, \d+ skipped$", out.splitlines()[-1])

@@ -49,7 +49,7 @@ def test_show_tells_who_served(show: Ended) -> None:
     """The strip begins with the hub, and shows a peer and the outbox."""
     strip = re.search(r"^who served: (.*)$", show.output, re.MULTILINE)
     assert strip is not None
-    assert re.search(r"^H+.*[12].*H.*o", strip[1])
+    assert re.search(r"^H+.*[12].*H.*o", strip[1]), strip[1]
 
 
 def test_show_says_that_times_are_short(show: Ended) -> None:

@@ -61,7 +61,7 @@ async def test_a_sweep_is_finished_after_a_kill_at_any_step(
     with process, ended(process):
         assert process.stdout is not None
         url = json.loads(await asyncio.to_thread(process.stdout.readline))["url"]
-        asked = {"target": "pages", "kind": "prefix", "strategy": strategy, "reason": "a new design"}
+        asked = {"target": "pages", "kind": "prefix", "strategy": strategy, "reason": "a new design", "settle": 0.1}
         async with aiohttp.ClientSession() as session:
             try:
                 async with session.post(f"{url}/api/v1/bust", json=asked) as response:
