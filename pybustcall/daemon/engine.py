@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, final
@@ -253,7 +254,7 @@ class Engine:
             if wish.kind == "key":
                 if index is None or not index.dependents(wish.target):
                     raise
-            elif index is None or not index.subjects_under(wish.target):
+            elif index is None or not index.subjects_under(wish.target, limit=1):
                 # `a/` is no path of a file and covers some, and `..` covers `..:a`: what is below may be sound.
                 self.check_key(wish.namespace, wish.target + ":")
 
@@ -921,7 +922,7 @@ class Bust:
         named, _ = await self._look_up()
         if (index := self._index) is None:
             return []
-        subjects = dict.fromkeys([*self._subjects(index, named), *self._members])
+        subjects = dict.fromkeys([*await self._subjects(index, named), *self._members])
         levels = await _levels_of(index, list(subjects), self._turns)
         self.also.update((key, None) for level in levels for key in level)
         return levels
@@ -943,20 +944,29 @@ class Bust:
                 named: list[str] = []
                 subjects: list[str] = []
                 if (index := self._index) is not None:
-                    named = index.tagged(self.wish.target) if self.wish.kind == "tag" else []
+                    if self.wish.kind == "tag":
+                        named = await self._all_of(partial(index.tagged, self.wish.target))
                     self.also.update(dict.fromkeys(named))
-                    subjects = self._subjects(index, named) if self._wide else []
+                    subjects = await self._subjects(index, named) if self._wide else []
                 known, before = self._known
                 found = await self._walk(subjects, set())
                 self._looked_up = (list(dict.fromkeys([*known, *named])), list(dict.fromkeys([*before, *found])))
             return self._looked_up
 
-    def _subjects(self, index: Index, named: list[str]) -> list[str]:
+    async def _all_of(self, look: Callable[..., list[str]]) -> list[str]:
+        """List all that is found by looking again and again, behind the last of what was found."""
+        found: list[str] = []
+        while some := look(after=found[-1] if found else None, limit=SLICE):
+            found += some
+            await self._turns.take(len(some))
+        return found
+
+    async def _subjects(self, index: Index, named: list[str]) -> list[str]:
         match self.wish.kind:
             case "key":
                 return [self.wish.target]
             case "prefix":
-                return index.subjects_under(self.wish.target)
+                return await self._all_of(partial(index.subjects_under, self.wish.target))
             case "tag":
                 return named
             case "all":

@@ -562,9 +562,9 @@ class Index:
         """List the names that entries depend on, also by way of what is gone, in order; they need be no entries."""
         return self._needed(self._dependents, self._passed())
 
-    def subjects_under(self, prefix: str) -> list[str]:
-        """List those of the `subjects` that `prefix` covers, in order."""
-        return self._needed(_covered(self._dependents, prefix), self._passed())
+    def subjects_under(self, prefix: str, *, after: str | None = None, limit: int | None = None) -> list[str]:
+        """List those of the `subjects` that `prefix` covers, in order, behind `after`, at most `limit` of them."""
+        return self._needed(_covered(self._dependents, prefix, after), self._passed(), limit)
 
     # What is over and still there
 
@@ -586,12 +586,12 @@ class Index:
             gone |= {key for key in keys - gone if _is_over(self._entries[key], now)}
         return gone
 
-    def _needed(self, names: Iterable[str], now: float | None) -> list[str]:
-        """List those of the names that entries depend on."""
-        if now is None and not self._loose:
-            return list(names)
-        at = -math.inf if now is None else now
-        return [name for name in names if not self._without_use(name, at)]
+    def _needed(self, names: Iterable[str], now: float | None, limit: int | None = None) -> list[str]:
+        """List those of the names that entries depend on, at most `limit` of them."""
+        if now is not None or self._loose:
+            at = -math.inf if now is None else now
+            names = (name for name in names if not self._without_use(name, at))
+        return list(islice(names, limit))
 
 
 def _is_over(entry: Entry, now: float) -> bool:
