@@ -28,11 +28,13 @@ from pybustcall.errors import (
     ProtocolViolation,
     SlotTimeout,
 )
+from pybustcall.events import BustEvent, EventStream, Reset
 from pybustcall.faults import Band, Fault, FaultKind, Oversight
 from pybustcall.fleet import DaemonView, FleetView
 from pybustcall.hotswap import Dependency, Resolution, Swap, SwapResult
 from pybustcall.jobs import BustJob
 from pybustcall.models import CapabilityDocument, DaemonStatus, Requirements, Timestamp
+from pybustcall.near_cache import NearCache, NearCacheStatistics
 from pybustcall.outbox import Outbox, OutboxCounts, OutboxRow, RowState, StoredBust
 from pybustcall.policies import Breaker, BreakerState, Budget, Failback, Hedge, Pool, Probes, Retry
 from pybustcall.results import Attempt, BustReport, BustResult, Delivery, LayerResult
@@ -66,6 +68,7 @@ __all__ = [
     "BreakerState",
     "Budget",
     "BustDeferred",
+    "BustEvent",
     "BustFailed",
     "BustJob",
     "BustRejected",
@@ -87,6 +90,7 @@ __all__ = [
     "Delivery",
     "Dependency",
     "Event",
+    "EventStream",
     "Failback",
     "FailedBack",
     "FailedOver",
@@ -100,6 +104,8 @@ __all__ = [
     "InvalidRequest",
     "InvalidVersion",
     "LayerResult",
+    "NearCache",
+    "NearCacheStatistics",
     "NotAllowed",
     "Outbox",
     "OutboxCounts",
@@ -114,6 +120,7 @@ __all__ = [
     "ProtocolViolation",
     "ReplayReport",
     "Requirements",
+    "Reset",
     "Resolution",
     "Retry",
     "Route",

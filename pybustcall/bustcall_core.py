@@ -20,7 +20,7 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, fields
 from enum import Enum
 from functools import partial
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, f
 import aiohttp
 from pydantic import BaseModel
 
+from pybustcall.attached import Nearby
 from pybustcall.background import Courier, Prober, ReplayReport
 from pybustcall.capabilities import Agreement, DaemonCapabilities, advertisement, check_requirements
 from pybustcall.config import settings_from_env, settings_from_toml
@@ -36,6 +37,7 @@ from pybustcall.daemon_client import MAX_REPLY_BYTES, DaemonClient
 from pybustcall.delivery import Delivered, Deliverer, DeliveryMode, Job
 from pybustcall.dispatcher import dispatch, reap
 from pybustcall.errors import ConfigurationError, DaemonsUnavailable, DeadlineExceeded, InvalidRequest, OutboxError
+from pybustcall.events import BustEvent, EventStream, Feed, Following, Wanted
 from pybustcall.faults import (
     AttemptFailed,
     Band,
@@ -65,6 +67,7 @@ from pybustcall.hotswap import (
 )
 from pybustcall.jobs import BustJob, doubt_job, doubt_jobs, job_path, jobs_path
 from pybustcall.models import (
+    DEFAULT_NAMESPACE,
     DEFAULT_STRATEGY,
     DEFAULT_TOLERANCE,
     EVERYTHING,
@@ -83,8 +86,10 @@ from pybustcall.models import (
     ResolveReply,
     ResolveRequest,
     bust_request,
+    check_namespace,
     redact,
 )
+from pybustcall.near_cache import NearCache, NearCacheStatistics
 from pybustcall.needs import needs_of, phrase_of, widened
 from pybustcall.negotiation import Negotiator
 from pybustcall.outbox import Outbox, OutboxCounts, OutboxRow, OutboxStore
@@ -96,8 +101,10 @@ from pybustcall.telemetry import BreakerMoved, Event, FailedBack, FailedOver, Ho
 from pybustcall.topology import DEFAULT_URL, DaemonAddress, Route, Topology
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable
     from types import TracebackType
 
+    from pybustcall.attached import Drop
     from pybustcall.config import Settings
     from pybustcall.dispatcher import Ask
     from pybustcall.models import JobState, Kind
@@ -167,6 +174,7 @@ class ClientStatistics:
     - `accepted`: busts that daemons keep as jobs, since they are not applied everywhere yet
     - `deferred`, `replayed`, `refused`: busts stored in the outbox, delivered out of it, and set aside there
     - `events_dropped`: events that slow hooks were not told
+    - `near`: of each of its near caches
     """
 
     pool: PoolStatistics
@@ -186,6 +194,7 @@ class ClientStatistics:
     refused: int = 0
     events_dropped: int = 0
     accepted: int = 0
+    near: tuple[NearCacheStatistics, ...] = ()
 
 
 @final
@@ -206,6 +215,11 @@ class _Runtime:
             wake=self._wake_prober,
         )
         self.negotiator: Negotiator[DaemonClient] = Negotiator(core.daemons, core.agreements, judge=self.fleet.judge)
+        self._near = core.near
+        self.following = Following(
+            [(daemon.url, partial(_open_stream, self.negotiator, daemon)) for daemon in core.daemons],
+            random=random.random,
+        )
         self._prober = Prober(self.fleet, partial(_probe, self.negotiator, core.policies.probes))
         owner = f"{os.getpid()}-{secrets.token_hex(8)}"
         self.deliverer: Deliverer[DaemonClient] = Deliverer(
@@ -233,19 +247,31 @@ class _Runtime:
                 counts=self.fleet.counts,
             )
 
+    @property
+    def is_here(self) -> bool:
+        """Whether it belongs to the event loop that runs here."""
+        try:
+            return asyncio.get_running_loop() is self.loop
+        except RuntimeError:
+            return False
+
     def start(self) -> None:
         """Begin what goes on in the background, if that was not done before."""
         self._prober.start()
         if self.courier is not None:
             self.courier.start()
+        self._near.serve(self.following.shared)
 
     async def aclose(self) -> None:
         """End it, and wait for that."""
         try:
             try:
-                await self._prober.aclose()
+                await self.following.aclose()
             finally:
-                await self.negotiator.aclose()
+                try:
+                    await self._prober.aclose()
+                finally:
+                    await self.negotiator.aclose()
         finally:
             if self.courier is not None:
                 await self.courier.aclose()
@@ -256,6 +282,7 @@ class _Runtime:
         """End it from wherever the client was dropped, without waiting."""
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self._prober.cancel)
+            self.loop.call_soon_threadsafe(self.following.cancel)
             self.loop.call_soon_threadsafe(self.negotiator.cancel)
             if self.courier is not None:
                 self.loop.call_soon_threadsafe(self.courier.cancel)
@@ -337,6 +364,7 @@ class _Core:
         self.hooks = Hooks()
         self.digest = _Digest()
         self.past: Counter[str] = Counter()
+        self.near = Nearby()
         self._client_id = client_id
         self._origin = secrets.token_hex(8)
         self.store = OutboxStore(outbox, on_event=self._outbox_set_aside) if outbox is not None else None
@@ -418,6 +446,19 @@ async def _send(
     sent = key if known is None or known.supports(_IDEMPOTENT) else None
     bust = partial(daemon.bust, request, key=sent, until=until, deadline=deadline, started=start)
     return await negotiator.send(daemon, bust, until=until, deadline=deadline)
+
+
+@asynccontextmanager
+async def _open_stream(
+    negotiator: Negotiator[DaemonClient], daemon: DaemonClient, path: str, /, *, after: str | None, until: float
+) -> AsyncIterator[Callable[[], Awaitable[bytes]]]:
+    """Open a daemon's stream of events, which may want to know first what we can do."""
+    async with AsyncExitStack() as opened:
+
+        async def begin() -> Callable[[], Awaitable[bytes]]:
+            return await opened.enter_async_context(daemon.follow(path, after=after, until=until))
+
+        yield await negotiator.send(daemon, begin, until=until, deadline=until)
 
 
 async def _probe(negotiator: Negotiator[DaemonClient], probes: Probes | None, index: int) -> Fault | None:
@@ -1060,30 +1101,129 @@ class BustcallClient:
         daemons = core.daemons if daemon is None else (_find(core, daemon),)
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        async with core.sessions.call():
-            runtime = core.runtime()
-            runtime.negotiator.look_again()
-            receipt, causes = await at_one(
-                runtime.negotiator.asking(
-                    "cache.hotswap",
-                    "/api/v1/hotswap",
-                    request,
-                    HotSwapReply,
-                    key=key,
-                    doubt=partial(doubt_swap, request),
-                ),
-                daemons,
-                client_id=core.client_id,
-                deadline=begun + seconds,
-                retry=self._options.retry,
-                random=random.random,
-            )
+        try:
+            async with core.sessions.call():
+                runtime = core.runtime()
+                runtime.negotiator.look_again()
+                receipt, causes = await at_one(
+                    runtime.negotiator.asking(
+                        "cache.hotswap",
+                        "/api/v1/hotswap",
+                        request,
+                        HotSwapReply,
+                        key=key,
+                        doubt=partial(doubt_swap, request),
+                    ),
+                    daemons,
+                    client_id=core.client_id,
+                    deadline=begun + seconds,
+                    retry=self._options.retry,
+                    random=random.random,
+                )
+        finally:
+            core.near.forget("a hot swap: what was made with the old versions is known to the daemon alone")
         elapsed = loop.time() - begun
         if receipt.reply is None or receipt.daemon is None:
             what = f"the hot swap of {', '.join(item.name for item in request.swaps[:3])}"
             repeat = f"Ask that daemon again, with idempotency_key={key!r}: it tells what the swap came to, or does it."
             raise failure(what, receipt.ending, causes, elapsed, changes=True, repeat=repeat) from receipt.error
         return SwapResult.of(request, receipt.reply, receipt.daemon.url, causes, elapsed, key)
+
+    def events(
+        self,
+        *,
+        prefix: str | Iterable[str] = (),
+        tags: str | Iterable[str] = (),
+        namespace: str | None = None,
+        daemon: str | None = None,
+    ) -> EventStream:
+        """Follow what the daemons bust: iterate over it, with `async for`, inside of its `async with` block.
+
+        - `prefix`, `tags`: up to 100 of each; only what could concern keys below one of the prefixes, or entries with
+          one of the tags; neither: everything
+        - `namespace`: whose entries; None for "default"
+        - `daemon`: follow this one (one of the URLs) only; None: each of them, since each tells only what it did
+
+        Connections that break, or are silent for three heartbeats, are made anew, and go on where they were; where that
+        cannot be, a `Reset` says so. They take no slot of the pool. Raises `InvalidRequest` for arguments that cannot
+        be; what else can be wrong is raised by iterating.
+        """
+        wanted = Wanted.of(namespace, prefix, tags)
+        core = self._enabled("following the events")
+        url = None if daemon is None else _find(core, daemon).url
+
+        return EventStream(partial(self._follow, wanted, url))
+
+    def near_cache(
+        self,
+        *,
+        ttl: float | None,
+        maxsize: int = 10_000,
+        namespace: str | None = None,
+        grace: float | None = None,
+        delivery: DeliveryMode | None = None,
+    ) -> NearCache:
+        """Make a cache inside of this process, from which the daemons' busts drop what they concern.
+
+        - `ttl`: seconds that a value is served at most, counted from when its loading began; None for no limit
+        - `maxsize`: how many values are held; beyond it the one goes that was not asked for longest
+        - `namespace`: whose values; None for "default"
+        - `grace`: seconds for which values are served that were trusted when a connection broke, from when it was heard
+          last; None for three heartbeats of the daemon, 15 s by default. 0: not any more as soon as that is known
+        - `delivery`: by how many daemons the busts of all who write are acknowledged at least; None: as this client's
+          are. With "first" each daemon must be followed, with "quorum" half of them, with "all" one
+
+        Nothing is served, and nothing held, while the daemons are not followed: each value is then loaded, once for all
+        who ask at a time. What this client busts itself is dropped before `bust` returns, in the loop of the call. The
+        cache follows the daemons from its first call on, until it is dropped or the client is closed. Raises
+        `ConfigurationError` or `InvalidRequest` for a setting that cannot be used.
+        """
+        mode = self._options.delivery if delivery is None else _check_mode(delivery)
+        core = self._core
+        if core is None:
+            return NearCache(None, maxsize=maxsize, ttl=ttl, namespace=namespace, grace=grace, needed=1)
+
+        needed = _needed(len(core.daemons), mode)
+        cache = NearCache(self._follow_all, maxsize=maxsize, ttl=ttl, namespace=namespace, grace=grace, needed=needed)
+        core.near.add(cache)
+        return cache
+
+    def attach(
+        self,
+        cache: object,
+        *,
+        key: Callable[[Any], object] | None = None,
+        tags: Callable[[Any], Iterable[str]] | None = None,
+        drop: Drop | None = None,
+        namespace: str | None = None,
+    ) -> Callable[[], None]:
+        """Have busts reach a cache that is none of ours, as long as the application holds it; return what ends that.
+
+        - `cache`: a mapping with `pop` and `clear` (all caches of cachetools, a subclass of dict), a function with
+          `cache_clear` (of functools, which each bust clears), or a callable that is given each `BustEvent` or `Reset`.
+          It is held weakly: a bound method as long as its object
+        - `key`: tells, for a key of the cache, the key by which it is busted, or several, or None for what is no part
+          of this; by default they are the same
+        - `tags`: tells, for a key of the cache, the tags of its entry; without it, a bust of any tag clears the cache
+        - `drop`: what to call instead, with the cache and each `BustEvent` or `Reset`, which means everything
+        - `namespace`: whose values; None for "default"
+
+        A foreign cache cannot be bypassed: it is cleared when the daemons are not followed any more, and again when
+        they are, and what is put into it late, or meanwhile, may be old. It follows them while the client is in use in
+        an event loop, from whose thread it is called. Each event takes a look through all keys. Raises
+        `ConfigurationError` for what cannot be held weakly, and where `key`, `tags` or `drop` would hold the cache.
+        """
+        meant = DEFAULT_NAMESPACE if namespace is None else check_namespace(namespace)
+        core = self._core
+        if core is None:
+            return Nearby().attachments(meant, 1).attach(cache, key, tags, drop)
+        attachments = core.near.attachments(meant, _needed(len(core.daemons), self._options.delivery))
+        end = attachments.attach(cache, key, tags, drop)
+        if not attachments.is_served:
+            for runtime in core.runtimes():
+                if runtime.is_here:
+                    runtime.start()
+        return end
 
     async def warm_up(self, connections: int = 1) -> dict[str, Fault | None]:
         """Open connections to every daemon ahead of the first bust; tell for each what went wrong, or None.
@@ -1122,6 +1262,7 @@ class BustcallClient:
         return ClientStatistics(
             self._core.sessions.statistics(),
             events_dropped=self._core.hooks.dropped,
+            near=self._core.near.statistics(),
             **{name: count for name, count in counts.items() if name in known},
         )
 
@@ -1297,10 +1438,15 @@ class BustcallClient:
             reveal=reveal,
             wider=wider,
         )
-        async with self._core.sessions.call():
-            runtime = self._core.runtime()
-            runtime.negotiator.look_again()
-            return await runtime.deliverer.bust(job)
+        try:
+            async with self._core.sessions.call():
+                runtime = self._core.runtime()
+                runtime.negotiator.look_again()
+                return await runtime.deliverer.bust(job)
+        finally:
+            # Whatever came of it: what was loaded until now may be of before, and whoever busts reads what he wrote.
+            if not request.dry_run and not self._core.near.is_empty:
+                self._core.near.busted(_event_of(request))
 
     async def _use(
         self,
@@ -1326,6 +1472,18 @@ class BustcallClient:
                 return _Told(await asking(asked, until=until, deadline=deadline, started=started), asked.url)
 
             return await self._ask(core, ask, using.what, daemon, timeout, changes=using.changes)
+
+    async def _follow(self, wanted: Wanted, daemon: str | None = None, /) -> Feed:
+        """Begin a feed in the running loop."""
+        core = self._enabled("following the events")
+        async with core.sessions.call():
+            return core.runtime().following.begin(wanted, daemon)
+
+    async def _follow_all(self, namespace: str, /) -> Feed:
+        """Tell the feed of a whole namespace in the running loop."""
+        core = self._enabled("following the events")
+        async with core.sessions.call():
+            return core.runtime().following.shared(namespace)
 
     def _enabled(self, what: str) -> _Core:
         if self._core is None:
@@ -1366,6 +1524,23 @@ class BustcallClient:
             return check_seconds(timeout, "timeout")
         except ConfigurationError as error:
             raise InvalidRequest(f"{error}; nothing was sent", field="timeout") from None
+
+
+def _event_of(request: BustRequest) -> BustEvent:
+    """Tell a bust of this client as an event."""
+    return BustEvent(
+        namespace=DEFAULT_NAMESPACE if request.namespace is None else request.namespace,
+        kind=request.kind,
+        target=request.target,
+        soft=request.soft,
+        strategy=request.strategy,
+    )
+
+
+def _needed(daemons: int, mode: DeliveryMode) -> int:
+    """Tell how many daemons must be followed, so that no bust is acknowledged by the others alone."""
+    acknowledging = {"first": 1, "quorum": daemons // 2 + 1, "all": daemons}[mode]
+    return daemons - acknowledging + 1
 
 
 async def _close(core: _Core) -> None:

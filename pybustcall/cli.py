@@ -39,6 +39,7 @@ from pybustcall.errors import (
     DeadlineExceeded,
     InvalidRequest,
 )
+from pybustcall.events import BustEvent, Reset
 from pybustcall.faults import FaultKind, check_tolerance, raises
 from pybustcall.hotswap import Swap
 from pybustcall.jobs import MAX_JOBS, BustJob
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from pybustcall.capabilities import DaemonCapabilities
     from pybustcall.daemon.configuration import Configuration, Finding
     from pybustcall.daemon.engine import Layer
+    from pybustcall.events import EventStream
     from pybustcall.hotswap import Dependency, Resolution, SwapResult
     from pybustcall.models import Access, CapabilityDocument, DaemonStatus, Kind
 
@@ -73,6 +75,8 @@ _USAGE: Final = 2
 _UNAVAILABLE: Final = 3
 _CANNOT_START: Final = 4
 _INTERRUPTED: Final = 130
+
+_PATIENCE: Final = 2.0  # seconds after which it is told that a stream of events is waited for
 
 _T = TypeVar("_T")
 
@@ -868,6 +872,54 @@ def _job_dict(job: BustJob) -> dict[str, Any]:
         "at": str(job.at),
         "ended": None if job.ended is None else str(job.ended),
     }
+
+
+@cli.command()
+@click.option("--prefix", "prefixes", multiple=True, help="Only what concerns keys below it; repeat it for more.")
+@click.option("--tag", "tags", multiple=True, help="Only what concerns entries with it; repeat it for more.")
+@click.option("--namespace", metavar="NS", help="Whose entries; the daemon's default one if not given.")
+@_daemon_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each bust.")
+@_asking_options
+def watch(
+    client: BustcallClient,
+    prefixes: tuple[str, ...],
+    tags: tuple[str, ...],
+    namespace: str | None,
+    daemon: str | None,
+    as_json: bool,
+) -> int:
+    """Print what the daemons bust, as it happens, until Ctrl-C."""
+
+    async def call() -> int:
+        async with client.events(prefix=prefixes, tags=tags, namespace=namespace, daemon=daemon) as events:
+            await _tell_events(events, as_json=as_json)
+        return 0
+
+    return _run(_use(client, call, lambda _: [], lambda _: [], as_json=as_json))
+
+
+async def _tell_events(events: EventStream, *, as_json: bool) -> None:
+    """Print events, and say if they do not come at first."""
+    try:
+        await events.wait_live(_PATIENCE)
+    except TimeoutError:
+        click.echo(_printable(f"waiting: {events.reason}"), err=True)
+    async for event in events:
+        if as_json:
+            name = "bust" if isinstance(event, BustEvent) else "reset"
+            click.echo(json.dumps({"event": name, **asdict(event)}))
+        else:
+            click.echo(_printable(_event_line(event)))
+
+
+def _event_line(event: BustEvent | Reset) -> str:
+    if isinstance(event, Reset):
+        return f"reset by {event.daemon}: {event.reason}"
+    done = "marked stale" if event.soft else "busted"
+    also = f", and with it {', '.join(map(repr, event.also))}" if event.also else ""
+    what = f"{event.kind} {event.target!r} ({event.namespace}, {event.strategy})"
+    return f"{done} {what}{also}, told by {event.daemon} as {event.id}"
 
 
 @cli.group()

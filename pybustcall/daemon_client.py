@@ -15,9 +15,10 @@ import os
 import re
 import socket
 import ssl
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
+from functools import partial
 from time import time
 from typing import TYPE_CHECKING, Final, TypeVar, final
 from urllib.parse import quote, quote_plus
@@ -41,7 +42,7 @@ from pybustcall.models import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 
     from pybustcall.errors import Applied
     from pybustcall.models import BustRequest, LayerReply
@@ -70,6 +71,7 @@ _NO_ROOM: Final = 507  # by our daemon, which changes nothing then
 _CANCELLED: Final = "urn:bustcall:problem:cancelled"  # a bust that was under way
 _NO_SUCH_JOB: Final = "urn:bustcall:problem:no-such-job"
 _JSON: Final = "application/json"
+_STREAM: Final = "text/event-stream"
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -245,6 +247,73 @@ class DaemonClient:
             answer = await self._exchange(method, path, until, deadline, body=body, key=key, started=started)
             self._expect_success(answer)
             return self._read(reply, answer)
+
+    @asynccontextmanager
+    async def follow(
+        self, path: str, *, after: str | None, until: float
+    ) -> AsyncIterator[Callable[[], Awaitable[bytes]]]:
+        """Open a stream of events; tell what reads the next bytes of it, and none at its end.
+
+        - `after`: the id of the event that was read last, or None
+        - `until`: when opening it is given up; reading takes as long as it takes
+
+        It takes no slot of the pool, and is closed at the end of the block.
+        """
+        with self._redacting():
+            async with self._sessions.stream(self.address) as lease:
+                response = await self._begin_stream(lease, path, after, until)
+                try:
+                    await self._check_stream(response, until)
+                    yield partial(self._read_on, response)
+                finally:
+                    response.close()
+
+    async def _begin_stream(self, lease: Lease, path: str, after: str | None, until: float) -> aiohttp.ClientResponse:
+        headers = {**self._headers, "Accept": f"{_STREAM}, application/problem+json"}
+        if after is not None:
+            headers["Last-Event-ID"] = after
+        try:
+            async with asyncio.timeout_at(until):
+                return await lease.session.get(
+                    lease.url(path),
+                    headers=headers,
+                    allow_redirects=False,
+                    raise_for_status=False,
+                    timeout=self._sessions.request_timeout,
+                )
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            connected = lease.exchange.connected if lease.notes else not _before_sending(error)
+            kind, message = _classify(error, connected=connected)
+            failed = self._failed(kind, message, "no")
+            if not isinstance(error, aiohttp.ClientResponseError):
+                raise failed from error
+        raise failed  # outside, since such an error holds the request's headers, as in `_exchange`
+
+    async def _check_stream(self, response: aiohttp.ClientResponse, until: float) -> None:
+        """Raise `AttemptFailed` unless what answers is a stream of events."""
+        self._heard(self.url, response.headers.get(_DIGEST_HEADER))
+        answer = _Answer(
+            status=response.status,
+            content_type=response.headers.get("Content-Type", ""),
+            retry_after=_seconds(response.headers.get("Retry-After")),
+            body=b"",
+        )
+        if response.status == 200 and response.content_type == _STREAM:
+            return
+        if response.status != 200:
+            with suppress(aiohttp.ClientError, TimeoutError, OSError):  # what it says beyond its status is not needed
+                async with asyncio.timeout_at(until):
+                    answer = replace(answer, body=await _read_bounded(response, _MAX_PROBLEM_BYTES, truncate=True))
+            self._expect_success(answer)
+        told = f"its answer is {response.content_type or 'untyped'}, and no stream of events"
+        raise self._failed(FaultKind.MALFORMED, told, "no", answer)
+
+    async def _read_on(self, response: aiohttp.ClientResponse) -> bytes:
+        try:
+            return await response.content.readany()
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            kind, message = _classify(error, connected=True)
+            raise self._failed(kind, message, "no") from error
 
     def _document_of(self, answer: _Answer) -> DaemonCapabilities:
         self._expect_success(answer)

@@ -279,6 +279,7 @@ class _LoopState:
         self.forget = forget
         self.gate = _Gate(pool)
         self.sessions: dict[str, _Pooled] = {}
+        self.streams: dict[str, _Pooled] = {}  # apart: a session whose connections are stale waits for its leases
         self.retired: set[_Pooled] = set()
         self.calls = 0
         self.refreshed = 0
@@ -310,8 +311,9 @@ class _LoopState:
         if self.companion is not None:
             yield self.companion.aclose()
         self.closed = True
-        while self.sessions or self.retired:
-            pooled = self.sessions.popitem()[1] if self.sessions else self.retired.pop()
+        while self.sessions or self.streams or self.retired:
+            table = self.sessions or self.streams
+            pooled = table.popitem()[1] if table else self.retired.pop()
             yield pooled.session.close()
         if left := self.cleanup | self.adopted:
             yield asyncio.wait(left)
@@ -433,7 +435,7 @@ class SessionManager:
     @property
     def is_open(self) -> bool:
         """Whether sessions are open that nobody has closed, nor can any more once the manager is dropped."""
-        return any(state.sessions and not state.loop.is_closed() for state in self._snapshot())
+        return any((state.sessions or state.streams) and not state.loop.is_closed() for state in self._snapshot())
 
     @asynccontextmanager
     async def call(self) -> AsyncIterator[None]:
@@ -469,7 +471,7 @@ class SessionManager:
             ticket.waited = True
             raise
         try:
-            pooled = self._pooled(state, address)
+            pooled = self._pooled(state, address, state.sessions)
             pooled.leases += 1
             lease = Lease(address, pooled.session, notes=self._given is None)
             token = _EXCHANGE.set(lease.exchange)
@@ -490,6 +492,25 @@ class SessionManager:
                     state.spawn(pooled.session.close())
         finally:
             state.gate.release(address.url)
+
+    @asynccontextmanager
+    async def stream(self, address: DaemonAddress) -> AsyncIterator[Lease]:
+        """Lend a session for a request whose answer goes on, such as a stream of events, without taking a slot.
+
+        Its connection is closed at the end of the block, and with the sessions. Raises `ClientClosed` once these are.
+        """
+        state = await self._state()
+        pooled = self._pooled(state, address, state.streams)
+        lease = Lease(address, pooled.session, notes=self._given is None)
+        token = _EXCHANGE.set(lease.exchange)
+        try:
+            yield lease
+        except (aiohttp.ClientError, OSError) as error:
+            if not state.closed:
+                raise
+            raise ClientClosed(_CUT_OFF, daemon=address.url) from error
+        finally:
+            _EXCHANGE.reset(token)
 
     def adopt(self, task: asyncio.Task[object], linger: float) -> None:
         """Own a task that outlives its call: cancel it after `linger` seconds, and wait for it when closing."""
@@ -530,7 +551,7 @@ class SessionManager:
             granted=self._past.granted + sum(state.gate.granted for state in states),
             timed_out=self._past.timed_out + sum(state.gate.timed_out for state in states),
             refreshed=self._past.refreshed + sum(state.refreshed for state in states),
-            sessions=sum(len(state.sessions) for state in states),
+            sessions=sum(len(state.sessions) + len(state.streams) for state in states),
             daemons=daemons,
         )
 
@@ -608,14 +629,14 @@ class SessionManager:
         with self._lock:
             return list(self._states.values())
 
-    def _pooled(self, state: _LoopState, address: DaemonAddress) -> _Pooled:
+    def _pooled(self, state: _LoopState, address: DaemonAddress, table: dict[str, _Pooled]) -> _Pooled:
         if state.closed:
             raise ClientClosed(_CUT_OFF, daemon=address.url)
         if self._given is not None:
             return self._borrowed(state, self._given)
-        pooled = state.sessions.get(address.url)
+        pooled = table.get(address.url)
         if pooled is None:
-            pooled = state.sessions[address.url] = _Pooled(self._open(address))
+            pooled = table[address.url] = _Pooled(self._open(address))
         return pooled
 
     def _borrowed(self, state: _LoopState, session: aiohttp.ClientSession) -> _Pooled:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from multidict import MultiMapping
 
 from pybustcall import ConfigurationError
 from pybustcall.capabilities import advertisement
 from pybustcall.daemon import DaemonSettings, Indexes, MemoryBackend, create_app
+from pybustcall.daemon.events import BustEvent, Interest
 from pybustcall.models import DependencyReply, LayerReply, cache_key_of
 from pybustcall.testing import (
     CHECKS,
@@ -39,6 +42,7 @@ pytestmark = [pytest.mark.requirement("RES-12"), pytest.mark.requirement("RES-02
 
 IDEMPOTENT = "cache.bust.idempotent"
 JOBS = "cache.bust.jobs"
+STREAM = "events.stream"
 OF_BUSTS = tuple(
     f"cache.bust.{name}" for name in ("prefix", "tag", "all", "soft", "namespace", "dry_run", "verify", "settle")
 )
@@ -54,6 +58,7 @@ EVERYTHING = (
     "daemon.negotiate",
 )
 OF_KEYS = [check.name for check in CHECKS if check.needs == (IDEMPOTENT,) and not check.any_of]
+OF_EVENTS = [check.name for check in CHECKS if STREAM in check.needs]
 OF_DOCUMENTS = [
     "has a sound capability document",
     "tells by its ETag that its document is unchanged",
@@ -91,8 +96,23 @@ NO_JOB = "answers 404 to jobs that it does not know"
 CANCELS = "cancels jobs, once"
 OVER_STAYS = "leaves jobs that are over as they are"
 JOB_OF_A_KEY = "keeps the job of a key for its repeats"
+TELLS = "tells of busts in a stream, from when it says that it is live"
+IN_ORDER = "tells busts in their order, under ids that rise"
+AS_ASKED = "tells in an event what was asked of the bust"
+COMES_BACK = "tells who comes back exactly what was missed"
+RESETS = "has a reader forget who comes back with an id that it does not know"
+BY_PREFIX = "leaves out of a stream what concerns none of its prefixes, and no more"
+BY_TAG = "leaves out of a stream what concerns none of its tags, and no more"
+TOLD_APART = "tells each namespace its own busts"
+TELLS_NO_DRY_RUN = "tells of no dry run"
+ALSO = "tells what went with what was busted"
+HEARTBEAT = "says with each heartbeat how far it is"
 FORGETS = "forgets dependencies"
 FORGETS_UNUSED = "forgets no dependency in use"
+
+
+BEAT = 0.1
+"""Seconds of a heartbeat of events that nobody waits for."""
 
 
 def failed(verdicts: tuple[Verdict, ...]) -> dict[str, str]:
@@ -111,9 +131,9 @@ def named(name: str) -> Check:
     return check
 
 
-async def judged(name: str, url: str, advertised: Collection[str] | None = None) -> Verdict:
+async def judged(name: str, url: str, advertised: Collection[str] | None = None, timeout: float = PATIENCE) -> Verdict:
     """Run one check alone against a daemon that is taken to advertise this, by default everything."""
-    async with conformance._Probe(DaemonAddress.parse(url), {}, PATIENCE) as probe:
+    async with conformance._Probe(DaemonAddress.parse(url), {}, timeout) as probe:
         probe.advertised = frozenset(EVERYTHING if advertised is None else advertised)
         return await conformance._judge(named(name), probe)
 
@@ -125,9 +145,9 @@ UNDECIDED = {PREFIX, TAG, DRY_RUN, BUSTS_AGAIN, BUST_DEPENDENTS, DEPENDENTS}
 """What cannot be told of a cache that holds nothing of what is only registered."""
 
 
-async def test_the_reference_daemon_passes(start_daemon: StartDaemon) -> None:
+async def test_the_reference_daemon_passes(start_brisk: StartDaemon) -> None:
     """In a process of its own, twice; its cache of files holds nothing that is only registered."""
-    daemon = start_daemon()
+    daemon = start_brisk()
     for _ in range(2):
         verdicts = await check_daemon(daemon.url, strict=True)
         assert failed(verdicts) == {}
@@ -141,19 +161,16 @@ async def test_the_reference_daemon_passes(start_daemon: StartDaemon) -> None:
 
 async def test_the_reference_daemon_passes_with_a_cache_in_memory() -> None:
     """Whole, with nothing skipped, and again."""
-    indexes = Indexes()
-    async with TestServer(create_app(engine_over(MemoryBackend(indexes), indexes), DaemonSettings())) as server:
+    async with in_memory() as url:
         for _ in range(2):
-            verdicts = await check_daemon(str(server.make_url("")), strict=True)
+            verdicts = await check_daemon(url, strict=True)
             assert {verdict.outcome for verdict in verdicts} == {"passed"}
 
 
 async def test_the_reference_daemon_passes_with_a_journal(tmp_path: Path) -> None:
     """Where jobs outlive it, and what is done at once is answered with 200."""
-    indexes = Indexes()
-    settings = DaemonSettings(journal=tmp_path / "journal", state=tmp_path / "state")
-    async with TestServer(create_app(engine_over(MemoryBackend(indexes), indexes), settings)) as server:
-        verdicts = await check_daemon(str(server.make_url("")), strict=True)
+    async with in_memory(journal=tmp_path / "journal", state=tmp_path / "state") as url:
+        verdicts = await check_daemon(url, strict=True)
     assert {verdict.outcome for verdict in verdicts} == {"passed"}
 
 
@@ -176,7 +193,7 @@ class SlowCache:
 async def test_the_reference_daemon_passes_where_busts_become_jobs(tmp_path: Path) -> None:
     """Every bust is answered with 202, and followed to its end."""
     indexes = Indexes()
-    settings = DaemonSettings(journal=tmp_path / "journal", answer_within=0.001)
+    settings = DaemonSettings(journal=tmp_path / "journal", answer_within=0.001, events_heartbeat=BEAT)
     async with TestServer(create_app(engine_over(SlowCache(indexes), indexes), settings)) as server:
         verdicts = await check_daemon(str(server.make_url("")), strict=True)
     assert failed(verdicts) == {}
@@ -185,35 +202,33 @@ async def test_the_reference_daemon_passes_where_busts_become_jobs(tmp_path: Pat
 
 async def test_a_daemon_that_serves_certain_namespaces_alone_passes() -> None:
     """What is said of namespaces cannot be tried there, but for what is none."""
-    indexes = Indexes()
-    settings = DaemonSettings(namespaces=("default", "shop"))
-    async with TestServer(create_app(engine_over(MemoryBackend(indexes), indexes), settings)) as server:
-        verdicts = await check_daemon(str(server.make_url("")), strict=True)
+    async with in_memory(namespaces=("default", "shop")) as url:
+        verdicts = await check_daemon(url, strict=True)
     assert failed(verdicts) == {}
-    assert skipped(verdicts) == dict.fromkeys([ALL, APART], "it serves no namespaces but its own")
+    assert skipped(verdicts) == dict.fromkeys([ALL, APART, TOLD_APART], "it serves no namespaces but its own")
 
 
 async def test_the_reference_daemon_passes_with_a_token_and_on_a_socket(
-    start_daemon: StartDaemon, tmp_path_factory: pytest.TempPathFactory
+    start_brisk: StartDaemon, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """The same daemon on a Unix socket, asking for a token."""
     socket = tmp_path_factory.mktemp("s") / "b.sock"
-    daemon = start_daemon("--socket", str(socket), env={"BUSTCALL_TOKEN": "s3cret"})
+    daemon = start_brisk("--socket", str(socket), env={"BUSTCALL_TOKEN": "s3cret"})
     assert failed(await check_daemon(daemon.url, token="s3cret", strict=True)) == {}
     assert "busts a key and answers with its SHA-256" in failed(await check_daemon(daemon.url))
 
 
 async def test_a_daemon_that_requires_something_of_clients_is_told_what_pybustcall_has(
-    start_daemon: StartDaemon,
+    start_brisk: StartDaemon,
 ) -> None:
     """The suite introduces itself as the client does."""
-    daemon = start_daemon("--require-capability", "cache.bust", "--require-semverx", ">=0.1.0-0")
+    daemon = start_brisk("--require-capability", "cache.bust", "--require-semverx", ">=0.1.0-0")
     assert failed(await check_daemon(daemon.url, strict=True)) == {}
 
 
 async def test_the_fake_daemon_passes() -> None:
     """Whole, with nothing skipped, and again; so tests against it say something about the real ones."""
-    async with FakeDaemon(capabilities=EVERYTHING[1:], layers=["fake"]) as fake:
+    async with FakeDaemon(capabilities=[*EVERYTHING[1:], STREAM], layers=["fake"], heartbeat=BEAT) as fake:
         for _ in range(2):
             verdicts = await check_daemon(fake.url, strict=True)
             assert {verdict.outcome for verdict in verdicts} == {"passed"}
@@ -352,22 +367,126 @@ def hearing(wrong: Callable[[dict[str, Any]], bool], **fields: Any) -> Hearing:
     return Hearing(lambda sent: {**sent, **fields} if wrong(sent) else sent)
 
 
+@dataclass(frozen=True)
+class Heard:
+    """One event of a stream, as the daemon said it, and what its reader asked for; a heartbeat has no name.
+
+    `memory` is of the stream, and of nothing else.
+    """
+
+    query: MultiMapping[str]
+    after: str | None
+    name: str
+    place: str
+    said: dict[str, Any]
+    memory: dict[str, Any]
+
+    @property
+    def epoch(self) -> str:
+        return self.place.rpartition("-")[0]
+
+    @property
+    def number(self) -> int:
+        return int(self.place.rpartition("-")[2])
+
+    def at(self, number: int) -> Heard:
+        """Give it another number."""
+        return replace(self, place=f"{self.epoch}-{number}")
+
+    def saying(self, **said: Any) -> Heard:
+        """Have it say something else; None leaves a field out."""
+        told = {name: value for name, value in {**self.said, **said}.items() if value is not None}
+        return replace(self, said=told)
+
+    def text(self) -> bytes:
+        """Write it as a stream does."""
+        event = f"event: {self.name}\ndata: {json.dumps(self.said)}\n" if self.name else ": heartbeat\n"
+        return f"{event}id: {self.place}\n\n".encode()
+
+
+THE_END = b""
+
+
+@dataclass(frozen=True)
+class Telling:
+    """A defect in what is told of busts.
+
+    - `retell`: what is told in place of an event; `THE_END` ends the stream
+    - `ask`: what is heard of the reader: what it wants, and the id from which it goes on
+    - `hear`, `say`: as of a `Hearing`
+    """
+
+    retell: Callable[[Heard], Iterable[Heard | bytes]] = lambda heard: [heard]
+    ask: Callable[[list[tuple[str, str]], str | None], tuple[list[tuple[str, str]], str | None]] = lambda *asked: asked
+    hear: Callable[[dict[str, Any]], dict[str, Any]] = lambda sent: sent
+    say: Callable[[Exchange], object] = lambda _: None
+
+    def __call__(self, exchange: Exchange) -> None:
+        self.say(exchange)
+
+    async def pass_on(self, request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
+        """Tell a reader on, as long as it is there, what the daemon says."""
+        response = web.StreamResponse(headers={"Content-Type": answer.headers["Content-Type"]})
+        await response.prepare(request)
+        rest, memory = b"", dict[str, Any]()
+        async for piece in answer.content.iter_any():
+            *texts, rest = (rest + piece).split(b"\n\n")
+            for text in texts:
+                lines = dict(line.split(": ", 1) for line in text.decode().split("\n"))
+                said = json.loads(lines.get("data", "{}"))
+                after = request.headers.get("Last-Event-ID")
+                heard = Heard(request.query, after, lines.get("event", ""), lines["id"], said, memory)
+                for told in self.retell(heard):
+                    if told == THE_END:
+                        return response
+                    await response.write(told if isinstance(told, bytes) else told.text())
+            if request.transport is None or request.transport.is_closing():
+                break
+        return response
+
+
+@asynccontextmanager
+async def serving_whole(defect: Defect) -> AsyncIterator[tuple[str, FakeDaemon]]:
+    """Serve the fake daemon; for a defect in what is told the reference daemon, and one that is not asked."""
+    async with FakeDaemon(capabilities=EVERYTHING[1:], layers=["fake"]) as fake:
+        if not isinstance(defect, Telling):
+            yield fake.url, fake
+            return
+        async with in_memory() as url:
+            yield url, fake
+
+
+@asynccontextmanager
+async def in_memory(beat: float = BEAT, **settings: Any) -> AsyncIterator[str]:
+    """Serve the reference daemon with a cache in memory, in this process."""
+    indexes = Indexes()
+    app = create_app(engine_over(MemoryBackend(indexes), indexes), DaemonSettings(events_heartbeat=beat, **settings))
+    async with TestServer(app) as server:
+        yield str(server.make_url("")).rstrip("/")
+
+
 @asynccontextmanager
 async def bent(defect: Defect) -> AsyncIterator[str]:
-    """Serve what the fake daemon serves, but for a defect."""
-    async with FakeDaemon(capabilities=EVERYTHING[1:], layers=["fake"]) as fake, aiohttp.ClientSession() as session:
+    """Serve what a sound daemon serves, but for a defect."""
+    async with serving_whole(defect) as (url, fake), aiohttp.ClientSession() as session:
 
-        async def forward(request: web.Request) -> web.Response:
+        async def forward(request: web.Request) -> web.StreamResponse:
             body = await request.read()
             headers = {name: value for name, value in request.headers.items() if name not in {"Host", "Content-Length"}}
             try:
                 sent = json.loads(body)
             except ValueError:
                 sent = None
-            if isinstance(defect, Hearing) and request.path == "/api/v1/bust" and isinstance(sent, dict):
+            if isinstance(defect, Hearing | Telling) and request.path == "/api/v1/bust" and isinstance(sent, dict):
                 body = json.dumps(defect.hear(sent)).encode()
-            url = fake.url + request.path_qs
-            async with session.request(request.method, url, data=body, headers=headers) as answer:
+            query = list(request.query.items())
+            if isinstance(defect, Telling) and request.path == "/api/v1/events":
+                query, after = defect.ask(query, headers.pop("Last-Event-ID", None))
+                headers |= {} if after is None else {"Last-Event-ID": after}
+            async with session.request(
+                request.method, url + request.path, params=query, data=body, headers=headers
+            ) as answer:
+                is_stream = answer.content_type == "text/event-stream"
                 exchange = Exchange(
                     fake=fake,
                     method=request.method,
@@ -378,9 +497,13 @@ async def bent(defect: Defect) -> AsyncIterator[str]:
                     token=request.headers.get("Authorization"),
                     status=answer.status,
                     headers={name: answer.headers[name] for name in FORWARDED if name in answer.headers},
-                    body=await answer.read(),
+                    body=b"" if is_stream else await answer.read(),
                 )
-            defect(exchange)
+                defect(exchange)
+                if is_stream and exchange.status == 200 and exchange.body == b"":
+                    assert isinstance(defect, Telling)
+                    with suppress(ConnectionError):
+                        return await defect.pass_on(request, answer)
             return web.Response(status=exchange.status, headers=exchange.headers, body=exchange.body)
 
         app = web.Application(client_max_size=1 << 20)
@@ -811,6 +934,284 @@ def remembers_targets_alone(exchange: Exchange) -> None:
         exchange.status, exchange.body = 200, json.dumps({"status": "success", "cache_key": "sha256:"}).encode()
 
 
+# Defects in what is told
+
+
+def retelling(*names: str, **said: Any) -> Telling:
+    """Make a defect in what events of some names say; None leaves a field out."""
+    return Telling(lambda heard: [heard.saying(**said) if heard.name in names else heard])
+
+
+def silent(wrong: Callable[[Heard], bool]) -> Telling:
+    """Make a defect that does not tell some events."""
+    return Telling(lambda heard: [] if wrong(heard) else [heard])
+
+
+def in_place_of(name: str, *told: bytes) -> Telling:
+    """Make a defect that says this where it should tell an event of a name."""
+    return Telling(lambda heard: told if heard.name == name else [heard])
+
+
+def numbered(number: Callable[[int], int]) -> Telling:
+    """Make a defect in the numbers of busts."""
+    return Telling(lambda heard: [heard.at(number(heard.number)) if heard.name == "bust" else heard])
+
+
+def unfiltered(*names: str, instead: Callable[[Heard], bool] = lambda _: True) -> Telling:
+    """Make a defect that does not hear these parts of what is wanted, and tells what it sees fit `instead`."""
+    return Telling(
+        lambda heard: [heard] if heard.name != "bust" or instead(heard) else [],
+        ask=lambda wanted, after: ([(name, text) for name, text in wanted if name not in names], after),
+    )
+
+
+def going_on(place: Callable[[str], str | None]) -> Telling:
+    """Make a defect in the id from which a stream goes on."""
+    return Telling(ask=lambda wanted, after: (wanted, None if after is None else place(after)))
+
+
+def back_by(steps: int, streams: int = 1) -> Telling:
+    """Make a defect that goes on some events earlier, in the first so many streams that go on, or in the others."""
+    number = count(1)
+
+    def place(after: str) -> str:
+        epoch, _, last = after.rpartition("-")
+        return f"{epoch}-{int(last) - steps}" if (next(number) <= streams) == (streams > 0) else after
+
+    return going_on(place)
+
+
+def wants(heard: Heard, covers: Callable[[str, str], bool]) -> bool:
+    """Tell whether a key is below one of the wanted prefixes, as somebody understands that."""
+    return any(covers(prefix, heard.said["target"]) for prefix in heard.query.getall("prefix", []))
+
+
+def begins_alike(prefix: str, key: str) -> bool:
+    """Take a prefix for a beginning, of what is busted or the other way round."""
+    return key.startswith(prefix) or prefix.startswith(key)
+
+
+def of_interest(heard: Heard, **other: Any) -> bool:
+    """Tell whether an event, if it were another one, is what its reader wants."""
+    told = BustEvent(**{**heard.said, "also": (), **other})
+    prefixes, tags = (frozenset(heard.query.getall(name, [])) for name in ("prefix", "tag"))
+    return Interest(told.namespace, prefixes, tags).concerns(told)
+
+
+def tells_from_before(heard: Heard) -> list[Heard]:
+    """Begin with a bust that nobody asked for."""
+    return [bust_at(heard, heard.number), heard] if heard.name == "live" and heard.after is None else [heard]
+
+
+def bust_at(heard: Heard, number: int, target: str = "x") -> Heard:
+    """Make up the telling of a bust."""
+    said = {"namespace": "default", "kind": "key", "target": target, "soft": False, "strategy": "direct"}
+    return replace(heard, name="bust", said=said).at(number)
+
+
+def tells_the_second_first(heard: Heard) -> list[Heard]:
+    """Tell the second bust under the first id, and the first under the second."""
+    if heard.name != "bust" or "over" in heard.memory:
+        return [heard]
+    held = heard.memory.setdefault("held", heard)
+    if held is heard:
+        return []
+    heard.memory["over"] = True
+    return [replace(held, said=heard.said), replace(heard, said=held.said)]
+
+
+def goes_over(heard: Heard) -> list[Heard]:
+    """Tell busts in a log of their own."""
+    return [replace(heard, place=f"another-{heard.number}") if heard.name == "bust" else heard]
+
+
+def counts_for_each() -> Telling:
+    """Make a defect that gives each reader ids of its own."""
+    streams = count(1)
+
+    def retell(heard: Heard) -> list[Heard]:
+        number = heard.memory.get("number") or heard.memory.setdefault("number", next(streams))
+        return [heard.at(heard.number * 10 + number)]
+
+    return Telling(retell)
+
+
+def forgets_one(heard: Heard) -> list[Heard]:
+    """Leave out one of those that were missed."""
+    return [] if heard.after and heard.name == "bust" and heard.said["target"].endswith("/2") else [heard]
+
+
+@dataclass
+class TellsWhatWasMissed:
+    """Say in a reset, or right after it, what was busted last."""
+
+    after: bool
+    last: str = ""
+
+    def say(self, exchange: Exchange) -> None:
+        if exchange.asks():
+            self.last = exchange.sent["target"]
+
+    def retell(self, heard: Heard) -> list[Heard]:
+        if heard.name != "reset":
+            return [heard]
+        if self.after:
+            return [heard.at(heard.number - 1), bust_at(heard, heard.number, self.last)]
+        return [heard.saying(reason=f"missed was {self.last}")]
+
+    def telling(self) -> Telling:
+        return Telling(self.retell, say=self.say)
+
+
+def resets_to_the_beginning(heard: Heard) -> list[Heard]:
+    """Say a reset as if nothing had happened yet."""
+    return [heard.at(0) if heard.name == "reset" else heard]
+
+
+def stays_behind(heard: Heard) -> list[Heard]:
+    """Say in a heartbeat what it said when it was live."""
+    if heard.name == "live":
+        heard.memory["live"] = heard.number
+    return [heard] if heard.name else [heard.at(heard.memory["live"])]
+
+
+def busts_in_a_dry_run() -> Telling:
+    """Make a defect that does what was only to be tried, and does not say so."""
+
+    def hear(sent: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in sent.items() if name != "dry_run"}
+
+    def say(exchange: Exchange) -> None:
+        if exchange.asks(dry_run=True):
+            exchange.say(dry_run=True, removed=0, matched=0)
+
+    return Telling(hear=hear, say=say)
+
+
+def serving_events(status: int = 200, content_type: str = "text/event-stream") -> Telling:
+    """Make a defect in how a reader is answered."""
+
+    def say(exchange: Exchange) -> None:
+        if exchange.is_("GET", "events"):
+            exchange.status, exchange.headers["Content-Type"], exchange.body = status, content_type, b"{}"
+
+    return Telling(say=say)
+
+
+OF_STREAMS: list[tuple[str, Telling, str]] = [
+    (TELLS, serving_events(404, "application/json"), "answered HTTP 404, expected 200"),
+    (TELLS, serving_events(content_type="text/plain"), "its events are text/plain, not text/event-stream"),
+    (TELLS, retelling("live", heartbeat=None), "an event live cannot be read: heartbeat: Field required"),
+    (TELLS, retelling("live", heartbeat=0), "the heartbeat that it says is 0 s"),
+    (TELLS, retelling("bust", kind=None), "an event bust cannot be read: kind: Field required"),
+    (TELLS, Telling(tells_from_before), "a stream that goes on from no id begins with bust, not with live"),
+    (TELLS, silent(lambda heard: heard.name == "bust"), "says nothing more before a bust is told that was answered"),
+    (TELLS, silent(lambda heard: heard.name == "live"), "says nothing more before it is live"),
+    (TELLS, in_place_of("bust", THE_END), "it ends a stream of events whose reader is there"),
+    (TELLS, in_place_of("bust", b"data: \xff\n\n"), "its stream of events is none: it has text that is not UTF-8"),
+    (
+        TELLS,
+        in_place_of("live", b"event: live\ndata: {}\n\n"),
+        "an event live has the id '', which is not EPOCH-NUMBER",
+    ),
+    (TELLS, in_place_of("live", b"event: live\ndata: {}\nid: 7\n\n"), "an event live has the id '7', which is not"),
+    (IN_ORDER, numbered(lambda _: 1000), "the number of an event is 1000 after 1000; numbers must rise"),
+    (IN_ORDER, numbered(lambda number: 1000 - number), "the number of an event is 998 after 999; numbers must rise"),
+    (IN_ORDER, Telling(goes_over), "its events go over to another epoch, and it does not say reset"),
+    (IN_ORDER, Telling(tells_the_second_first), "five busts, one after another, are told in another order, or not all"),
+    (
+        IN_ORDER,
+        silent(lambda heard: heard.name == "bust" and heard.said["target"].endswith("/1")),
+        "five busts, one after another, are told in another order, or not all",
+    ),
+    (IN_ORDER, counts_for_each(), "two readers are told of a bust under other ids"),
+    (AS_ASKED, retelling("bust", kind="key"), "an event tells kind 'key', and 'prefix' was asked"),
+    (AS_ASKED, retelling("bust", soft=None), "an event tells soft 'False', and 'True' was asked"),
+    (AS_ASKED, retelling("bust", strategy="direct"), "an event tells strategy 'direct', and 'dimensional' was asked"),
+    (AS_ASKED, retelling("bust", namespace="default"), "an event tells namespace 'default', and 'conformance-"),
+    (COMES_BACK, going_on(lambda _: None), "is told 0 of 3 events that were missed before it is live"),
+    (COMES_BACK, Telling(forgets_one), "is told 2 of 3 events that were missed before it is live"),
+    (COMES_BACK, back_by(1), "is told 4 of 3 events that were missed before it is live"),
+    (COMES_BACK, going_on(lambda _: "x"), "it has a reader forget everything who has missed little or nothing"),
+    (COMES_BACK, back_by(1, streams=-1), "is told 4 of 3 events that were missed before it is live"),
+    (RESETS, going_on(lambda _: None), "after an id of another epoch: a stream begins with live, not with reset"),
+    (
+        RESETS,
+        going_on(lambda after: after if len(after) < 32 else None),
+        "after an id that was never given: a stream begins with live, not with reset",
+    ),
+    (
+        RESETS,
+        going_on(lambda after: after if "-" in after else None),
+        "after an id that is none: a stream begins with live, not with reset",
+    ),
+    (
+        RESETS,
+        going_on(lambda after: after.removesuffix("x")),
+        "after an id with a number that is none: a stream begins with bust, not with reset",
+    ),
+    (RESETS, retelling("reset", reason=None), "an event reset cannot be read: reason: Field required"),
+    (RESETS, TellsWhatWasMissed(after=False).telling(), "after an id of another epoch a reset tells what was busted"),
+    (RESETS, TellsWhatWasMissed(after=True).telling(), "after an id of another epoch a reset tells what was busted"),
+    (RESETS, Telling(resets_to_the_beginning), "a reset has another id than the newest event"),
+    (BY_PREFIX, unfiltered("prefix"), "who wants prefix a, prefix z/ is told of a direct bust of the key ab"),
+    (
+        BY_PREFIX,
+        unfiltered("prefix", instead=lambda heard: wants(heard, begins_alike)),
+        "who wants prefix a, prefix z/ is told of a direct bust of the key ab",
+    ),
+    (
+        BY_PREFIX,
+        unfiltered("prefix", instead=lambda heard: wants(heard, str.__eq__)),
+        "who wants prefix a, prefix z/ is not told of a direct bust of the key a/",
+    ),
+    (
+        BY_PREFIX,
+        silent(lambda heard: heard.name == "bust" and not wants(heard, lambda prefix, key: key.startswith(prefix))),
+        "who wants prefix a, prefix z/ is not told of a direct bust of the prefix above",
+    ),
+    (
+        BY_PREFIX,
+        silent(lambda heard: heard.name == "bust" and heard.said["strategy"] == "dimensional"),
+        "b.css.gz, prefix c.css.gz, prefix d.css?v=1 is not told of a dimensional bust of the key a.css",
+    ),
+    (
+        BY_PREFIX,
+        unfiltered("prefix", instead=lambda heard: of_interest(heard, strategy="dimensional")),
+        "prefix d.css?v=1 is told of a direct bust of the key c.css",
+    ),
+    (
+        BY_PREFIX,
+        unfiltered("prefix", instead=lambda heard: of_interest(heard, kind=heard.said["kind"].replace("tag", "key"))),
+        "who wants prefix a, prefix z/ is told of a direct bust of the tag a/c",
+    ),
+    (BY_TAG, unfiltered("tag", "prefix"), "tag u, prefix p is told of a direct bust of the tag t/a"),
+    (BY_TAG, unfiltered("tag"), "who wants tag t, tag u, prefix p is not told of a direct bust of the tag t"),
+    (
+        BY_TAG,
+        silent(lambda heard: "tag" not in heard.query and heard.said.get("kind") == "tag"),
+        "the bust of a tag is not told to who wants the prefix of an entry with it",
+    ),
+    (TOLD_APART, unfiltered("namespace"), "a reader of one namespace is told what was busted in another, or not what"),
+    (TELLS_NO_DRY_RUN, busts_in_a_dry_run(), "a dry run, which removes nothing, is told as a bust"),
+    (ALSO, retelling("bust", also=None), "also does not name an entry that depends on what was busted"),
+    (
+        ALSO,
+        Telling(lambda heard: [heard.saying(also=None) if heard.said.get("kind") == "tag" else heard]),
+        "also does not name an entry that has the tag that was busted",
+    ),
+    (HEARTBEAT, silent(lambda heard: not heard.name), "a stream says nothing for 1.2 s; every 0.1 s it must say the"),
+    (HEARTBEAT, Telling(stays_behind), "a stream says what it said; every 0.1 s it must say the newest id"),
+    *(
+        (
+            ACCESS,
+            Telling(say=answering("GET", "capabilities", access={STREAM: tier})),
+            f"events.stream is told to be {tier}, and answers no token with HTTP 200",
+        )
+        for tier in ("protected", "private")
+    ),
+]
+
 DEFECTS: list[tuple[str, Defect, str]] = [
     (
         "busts targets of any script, written out or escaped",
@@ -1057,6 +1458,18 @@ async def test_a_daemon_with_one_defect_does_not_pass(name: str, defect: Defect,
     assert detail in verdict.detail
 
 
+@pytest.mark.parametrize(("name", "defect", "detail"), OF_STREAMS)
+async def test_a_daemon_with_one_defect_in_what_it_tells_does_not_pass(
+    monkeypatch: pytest.MonkeyPatch, name: str, defect: Telling, detail: str
+) -> None:
+    """The check that looks for it tells what was found instead; what is not told is not waited for long."""
+    monkeypatch.setattr(conformance, "_SOON", 0.5)
+    async with bent(defect) as url:
+        verdict = await judged(name, url, [*EVERYTHING, STREAM], timeout=1.0 if "it is live" in detail else PATIENCE)
+    assert verdict.outcome == "failed"
+    assert detail in verdict.detail
+
+
 async def test_a_daemon_that_refuses_without_a_reason_does_not_pass() -> None:
     """A refused swap says in `unmet` why."""
 
@@ -1070,8 +1483,57 @@ async def test_a_daemon_that_refuses_without_a_reason_does_not_pass() -> None:
 
 async def test_without_a_defect_the_same_daemon_passes() -> None:
     """So it is the defects that are found."""
-    async with bent(lambda _: None) as url:
-        assert failed(await check_daemon(url, strict=True)) == {}
+    for defect in (lambda _: None, Telling()):
+        async with bent(defect) as url:
+            assert failed(await check_daemon(url, strict=True)) == {}
+
+
+async def test_what_others_do_and_what_is_not_known_changes_nothing_in_what_is_told() -> None:
+    """Busts of somebody else, in the midst of it, and events of a later version; two runs at once."""
+
+    def rumours(heard: Heard) -> list[Heard | bytes]:
+        others = bust_at(heard.at(10 * heard.number - 1), 10 * heard.number - 1, "others/a")
+        before = others if heard.name == "bust" else b": a comment\n\nevent: rumour\ndata: nothing\n\n"
+        return [before, heard.at(10 * heard.number)]
+
+    def place(wanted: list[tuple[str, str]], after: str | None) -> tuple[list[tuple[str, str]], str | None]:
+        return wanted, after.removesuffix("0") if after is not None and after.endswith("0") else after
+
+    async with bent(Telling(rumours, ask=place)) as url:
+        for verdicts in await asyncio.gather(check_daemon(url), check_daemon(url)):
+            assert {name: why for name, why in failed(verdicts).items() if name in OF_EVENTS} == {}
+            assert not {*skipped(verdicts)} & {*OF_EVENTS}
+
+
+@pytest.mark.parametrize("capabilities", [(), ("cache.bust.tag",)])
+async def test_a_daemon_that_tells_and_has_nothing_else_is_judged_by_what_it_has(capabilities: Sequence[str]) -> None:
+    """Keys alone, or tags, and nothing registered."""
+    async with in_memory() as url:
+        for name in OF_EVENTS:
+            verdict = await judged(name, url, ["cache.bust", STREAM, *capabilities])
+            assert verdict.outcome == ("passed" if {*named(name).needs} <= {STREAM, *capabilities} else "skipped")
+
+
+async def test_a_heartbeat_that_is_long_is_not_waited_for() -> None:
+    """The verdict says so."""
+    async with in_memory(beat=60.0) as url:
+        verdict = await judged(HEARTBEAT, url, [*EVERYTHING, STREAM])
+    assert (verdict.outcome, verdict.detail) == ("skipped", "not decided: it would say so every 60 s only")
+
+
+async def test_what_a_cache_cannot_have_is_not_missed_in_what_is_told() -> None:
+    """Keys of files, for example, have no question marks."""
+
+    def refuses(exchange: Exchange) -> None:
+        if exchange.asks() and "?" in exchange.sent["target"]:
+            exchange.status = 422
+            exchange.body = json.dumps({"title": "No", "status": 422, "detail": "no", "field": "target"}).encode()
+
+    def hears(sent: dict[str, Any]) -> dict[str, Any]:
+        return {**sent, "dry_run": True} if "?" in sent["target"] else sent
+
+    async with bent(Telling(hear=hears, say=refuses)) as url:
+        assert (await judged(BY_PREFIX, url, [*EVERYTHING, STREAM])).outcome == "passed"
 
 
 async def test_a_cache_that_does_not_tell_what_it_removes_is_judged_by_what_it_tells_of_swaps() -> None:
@@ -1317,9 +1779,9 @@ async def names_known(url: str) -> list[str]:
         return [known["name"] for known in (await answer.json())["dependencies"]]
 
 
-async def test_two_runs_leave_no_dependency_behind(start_daemon: StartDaemon) -> None:
+async def test_two_runs_leave_no_dependency_behind(start_brisk: StartDaemon) -> None:
     """Of a cache of files, which holds what depends on them as little as what was registered."""
-    url = start_daemon().url
+    url = start_brisk().url
     for _ in range(2):
         await check_daemon(url, strict=True)
         assert await names_known(url) == []
@@ -1360,7 +1822,8 @@ async def test_a_daemon_that_cannot_forget_is_left_as_it_is() -> None:
     async with bent(cannot) as url:
         verdicts = await check_daemon(url, token="s3cret")
         assert failed(verdicts) == {}
-        assert skipped(verdicts) == dict.fromkeys([FORGETS, FORGETS_UNUSED], "it cannot forget dependencies")
+        others = {name: why for name, why in skipped(verdicts).items() if name not in OF_EVENTS}
+        assert others == dict.fromkeys([FORGETS, FORGETS_UNUSED], "it cannot forget dependencies")
 
 
 async def test_a_daemon_that_forgets_nothing_is_left_as_it_is() -> None:
@@ -1413,10 +1876,10 @@ async def test_a_daemon_that_says_protected_and_serves_everybody_does_not_pass(t
     ],
 )
 async def test_a_daemon_that_keeps_to_its_access_passes(
-    start_daemon: StartDaemon, given: str | None, options: tuple[str, ...], env: dict[str, str]
+    start_brisk: StartDaemon, given: str | None, options: tuple[str, ...], env: dict[str, str]
 ) -> None:
     """Public, protected and private, with tokens and without, and what nobody may use."""
-    verdicts = await check_daemon(start_daemon(*options, env=env).url, token=given, strict=True)
+    verdicts = await check_daemon(start_brisk(*options, env=env).url, token=given, strict=True)
     assert failed(verdicts) == {}
     assert ACCESS not in skipped(verdicts)
 
@@ -1658,7 +2121,14 @@ async def test_what_cannot_be_asked_is_refused(url: str, token: str | None, sett
 
 def test_every_check_was_seen_to_fail() -> None:
     """Of those that came with the extensions; the others are failed by the daemons above and by the peers' tests."""
-    planted = {name for name, _, _ in DEFECTS} | {CONNECTIONS, STEP, PIECES, HEAD, BUSTS_AGAIN, *OF_KEYS}
+    planted = {name for name, _, _ in (*DEFECTS, *OF_STREAMS)} | {
+        CONNECTIONS,
+        STEP,
+        PIECES,
+        HEAD,
+        BUSTS_AGAIN,
+        *OF_KEYS,
+    }
     extensions = {check.name for check in CHECKS if check.needs or check.any_of}
     assert extensions | {*OF_DOCUMENTS, LAYERS, CLAIMS} <= planted
     assert len({check.name for check in CHECKS}) == len(CHECKS)

@@ -296,7 +296,8 @@ async def test_with_idempotency_keys_it_passes_the_conformance_suite() -> None:
 
 async def test_with_every_capability_it_passes_the_conformance_suite() -> None:
     """What it says that it has, it has; and nothing is skipped."""
-    async with FakeDaemon(capabilities={*EXTENDED, *BUSTS, "cache.bust.settle"}, layers=["redis", "pages"]) as fake:
+    names = {*EXTENDED, *BUSTS, "cache.bust.settle", "events.stream"}
+    async with FakeDaemon(capabilities=names, layers=["redis", "pages"], heartbeat=0.2) as fake:
         verdicts = await check_daemon(fake.url, strict=True)
     assert {verdict.outcome for verdict in verdicts} == {"passed"}
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +22,7 @@ from multidict import CIMultiDict
 from pybustcall import BustcallClient, BustRejected
 from pybustcall.capabilities import digest_of
 from pybustcall.models import CapabilityDocument, Problem, StatusReply, cache_key_of
-from pybustcall.testing import Answer, FakeDaemon, check_daemon
+from pybustcall.testing import CHECKS, Answer, FakeDaemon, check_daemon
 from tests.conftest import PATIENCE, StartDaemon, wait_until
 from tests.interop import PeerProcess, start_peer
 from tests.interop.node_lua import CLIENTS, PEERS, start_lua_peer, start_node_peer
@@ -29,7 +30,14 @@ from tests.interop.node_lua import CLIENTS, PEERS, start_lua_peer, start_node_pe
 pytestmark = [pytest.mark.requirement("INT-02"), pytest.mark.requirement("INT-04")]
 
 VECTORS = Path(__file__).with_name("vectors")
-STARTERS = {"node": start_node_peer, "lua": start_lua_peer}
+STARTERS: dict[str, Callable[[], PeerProcess]] = {
+    "node": partial(start_node_peer, "--heartbeat", "0.2"),
+    "lua": start_lua_peer,
+}
+FILES = {"node": {path.name for path in VECTORS.glob("*.json")}}
+FILES["lua"] = FILES["node"] - {"events.json"}
+NEEDS = {check.name: check.needs for check in CHECKS}
+BASE = {"cache.bust", "daemon.status", "daemon.capabilities"}
 BUST = {"Content-Type": "application/json"}
 
 StartPeer = Callable[..., PeerProcess]
@@ -67,18 +75,22 @@ async def ask(url: str, path: str, method: str = "GET", **options: Any) -> tuple
 async def test_a_peer_passes_the_conformance_suite(peer: PeerProcess, language: str) -> None:
     """Both do what every daemon must; the one that answers with problems does what is asked of ours, too."""
     verdicts = await check_daemon(peer.url, strict=language == "node")
+    told = [verdict for verdict in verdicts if "events.stream" in NEEDS[verdict.name]]
+    assert {verdict.outcome for verdict in told if NEEDS[verdict.name] == ("events.stream",)} == {
+        {"node": "passed", "lua": "skipped"}[language]
+    }
     assert {verdict.name: verdict.detail for verdict in verdicts if not verdict.ok} == {}
     assert len(verdicts) > 10
 
 
 def test_a_peer_reads_every_vector_as_pybustcall_does(language: str) -> None:
-    """Versions, ranges, swaps, requests, replies, errors and faults, by its own code."""
+    """Versions, ranges, swaps, requests, replies, errors, faults and, if it has them, events, by its own code."""
     ran = subprocess.run(
         [*PEERS[language](), "--check-vectors", str(VECTORS)], capture_output=True, text=True, check=False
     )
     assert (ran.returncode, ran.stderr) == (0, ""), ran.stdout + ran.stderr
     counts = dict(re.findall(r"^(\w+\.json): (\d+) checked, 0 wrong$", ran.stdout, re.MULTILINE))
-    assert counts.keys() == {path.name for path in VECTORS.glob("*.json")}
+    assert counts.keys() == FILES[language]
     assert all(int(count) > 50 for count in counts.values())
 
 
@@ -110,7 +122,7 @@ async def test_a_peer_acknowledges_busts_of_the_client(peer: PeerProcess, langua
     assert (report.busted, report.failed) == (300, 0)
     assert (status.daemon_pid, status.bindings[language].status) == (peer.pid, "active")
     assert [record.fault_stage for record in status.fault_history] == [4]
-    assert capabilities.names == {"cache.bust", "daemon.status", "daemon.capabilities"}
+    assert capabilities.names == BASE | {"node": {"events.stream"}, "lua": set[str]()}[language]
     _, _, body = await ask(peer.url, "/api/v1/status")
     assert json.loads(body)["busts_applied"] == 301
 

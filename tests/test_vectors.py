@@ -15,9 +15,11 @@ from aiohttp.test_utils import TestClient, TestServer
 from pydantic import ValidationError
 
 from pybustcall.daemon import Indexes, MemoryBackend
+from pybustcall.daemon import events as daemon_events
 from pybustcall.daemon.app import DaemonSettings, create_app
 from pybustcall.daemon_client import DaemonClient
 from pybustcall.errors import InvalidRequest
+from pybustcall.events import BustEvent, Concern
 from pybustcall.faults import (
     TABLE,
     AttemptFailed,
@@ -48,6 +50,7 @@ from pybustcall.models import (
 from pybustcall.needs import needs_of
 from pybustcall.policies import Pool
 from pybustcall.session import SessionManager
+from pybustcall.sse import BrokenStream, StreamParser
 from pybustcall.testing import Answer, FakeDaemon
 from pybustcall.topology import DaemonAddress
 from tests.conftest import PATIENCE
@@ -70,11 +73,15 @@ def body_of(entry: Entry) -> bytes:
     """Make the body that an entry describes."""
     if "body_hex" in entry:
         return bytes.fromhex(entry["body_hex"])
-    text: str = entry["body"]
+    return filled(entry, entry["body"]).encode()
+
+
+def filled(entry: Entry, text: str) -> str:
+    """Put what an entry wants filled in into a text of it."""
     if fill := entry.get("fill"):
         assert text.count("<fill>") == 1
-        text = text.replace("<fill>", fill["text"] * fill["times"])
-    return text.encode()
+        return text.replace("<fill>", fill["text"] * fill["times"])
+    return text
 
 
 REQUESTS = entries("requests")
@@ -83,6 +90,8 @@ ERRORS = entries("errors")
 EXTENDED_REQUESTS = entries("requests", "extended")
 EXTENDED_REPLIES = entries("replies", "extended")
 JOBS = entries("replies", "jobs")
+STREAMS = entries("events", "streams")
+EVENTS = json.loads((VECTORS / "events.json").read_text("utf-8"))
 COVERS = json.loads((VECTORS / "requests.json").read_text("utf-8"))["covers"]
 ACCEPTED = [entry for entry in REQUESTS if entry.values[0]["strict"]["accepts"]]
 
@@ -372,6 +381,82 @@ def test_a_status_is_the_kind_that_the_vectors_say(entry: Entry) -> None:
     assert (12 if kind is None else TABLE[kind].stage) == entry["stage"]
 
 
+# events.json
+
+
+def cuts_of(body: bytes) -> list[list[bytes]]:
+    """Cut a stream in every way that the vectors are about: not, into single bytes, and in two at each place."""
+    places = range(1, len(body)) if len(body) < 1000 else ()
+    in_two = [[body[:place], body[place:]] for place in places]
+    return [[body], [body[place : place + 1] for place in range(len(body))], *in_two]
+
+
+@pytest.mark.parametrize("entry", STREAMS)
+def test_a_stream_is_read_as_the_vectors_say_wherever_it_is_cut(entry: Entry) -> None:
+    """The events with their data, under the ids that hold for them, and the last id; or it is none."""
+    for pieces in cuts_of(body_of(entry)):
+        parser = StreamParser()
+        if entry["events"] is None:
+            with pytest.raises(BrokenStream):
+                [parser.feed(piece) for piece in pieces]
+            continue
+        blocks = [block for piece in pieces for block in parser.feed(piece)]
+        expected = [(told["event"], filled(entry, told["data"]), told["id"]) for told in entry["events"]]
+        found = [(block.name or "message", block.data, block.id) for block in blocks if block.data is not None]
+        assert (found, blocks[-1].id if blocks else "") == (expected, entry["last_id"]), pieces
+
+
+@pytest.mark.parametrize("entry", STREAMS)
+def test_an_entry_of_streams_says_what_it_must(entry: Entry) -> None:
+    """What is no stream has no last id; a name is never empty."""
+    assert (entry["events"] is None) is (entry["last_id"] is None)
+    assert all(told.keys() == {"event", "data", "id"} and told["event"] for told in entry["events"] or ())
+
+
+def test_an_event_concerns_those_whom_the_vectors_say() -> None:
+    """By asking, and by the look-ups of the daemon."""
+    for entry in EVENTS["concerns"]:
+        said = {**entry["event"], "also": tuple(entry["event"].get("also", ()))}
+        told = daemon_events.BustEvent(**said)
+        wanted = {name: frozenset(entry["interest"][name]) for name in ("prefixes", "tags")}
+        interest = daemon_events.Interest(entry["interest"]["namespace"], **wanted)
+        log = daemon_events.Events()
+        reader = log.follow(interest)
+        found = {interest.concerns(told), reader in log._router.concerned(told)}
+        assert found == {entry["concerns"]}, entry
+
+
+def test_a_client_drops_what_the_vectors_say() -> None:
+    """Of one event, and of several at once."""
+    elsewhere = BustEvent(kind="key", target="somewhere/else", strategy="direct")
+    for entry in EVENTS["drops"]:
+        told = BustEvent(**{**entry["event"], "also": tuple(entry["event"].get("also", ()))})
+        found = {told.concerns(entry["key"], entry["tags"])}
+        found |= {Concern(events).concerns(entry["key"], entry["tags"]) for events in ([told], [elsewhere, told])}
+        assert found == {entry["drops"]}, entry
+
+
+def test_whoever_holds_what_must_go_is_concerned() -> None:
+    """So the two lists agree: who wants the prefix or the tags of an entry is told of all that drops it."""
+    for entry in EVENTS["drops"]:
+        told = daemon_events.BustEvent(**{**entry["event"], "also": tuple(entry["event"].get("also", ()))})
+        if entry["drops"]:
+            for prefix in prefixes_of(entry["key"]):
+                interest = daemon_events.Interest("default", frozenset({prefix}), frozenset(entry["tags"]))
+                assert interest.concerns(told), (entry, prefix)
+
+
+@pytest.mark.parametrize("name", ["concerns", "drops"])
+def test_every_kind_and_strategy_is_there_with_both_answers(name: str) -> None:
+    """And nothing twice."""
+    listed = EVENTS[name]
+    assert {(entry["event"]["kind"], entry[name]) for entry in listed} >= {
+        (kind, answer) for kind in KINDS for answer in (True, False) if (name, kind, answer) != ("drops", "all", False)
+    }
+    assert {entry["event"]["strategy"] for entry in listed} == {"direct", "dimensional", "hybrid"}
+    assert len({json.dumps(entry, sort_keys=True) for entry in listed}) == len(listed)
+
+
 # The files
 
 
@@ -392,6 +477,7 @@ def test_a_file_says_what_it_is_and_is_documented(path: Path) -> None:
         ("replies", "extended"),
         ("replies", "jobs"),
         ("errors", "errors"),
+        ("events", "streams"),
     ],
 )
 def test_no_two_entries_are_called_the_same(name: str, part: str) -> None:

@@ -12,7 +12,16 @@ from urllib.request import urlopen
 import pytest
 from pydantic import TypeAdapter
 
-from pybustcall.models import BindingCapabilities, BustReply, BustRequest, CapabilityDocument, LayerReply
+from pybustcall.models import (
+    BindingCapabilities,
+    BustReply,
+    BustRequest,
+    CapabilityDocument,
+    LayerReply,
+    StreamedBust,
+    StreamedLive,
+)
+from pybustcall.sse import StreamParser
 from pybustcall.testing import CHECKS
 from tests.conftest import PATIENCE
 from tests.interop import PeerProcess
@@ -89,6 +98,23 @@ def test_the_replies_of_kinds_and_jobs_are_ones_that_a_client_takes() -> None:
         assert sample(title).keys() <= BustReply.model_fields.keys()
         assert all(layer.keys() <= LayerReply.model_fields.keys() for layer in sample(title)["layers"])
         assert reply.removed == sum(layer.removed for layer in reply.layers)
+
+
+def test_the_stream_is_one_that_a_reader_takes() -> None:
+    """It is live, is told of a bust with every field that must be there, and hears the newest id in a heartbeat."""
+    (shown,) = (block["text"] for block in FENCE.finditer(section("Events")))
+    live, bust, beat = StreamParser().feed(shown.encode())
+    assert (live.name, StreamedLive.model_validate_json(live.data or "").heartbeat) == ("live", 5)
+    assert (bust.name, beat.data, beat.id) == ("bust", None, bust.id)
+    told = StreamedBust.model_validate_json(bust.data or "")
+    assert json.loads(bust.data or "").keys() == told.model_dump(exclude={"also"}).keys()
+
+
+def test_every_extension_is_on_the_page() -> None:
+    """Whatever the suite asks of whoever lists it; those of busts may share a line."""
+    extensions = {name for check in CHECKS for name in check.needs if not name.startswith("cache.bust.")}
+    assert "events.stream" in extensions
+    assert [name for name in extensions if f"`{name}`" not in TEXT] == []
 
 
 def test_every_extension_of_busts_is_on_the_page() -> None:

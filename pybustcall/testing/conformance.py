@@ -14,10 +14,10 @@ import asyncio
 import json
 import re
 import secrets
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, final
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import aiohttp
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -36,6 +36,7 @@ from pybustcall.errors import ConfigurationError, InvalidVersion
 from pybustcall.keys import SEPARATORS
 from pybustcall.models import (
     BINDING,
+    DEFAULT_NAMESPACE,
     EVERYTHING,
     KINDS,
     MAX_TARGET_BYTES,
@@ -53,16 +54,22 @@ from pybustcall.models import (
     Problem,
     ResolveReply,
     StatusReply,
+    StreamedBust,
+    StreamedLive,
+    StreamedReset,
     cache_key_of,
     explain,
 )
 from pybustcall.needs import phrase_of
 from pybustcall.semverx import SemverX
+from pybustcall.sse import BrokenStream, StreamParser
 from pybustcall.topology import DaemonAddress
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
     from types import TracebackType
+
+    from pybustcall.sse import Block
 
 __all__ = ["CHECKS", "Check", "Verdict", "check_daemon"]
 
@@ -74,6 +81,7 @@ _CAPABILITIES: Final = "/api/v1/capabilities"
 _DEPENDENCIES: Final = "/api/v1/dependencies"
 _FORGET: Final = "/api/v1/dependencies/forget"
 _ENTRIES: Final = "/api/v1/entries"
+_EVENTS: Final = "/api/v1/events"
 _HOTSWAP: Final = "/api/v1/hotswap"
 _JOBS: Final = "/api/v1/jobs"
 _RESOLVE: Final = "/api/v1/resolve"
@@ -83,11 +91,15 @@ _SCRIPTS: Final = "conformance/ключ/キー/مفتاح/🔑/e\u0301.css"
 _KEY: Final = "Idempotency-Key"
 _REPLAYED: Final = "Idempotency-Replayed"
 _DIGEST: Final = "Bustcall-Capabilities"
+_LAST: Final = "Last-Event-ID"
+_PLACE: Final = re.compile(r"([!-~]{1,200})-([0-9]{1,19})")
+_STREAM: Final = "text/event-stream"
 _IDEMPOTENT: Final = "cache.bust.idempotent"
 _KNOWS: Final = ("cache.dependencies",)
 _RESOLVES: Final = ("cache.dependencies", "semver.resolve")
 _SWAPS: Final = ("cache.dependencies", "cache.hotswap")
 _REGISTERS: Final = ("cache.register",)
+_TELLS: Final = ("events.stream",)
 _NO_SUCH_JOB: Final = "urn:bustcall:problem:no-such-job"
 _NO_JOB: Final = "not decided: it names no job in its answers to busts"
 _MISSING: Final = (404, 405, 501)  # the answers where there is no such route or method
@@ -98,11 +110,17 @@ _CROWD: Final = 8  # requests at once
 _ROUNDS: Final = 3  # of them, since who acts on what may have changed meanwhile is lucky at times
 _SETTLE: Final = 0.1  # seconds until a second bust, at first: it must not come before a registration
 _LATE: Final = 5.0  # seconds after which a job, or a second bust, is taken as never coming
+_SOON: Final = 2.0  # seconds after the answer to a bust, in which its event, which was sent before, has arrived
+_LONGEST_BEAT: Final = 10.0  # seconds: a longer heartbeat is not waited for
 _PATIENCE: Final = 3  # checks in a row without an answer, after which nothing more is asked
 
 
 class _Unmet(Exception):
     """A check found something else than it asks for."""
+
+
+class _Silent(_Unmet):
+    """A stream of events does not say in time what it must."""
 
 
 class _Skipped(Exception):
@@ -222,10 +240,11 @@ class _Probe:
             method, self._address.base + path, data=data, headers=sent, allow_redirects=False
         ) as response:
             read = bytearray()
-            async for piece in response.content.iter_any():
-                read += piece
-                if len(read) > _MAX_BYTES:
-                    raise _Unmet(f"its answer has more than {_MAX_BYTES} bytes")
+            if response.content_type != _STREAM:  # which has no end
+                async for piece in response.content.iter_any():
+                    read += piece
+                    if len(read) > _MAX_BYTES:
+                        raise _Unmet(f"its answer has more than {_MAX_BYTES} bytes")
             said = response.headers.get("Connection", "").lower()
             modern = response.version is not None and response.version >= aiohttp.HttpVersion11
             closes = "close" in said or not (modern or "keep-alive" in said)
@@ -233,6 +252,23 @@ class _Probe:
             if path == _BUST and response.status == _ACCEPTED and not self.offers("jobs"):
                 raise _Unmet(f"a bust is answered with HTTP 202, which takes {_of('jobs')}")
             return _Answer(response.status, response.content_type, bytes(read), response.headers, closes)
+
+    @asynccontextmanager
+    async def follow(self, whose: str, *wanted: tuple[str, str], after: str | None = None) -> AsyncIterator[_Stream]:
+        """Follow the events, as a reader who wants just this; of those that are told it keeps those about `whose`."""
+        sent = {} if after is None else {_LAST: after}
+        url = f"{self._address.base}{_EVENTS}?{urlencode(wanted)}"
+        async with asyncio.timeout(None) as opening:
+            opening.reschedule(asyncio.get_running_loop().time() + self._timeout)
+            async with self._session.get(
+                url, headers=sent, allow_redirects=False, timeout=aiohttp.ClientTimeout(total=None)
+            ) as response:
+                opening.reschedule(None)
+                if response.status != 200:
+                    raise _Unmet(f"answered HTTP {response.status}, expected 200")
+                if response.content_type != _STREAM:
+                    raise _Unmet(f"its events are {response.content_type}, not {_STREAM}")
+                yield _Stream(response.content, whose, self.namespaces, self._timeout)
 
     async def send_raw(self, method: str, path: str) -> bytes:
         """Send a request without a body that ends its connection; read, as they are, all bytes that come until then."""
@@ -280,6 +316,134 @@ class _Probe:
 
     async def bust_once(self, key: str, **fields: object) -> _Answer:
         return await self.post(_BUST, fields, key)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """A bust as a stream told of it."""
+
+    number: int
+    bust: StreamedBust
+
+
+@final
+class _Stream:
+    """What one reader of events is told. Each event must be one that can come after those before.
+
+    - `whose`: what the targets begin with that it keeps; everything else is somebody else's, or of another check, but
+      for busts of everything in one of the `namespaces`
+    - `patience`: seconds until it must be live
+
+    `told` are the busts so far, as often as each was told; `place` is the last id, of `epoch` and `number`. `first`
+    is what the stream began with; `reset` is the data of a reset that came, with the number `reset_at`, `live` what it
+    said when it was live, and `missed` what it told before that. `beats` is how often it said something else.
+    """
+
+    def __init__(self, content: aiohttp.StreamReader, whose: str, namespaces: tuple[str, ...], patience: float) -> None:
+        self.told: list[_Told] = []
+        self.missed: tuple[_Told, ...] = ()
+        self.first = ""
+        self.reset: str | None = None
+        self.live: StreamedLive | None = None
+        self.epoch = ""
+        self.number = self.reset_at = -1
+        self.beats = 0
+        self._content = content
+        self._whose = whose
+        self._namespaces = namespaces
+        self._patience = patience
+        self._parser = StreamParser()
+
+    @property
+    def place(self) -> str:
+        return f"{self.epoch}-{self.number}"
+
+    @property
+    def targets(self) -> list[str]:
+        """What was busted, each once, in the order in which it was told first."""
+        return list(dict.fromkeys(one.bust.target for one in self.told))
+
+    async def begin(self, *, forgets: bool = False) -> None:
+        """Read until it is live; `forgets`: that begins with a reset."""
+        until = _now() + self._patience
+        while self.live is None:
+            await self._read(until, "it is live")
+        if self.reset is not None and not forgets:
+            raise _Unmet("it has a reader forget everything who has missed little or nothing")
+        if self.first != "reset" and forgets:
+            raise _Unmet(f"a stream begins with {self.first}, not with reset")
+
+    async def until(self, target: str) -> StreamedBust:
+        """Read until a bust of a target is told, which was answered by now; tell how that was put first."""
+        until = _now() + _SOON
+        while target not in self.targets:
+            await self._read(until, "a bust is told that was answered")
+        return next(one.bust for one in self.told if one.bust.target == target)
+
+    async def until_place(self, number: int, seconds: float) -> None:
+        """Read until an id says that everything up to a number was told."""
+        until = _now() + seconds
+        while self.number < number:
+            await self._read(until, "it says how far it is")
+
+    async def _read(self, until: float, what: str) -> None:
+        try:
+            async with asyncio.timeout_at(until):
+                piece = await self._content.readany()
+        except TimeoutError:
+            raise _Silent(f"a stream of events says nothing more before {what}") from None
+        if not piece:
+            raise _Unmet("it ends a stream of events whose reader is there")
+        try:
+            for block in self._parser.feed(piece):
+                self._take(block)
+        except BrokenStream as broken:
+            raise _Unmet(f"its stream of events is none: {broken}") from broken
+
+    def _take(self, block: Block) -> None:
+        known = block.data is not None and block.name in {"bust", "reset", "live"}
+        if known or block.id:
+            self._move(block.name if known else "", block.id)
+        if not known:
+            self.beats += 1  # or an event of a later version
+            return
+        self.first = self.first or block.name
+        data = block.data or ""
+        if block.name == "bust":
+            told = _Told(self.number, _understood(StreamedBust, block.name, data))
+            of_all = told.bust.kind == "all" and told.bust.namespace in self._namespaces
+            if of_all or told.bust.target.startswith(self._whose):
+                self.told.append(told)
+        elif block.name == "reset":
+            _understood(StreamedReset, block.name, data)
+            self.reset, self.reset_at = data, self.number
+        else:
+            self.live = _understood(StreamedLive, block.name, data)
+            self.missed = tuple(self.told)
+
+    def _move(self, name: str, place: str) -> None:
+        found = _PLACE.fullmatch(place)
+        if found is None:
+            raise _Unmet(f"an event {name} has the id {place[:40]!r}, which is not EPOCH-NUMBER".replace("  ", " "))
+        epoch, number = found[1], int(found[2])
+        if self.epoch and epoch != self.epoch and name != "reset":
+            raise _Unmet("its events go over to another epoch, and it does not say reset")
+        if epoch == self.epoch and (number < self.number or (name == "bust" and number == self.number)):
+            raise _Unmet(f"the number of an event is {number} after {self.number}; numbers must rise")
+        self.epoch, self.number = epoch, number
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _understood(model: type[_Model], name: str, data: str) -> _Model:
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        field_name, why = explain(error)
+        raise _Unmet(f"an event {name} cannot be read: {field_name or 'its data'}: {why}") from error
 
 
 def _of(field_name: str) -> str:
@@ -551,6 +715,7 @@ def _harmless(probe: _Probe) -> Iterator[tuple[str, str, str, bytes | None]]:
         yield capability, "POST", path, json.dumps(document).encode()
     yield "cache.bust.jobs", "GET", f"{_JOBS}?limit=1", None
     yield "cache.bust.jobs", "DELETE", f"{_JOBS}/{_new_key()}", None  # which nobody has
+    yield "events.stream", "GET", _EVENTS, None
     yield "daemon.negotiate", "POST", _CAPABILITIES, advertisement_bytes()
     yield "cache.dependencies", "GET", _DEPENDENCIES, None
     yield "daemon.status", "GET", _STATUS, None
@@ -1060,6 +1225,277 @@ async def _busted(probe: _Probe, target: str, **fields: object) -> BustReply:
     return await _followed(probe, _expect_told(await probe.bust(target=target, **fields), target, **fields))
 
 
+# Events
+
+
+async def _tells_of_busts(probe: _Probe) -> None:
+    key = probe.new_target()
+    await _bust_told(probe, f"{key}/before")
+    async with probe.follow(key) as stream:
+        await stream.begin()
+        if stream.first != "live":
+            raise _Unmet(f"a stream that goes on from no id begins with {stream.first}, not with live")
+        heartbeat = stream.live.heartbeat if stream.live is not None else 0.0
+        if not 0 < heartbeat < float("inf"):
+            raise _Unmet(f"the heartbeat that it says is {heartbeat:g} s")
+        await _bust_told(probe, key)
+        _expect_event(await stream.until(key), key)
+
+
+async def _tells_in_order(probe: _Probe) -> None:
+    key = probe.new_target()
+    names = [f"{key}/{number}" for number in range(5)]
+    async with probe.follow(key) as stream, probe.follow(key) as other:
+        for reader in (stream, other):
+            await reader.begin()
+        for name in names:
+            await _bust_told(probe, name)
+        for reader in (stream, other):
+            await reader.until(names[-1])
+            if reader.targets != names:
+                raise _Unmet("five busts, one after another, are told in another order, or not all")
+        if _upto(stream.told, other.number) != _upto(other.told, stream.number):
+            raise _Unmet("two readers are told of a bust under other ids")
+
+
+async def _tells_what_was_asked(probe: _Probe) -> None:
+    key = probe.new_target()
+    own = (await _namespaces(probe))[:1] if probe.offers("namespace") else ()
+    asked: list[dict[str, object]] = [{"kind": kind} for kind in ("prefix", "tag") if probe.offers(kind)]
+    asked += [{"soft": True}] if probe.offers("soft") else []
+    asked += [{"strategy": strategy} for strategy in ("direct", "dimensional")]
+    for namespace in (None, *own):
+        where: dict[str, object] = {} if namespace is None else {"namespace": namespace}
+        wanted = () if namespace is None else (("namespace", namespace),)
+        async with probe.follow(key, *wanted) as stream:
+            await stream.begin()
+            for number, fields in enumerate(asked):
+                await _bust_told(probe, f"{key}/{number}", **fields, **where)
+                _expect_event(await stream.until(f"{key}/{number}"), f"{key}/{number}", **fields, **where)
+            if namespace and probe.offers("all"):
+                await _bust_told(probe, EVERYTHING, kind="all", confirm=True, **where)
+                _expect_event(await stream.until(EVERYTHING), EVERYTHING, kind="all", **where)
+
+
+async def _tells_what_was_missed(probe: _Probe) -> None:
+    key = probe.new_target()
+    names = [f"{key}/{number}" for number in range(4)]
+    async with probe.follow(key) as staying:
+        await staying.begin()
+        async with probe.follow(key) as going:
+            await going.begin()
+            await _bust_told(probe, names[0])
+            await going.until(names[0])
+        for name in names[1:]:
+            await _bust_told(probe, name)
+        await staying.until(names[-1])
+        since = [told for told in staying.told if told.number > going.number]
+        async with probe.follow(key, after=going.place) as back:
+            await back.begin()
+        if (back.epoch, _upto(back.missed, staying.number)) != (staying.epoch, since):
+            told, count = len(_upto(back.missed, staying.number)), len(since)
+            raise _Unmet(
+                f"who comes back is told {told} of {count} events that were missed before it is live, or others"
+            )
+        async with probe.follow(key, after=staying.place) as back:
+            await back.begin()
+            await _bust_told(probe, key)
+            await back.until(key)
+        if _upto(back.missed, staying.number):
+            raise _Unmet("who comes back and has missed nothing is told again what was told")
+
+
+async def _has_forgotten(probe: _Probe) -> None:
+    key = probe.new_target()
+    async with probe.follow(key) as reader:
+        await reader.begin()
+        await _bust_told(probe, f"{key}/before")
+        await reader.until(f"{key}/before")
+    epoch, number = reader.epoch, reader.number
+    for what, place in (
+        ("of another epoch", f"{secrets.token_hex(8)}-{number}"),
+        ("that was never given", f"{epoch}-{number + 10**15}"),
+        ("that is none", "nonsense"),
+        ("with a number that is none", f"{epoch}-{number}x"),
+    ):
+        async with probe.follow(key, after=place) as back:
+            try:
+                await back.begin(forgets=True)
+            except _Unmet as unmet:
+                raise _Unmet(f"after an id {what}: {unmet}") from unmet
+            if back.missed or key in (back.reset or ""):
+                raise _Unmet(f"after an id {what} a reset tells what was busted")
+            if (back.epoch, back.reset_at >= number) != (epoch, True):
+                raise _Unmet(f"after an id {what} a reset has another id than the newest event")
+            await _bust_told(probe, key)
+            await back.until(key)
+
+
+async def _filters_by_prefix(probe: _Probe) -> None:
+    key = probe.new_target()
+    direct, wide = {"strategy": "direct"}, {"strategy": "dimensional"}
+    through = {f"{key}/{name}": direct for name in ("a", "a/", "a/b", "a:b", "a?b", "a#b", "z/y")}
+    without = {f"{key}/{name}": direct for name in ("ab", "ab/c", "a.gz", "z", "A/b", "b/a", "a*")}
+    if probe.offers("prefix"):
+        through[key] = {"kind": "prefix"}
+        without[f"{key}/b"] = {"kind": "prefix"}
+    if probe.offers("tag"):
+        without[f"{key}/a/c"] = {"kind": "tag"}
+    await _expect_filtered(probe, key, (("prefix", f"{key}/a"), ("prefix", f"{key}/z/")), through, without)
+    key = probe.new_target()
+    through = {f"{key}/a.css": wide, f"{key}/b.css": wide, f"{key}/c.css.gz": direct}
+    without = {f"{key}/a": wide, f"{key}/b": wide, f"{key}/c.css": direct, f"{key}/d.css": direct}
+    variants = ("a.css?v=1", "b.css.gz", "c.css.gz", "d.css?v=1")
+    await _expect_filtered(probe, key, [("prefix", f"{key}/{name}") for name in variants], through, without)
+
+
+async def _filters_by_tag(probe: _Probe) -> None:
+    key = probe.new_target()
+    tag, direct = {"kind": "tag"}, {"strategy": "direct"}
+    wanted = (("tag", f"{key}/t"), ("tag", f"{key}/u"), ("prefix", f"{key}/p"))
+    through = {f"{key}/p": direct, f"{key}/t": tag, f"{key}/u": tag}
+    without = {f"{key}/t/a": tag, f"{key}/v": tag, f"{key}/p/q": tag, f"{key}/u/a": direct}
+    await _expect_filtered(probe, key, wanted, through, without)
+    if probe.advertises(*_REGISTERS):
+        entry, held_by = f"{key}/held/entry", f"{key}/held-by"
+        async with probe.follow(key, ("prefix", f"{key}/held")) as stream:
+            await stream.begin()
+            await _register(probe, entry, tags=[held_by])
+            await _bust_told(probe, held_by, **tag)
+            try:
+                await stream.until(held_by)
+            except _Silent as silent:
+                raise _Unmet("the bust of a tag is not told to who wants the prefix of an entry with it") from silent
+
+
+async def _tells_namespaces_apart(probe: _Probe) -> None:
+    own, other = await _expect_namespaces(probe)
+    key = probe.new_target()
+    async with (
+        probe.follow(key, ("namespace", own)) as one,
+        probe.follow(key, ("namespace", other)) as two,
+        probe.follow(key) as default,
+    ):
+        readers: tuple[tuple[_Stream, str | None], ...] = ((one, own), (two, other), (default, None))
+        for reader, _ in readers:
+            await reader.begin()
+        for _, namespace in readers:
+            where = {} if namespace is None else {"namespace": namespace}
+            await _bust_told(probe, f"{key}/{namespace}", **where)
+            await _bust_told(probe, key, **where)
+        for reader, namespace in readers:
+            await reader.until(key)
+            if reader.targets != [f"{key}/{namespace}", key]:
+                raise _Unmet("a reader of one namespace is told what was busted in another, or not what was in its own")
+
+
+async def _tells_of_no_dry_run(probe: _Probe) -> None:
+    key = probe.new_target()
+    async with probe.follow(key) as stream:
+        await stream.begin()
+        await _bust_told(probe, f"{key}/dry", dry_run=True)
+        await _bust_told(probe, key)
+        await stream.until(key)
+        if stream.targets != [key]:
+            raise _Unmet("a dry run, which removes nothing, is told as a bust")
+
+
+async def _tells_what_went_too(probe: _Probe) -> None:
+    key = probe.new_target()
+    asked: list[tuple[str, dict[str, object]]] = [(f"{key}/part", {"strategy": "dimensional"})]
+    asked += [(f"{key}/tag", {"kind": "tag"})] if probe.offers("tag") else []
+    async with probe.follow(key) as stream:
+        await stream.begin()
+        for target, fields in asked:
+            await _register(probe, f"{key}/page", f"{key}/part", tags=[f"{key}/tag"] if probe.offers("tag") else [])
+            await _bust_told(probe, target, **fields)
+            told = await stream.until(target)
+            if told.kind != "all" and f"{key}/page" not in told.also:
+                why = "has the tag that" if fields.get("kind") else "depends on what"
+                raise _Unmet(f"also does not name an entry that {why} was busted")
+
+
+async def _says_where_it_is(probe: _Probe) -> None:
+    key = probe.new_target()
+    async with probe.follow(key) as everything, probe.follow(key, ("prefix", f"{key}/nothing")) as nothing:
+        await everything.begin()
+        await nothing.begin()
+        beat = nothing.live.heartbeat if nothing.live is not None else 0.0
+        if beat > _LONGEST_BEAT:
+            raise _Skipped(f"not decided: it would say so every {beat:g} s only")
+        await _bust_told(probe, key)
+        await everything.until(key)
+        try:
+            await nothing.until_place(everything.number, 2 * beat + 1)
+        except _Silent as silent:
+            said = "says what it said" if nothing.beats else f"says nothing for {2 * beat + 1:g} s"
+            raise _Unmet(f"a stream {said}; every {beat:g} s it must say the newest id") from silent
+
+
+async def _bust_told(probe: _Probe, target: str, **fields: object) -> bool:
+    """Have something busted, by default directly and once, so that it is told by the time that it is answered.
+
+    Return whether the cache can have such a key.
+    """
+    fields = {"strategy": "direct", **({"settle": 0} if probe.offers("settle") else {}), **fields}
+    answer = await probe.bust(target=target, **fields)
+    if answer.status == 422 and _read(Problem, answer).field == "target":
+        return False
+    _expect_told(answer, target, **fields)
+    return True
+
+
+def _upto(told: Sequence[_Told], number: int) -> list[_Told]:
+    return [one for one in told if one.number <= number]
+
+
+def _expect_event(told: StreamedBust, target: str, **fields: object) -> None:
+    """Expect that a bust is told as it was asked."""
+    asked: dict[str, object] = {
+        "namespace": DEFAULT_NAMESPACE,
+        "kind": "key",
+        "target": target,
+        "soft": False,
+        "strategy": "direct",
+        **fields,
+    }
+    for name, value in asked.items():
+        if (found := getattr(told, name)) != value:
+            raise _Unmet(f"an event tells {name} {str(found)[:40]!r}, and {str(value)[:40]!r} was asked")
+
+
+async def _expect_filtered(
+    probe: _Probe,
+    key: str,
+    wanted: Sequence[tuple[str, str]],
+    through: Mapping[str, Mapping[str, object]],
+    without: Mapping[str, Mapping[str, object]],
+) -> None:
+    """Expect that who wants this is told of busts of `through`, and of none of `without`, but for what cannot be."""
+    asked = ", ".join(f"{name} {text.removeprefix(key)[1:]}" for name, text in wanted)
+
+    def phrase(target: str, fields: Mapping[str, object]) -> str:
+        kind = fields.get("kind", "key")
+        return f"a {fields.get('strategy', 'direct')} bust of the {kind} {target.removeprefix(key)[1:] or 'above'}"
+
+    async with probe.follow(key, *wanted) as stream:
+        await stream.begin()
+        busted = {
+            target: phrase(target, fields)
+            for target, fields in (*without.items(), *through.items())
+            if await _bust_told(probe, target, **fields)
+        }
+        for target in through:
+            try:
+                if target in busted:
+                    await stream.until(target)
+            except _Silent as silent:
+                raise _Unmet(f"who wants {asked} is not told of {busted[target]}") from silent
+        for target in stream.targets:
+            if target not in through:
+                raise _Unmet(f"who wants {asked} is told of {busted.get(target, 'what was not busted')}")
+
+
 # Dependencies: announced, resolved, swapped
 
 
@@ -1460,6 +1896,21 @@ CHECKS: Final[tuple[Check, ...]] = (
     Check("cancels jobs, once", _cancels, needs=_of_all("jobs")),
     Check("leaves jobs that are over as they are", _leaves_what_is_over, needs=_of_all("jobs")),
     Check("keeps the job of a key for its repeats", _keeps_the_job_of_a_key, needs=(*_of_all("jobs"), _IDEMPOTENT)),
+    Check("tells of busts in a stream, from when it says that it is live", _tells_of_busts, needs=_TELLS),
+    Check("tells busts in their order, under ids that rise", _tells_in_order, needs=_TELLS),
+    Check("tells in an event what was asked of the bust", _tells_what_was_asked, needs=_TELLS),
+    Check("tells who comes back exactly what was missed", _tells_what_was_missed, needs=_TELLS),
+    Check("has a reader forget who comes back with an id that it does not know", _has_forgotten, needs=_TELLS),
+    Check("leaves out of a stream what concerns none of its prefixes, and no more", _filters_by_prefix, needs=_TELLS),
+    Check(
+        "leaves out of a stream what concerns none of its tags, and no more",
+        _filters_by_tag,
+        needs=(*_TELLS, *_of_all("tag")),
+    ),
+    Check("tells each namespace its own busts", _tells_namespaces_apart, needs=(*_TELLS, *_of_all("namespace"))),
+    Check("tells of no dry run", _tells_of_no_dry_run, needs=(*_TELLS, *_of_all("dry_run"))),
+    Check("tells what went with what was busted", _tells_what_went_too, needs=(*_TELLS, *_REGISTERS)),
+    Check("says with each heartbeat how far it is", _says_where_it_is, needs=_TELLS),
     Check("busts what depends on what is busted", _busts_dependents, needs=_REGISTERS),
     Check("keeps what is announced of dependencies", _announces, needs=_KNOWS),
     Check("refuses announcements that say no dependency", _refuses_announcements, needs=_KNOWS),

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ValidationError
 from pybustcall.capabilities import SEMVERX, VERSION, check_requirements, digest_of, unmet
 from pybustcall.errors import ConfigurationError, InvalidVersion
 from pybustcall.jobs import MAX_JOBS
-from pybustcall.keys import covers
+from pybustcall.keys import ENCODINGS, covers
 from pybustcall.models import (
     DEFAULT_NAMESPACE,
     KINDS,
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from multidict import MultiMapping
 
 __all__ = ["Answer", "FakeDaemon", "Space"]
 
@@ -77,6 +78,7 @@ _HISTORY: Final = 64
 _IDEMPOTENT: Final = "cache.bust.idempotent"
 _REGISTER: Final = "cache.register"
 _JOBS: Final = "cache.bust.jobs"
+_EVENTS: Final = "events.stream"
 _ACCEPTED: Final = 202
 _FLAGS: Final = ("soft", "namespace", "dry_run", "verify", "settle")
 _KINDS: Final = tuple(f"cache.bust.{kind}" for kind in KINDS if kind != "key")
@@ -226,20 +228,24 @@ class FakeDaemon:
     - `capabilities`: names that it advertises besides those of the base protocol. It really has these:
       "cache.bust.idempotent" (a bust with the Idempotency-Key of one that succeeded is answered from memory, without
       another effect), "cache.bust.tag", ".prefix", ".all", ".soft", ".namespace", ".dry_run", ".verify", ".settle" and
-      ".jobs", "cache.register", "cache.dependencies", "semver.resolve", "cache.hotswap" and "daemon.negotiate". Fields
-      of a bust whose capability it does not have it ignores, as an older daemon does; one that has some kind refuses
-      the others. With ".jobs", a bust of the strategy "hybrid" is answered with 202 where no plan says otherwise, and
-      is done once somebody has asked for its job; with ".settle", the second bust follows
+      ".jobs", "cache.register", "cache.dependencies", "semver.resolve", "cache.hotswap", "events.stream" and
+      "daemon.negotiate". Fields of a bust whose capability it does not have it ignores, as an older daemon does;
+      one that has some kind refuses the others. With ".jobs", a bust of the strategy "hybrid" is answered with
+      202 where no plan says otherwise, and is done once somebody has asked for its job; with ".settle", the
+      second bust follows
     - `advertises`: fields of its capability document that are to be others; it may be changed at any time, which shows
       in the digest that every answer carries. What its `requires` says of clients is asked of them
     - `layers`: names of the layers of which its answers to busts tell that they are done there
     - `probe_plan`: what the next questions for its capabilities get, on either route
+    - `stream_plan`: what the next readers of its events get: an `Answer`, or the first bytes of a stream that then says
+      nothing more; the others get a right one, with a sign of life every `heartbeat` seconds
 
     `requests` holds every bust that it could read, `headers` the headers of each, `applied` the busts and `swaps` the
     hot swaps that had an effect, in order; `dependencies` and `entries` what it knows of them, which a test may set,
     `space` the same of another namespace; `jobs` the busts that it answered with 202, the oldest first, which `finish`
     moves on; `advertised` every capability document that was sent to it. `connections` is how many connections were
-    made to it, `probes` how often it was asked for its capabilities. What is refused takes nothing from a plan.
+    made to it, `probes` how often it was asked for its capabilities, `followed` the id that each reader of its events
+    said it had read last, or None. What is refused takes nothing from a plan.
 
     `stop` and `start` play a restart: the URL stays, and so does what it counts and remembers.
     """
@@ -256,10 +262,16 @@ class FakeDaemon:
         layers: Iterable[str] = (),
         probe_plan: Iterable[Answer] = (),
         swap_plan: Iterable[Answer] = (),
+        stream_plan: Iterable[Answer | bytes] = (),
+        heartbeat: float = 5.0,
     ) -> None:
         self.plan: deque[Answer] = deque(plan)
         self.probe_plan: deque[Answer] = deque(probe_plan)
         self.swap_plan: deque[Answer] = deque(swap_plan)
+        self.stream_plan: deque[Answer | bytes] = deque(stream_plan)
+        self.followed: list[str | None] = []
+        self.heartbeat = heartbeat
+        self.epoch = "fake"
         self.requests: list[BustRequest] = []
         self.headers: list[dict[str, str]] = []
         self.applied: list[BustRequest] = []
@@ -279,6 +291,9 @@ class FakeDaemon:
         self._history: deque[FaultRecord] = deque(maxlen=_HISTORY)
         self._memory: dict[tuple[str, str, str], _Remembered] = {}
         self._clients: dict[str, CapabilityDocument] = {}
+        self._told: list[tuple[int, dict[str, Any]]] = []
+        self._last_told = self._forgotten = 0
+        self._readers: set[asyncio.Event] = set()
         self._socket = socket
         self._tls = tls
         self._document = document
@@ -307,6 +322,29 @@ class FakeDaemon:
         ended = Timestamp.of_nanoseconds(time.time_ns()) if state in OVER else None
         removed = self._have_effect(self._accepted[job]) if state == "done" else 0
         self.jobs[job] = self.jobs[job].model_copy(update={"state": state, "ended": ended, "removed": removed})
+
+    def tell(self, target: str = "*", *, namespace: str = DEFAULT_NAMESPACE, kind: str = "key", **more: object) -> str:
+        """Tell the readers of its events of a bust that nobody asked for; `more` are further fields. Return the id."""
+        self._last_told += 1
+        place = f"{self.epoch}-{self._last_told}"
+        said = {
+            "namespace": namespace,
+            "kind": kind,
+            "target": target,
+            "soft": False,
+            "strategy": "dimensional",
+            **more,
+        }
+        self._told.append((self._last_told, said))
+        for reader in self._readers:
+            reader.set()
+        return place
+
+    def forget_events(self, epoch: str | None = None) -> None:
+        """Keep no event for readers that come back, which get a reset then; with an `epoch`, begin another log."""
+        self._told.clear()
+        self._forgotten = self._last_told
+        self.epoch = epoch or self.epoch
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -358,6 +396,8 @@ class FakeDaemon:
         runner, self._runner = self._runner, None
         if runner is not None:
             self._released.set()
+            for reader in self._readers:
+                reader.set()
             for timer in self._second:
                 timer.cancel()
             self._second.clear()
@@ -396,6 +436,7 @@ class FakeDaemon:
                 web.get("/api/v1/jobs/{job}", self._tell_job),
                 web.delete("/api/v1/jobs/{job}", self._cancel_job),
             ],
+            _EVENTS: [web.get("/api/v1/events", self._follow)],
         }
         for name, routes in extensions.items():
             if name in self._capabilities:
@@ -474,9 +515,23 @@ class FakeDaemon:
         if bust.dry_run:
             return 0
         self.applied.append(bust)
+        if _EVENTS in self._capabilities:
+            self._tell_of(bust)
         if bust.settle:
             self._second.add(asyncio.get_running_loop().call_later(bust.settle, self._reach, bust))
         return self._reach(bust)
+
+    def _tell_of(self, bust: BustRequest) -> None:
+        space = self.space(bust.namespace)
+        also = sorted((space.covered(bust) & space.entries.keys()) - {bust.target})
+        self.tell(
+            bust.target,
+            namespace=bust.namespace or DEFAULT_NAMESPACE,
+            kind=bust.kind,
+            soft=bust.soft,
+            strategy=bust.strategy,
+            **({"also": also} if also else {}),
+        )
 
     def _reach(self, bust: BustRequest) -> int:
         """Drop or mark what a bust covers now; tell how many entries."""
@@ -736,6 +791,64 @@ class FakeDaemon:
             ResolveReply(spec=asked.spec, resolved=f"{spec.name}@{version}", version=version, state=best.state.value)
         )
 
+    # Events
+
+    async def _follow(self, request: web.Request) -> web.StreamResponse:
+        after = request.headers.get("Last-Event-ID")
+        self.followed.append(after)
+        plan = self.stream_plan.popleft() if self.stream_plan else None
+        if isinstance(plan, Answer):
+            await self._work(plan)
+            return await self._answer(request, b"", plan)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        await response.prepare(request)
+        released, wake = self._released, asyncio.Event()
+        self._readers.add(wake)
+        try:
+            if plan is not None:
+                await response.write(plan)
+                await released.wait()
+            else:
+                await self._tell_on(response, partial(_is_wanted, request.query), after, wake)
+        except ConnectionError:
+            pass  # it has gone
+        finally:
+            self._readers.discard(wake)
+        return response
+
+    async def _tell_on(
+        self,
+        response: web.StreamResponse,
+        is_wanted: Callable[[Mapping[str, Any]], bool],
+        after: str | None,
+        wake: asyncio.Event,
+    ) -> None:
+        """Tell a reader what it has missed, or to forget; that it is live; and what comes, until the daemon stops."""
+        released = self._released
+
+        def told(seen: int) -> bytes:
+            return b"".join(
+                _event("bust", f"{self.epoch}-{number}", said)
+                for number, said in self._told
+                if number > seen and is_wanted(said)
+            )
+
+        seen = self._last_told
+        if after in {f"{self.epoch}-{number}" for number in range(self._forgotten, self._last_told + 1)}:
+            seen = int(after.rpartition("-")[2])
+        elif after is not None:
+            reset = {"reason": "events were missed that are no longer kept"}
+            await response.write(_event("reset", f"{self.epoch}-{seen}", reset))
+        missed, seen = told(seen), self._last_told
+        await response.write(missed + _event("live", f"{self.epoch}-{seen}", {"heartbeat": self.heartbeat}))
+        while not released.is_set():
+            wake.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.heartbeat):
+                    await wake.wait()
+            fresh, seen = told(seen), self._last_told
+            await response.write(fresh or f": heartbeat\nid: {self.epoch}-{seen}\n\n".encode())
+
     # Status and capabilities
 
     async def _status(self, _: web.Request) -> web.Response:
@@ -941,6 +1054,27 @@ def _reply(bust: BustRequest, removed: int | None = None, matched: int | None = 
         verified=(bust.verify and not bust.dry_run) or None,
     )
     return reply.model_dump_json(exclude_defaults=True).encode()
+
+
+def _is_wanted(query: MultiMapping[str], said: Mapping[str, Any]) -> bool:
+    """Tell whether a reader is to be told of a bust: it may concern something that the reader holds."""
+    prefixes, tags = query.getall("prefix", []), query.getall("tag", [])
+    kind, target, wide = said["kind"], said["target"], said["strategy"] != "direct"
+    if said["namespace"] != query.get("namespace", DEFAULT_NAMESPACE):
+        return False
+    if not (prefixes or tags) or kind == "all" or (kind == "tag" and target in tags):
+        return True
+    keys = [*([] if kind == "tag" else [target]), *said.get("also", ())]
+    marks = ("?", *ENCODINGS) if wide else ()
+    return any(
+        any(covers(prefix, key) or prefix.startswith(tuple(key + mark for mark in marks)) for key in keys)
+        or (kind == "prefix" and covers(target, prefix))
+        for prefix in prefixes
+    )
+
+
+def _event(name: str, place: str, said: Mapping[str, object]) -> bytes:
+    return f"id: {place}\nevent: {name}\ndata: {json.dumps(said)}\n\n".encode()
 
 
 def _dump(model: BaseModel) -> bytes:

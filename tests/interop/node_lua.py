@@ -15,7 +15,7 @@ from tests.interop import PeerProcess, require, start_peer, unavailable
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["CLIENTS", "PEERS", "lua", "node", "start_lua_peer", "start_node_peer"]
+__all__ = ["CLIENTS", "FOLLOWER", "PEERS", "lua", "node", "start_lua_peer", "start_node_peer"]
 
 _HERE = Path(__file__).parent
 _CLIENTS = _HERE.parent.parent / "docs" / "how-to" / "clients"
@@ -54,6 +54,9 @@ CLIENTS: Final[Mapping[str, Callable[[], list[str]]]] = {
     "lua": lambda: [lua(), str(_CLIENTS / "bust.lua")],
 }
 """The commands of the documentation's clients; targets follow."""
+
+FOLLOWER: Final[Callable[[], list[str]]] = lambda: [node(), str(_CLIENTS / "follow.mjs")]  # noqa: E731 - as the others
+"""The command of the documentation's client that follows events; prefixes may follow."""
 
 
 def start_node_peer(*options: str) -> PeerProcess:

@@ -7,6 +7,7 @@ from typing import assert_type
 import pybustcall
 from pybustcall import (
     BustcallClient,
+    BustEvent,
     BustJob,
     BustReport,
     BustResult,
@@ -15,15 +16,19 @@ from pybustcall import (
     DaemonStatus,
     Dependency,
     Event,
+    EventStream,
     Failback,
     FailedOver,
     FleetView,
     LayerResult,
+    NearCache,
+    NearCacheStatistics,
     Outbox,
     OutboxCounts,
     Pool,
     ReplayReport,
     Requirements,
+    Reset,
     Resolution,
     Retry,
     SemverX,
@@ -67,6 +72,18 @@ async def use() -> None:
         assert_type(await same.resolve("pricing-model@^2.0.0"), Resolution)
         assert_type(await same.hot_swap([Swap("pricing-model", to="2.2.0", migrate=True)]), SwapResult)
         assert_type(await same.register("products/7.html", depends_on=["pricing-model"], tags=["sale"], ttl=60), str)
+        async with same.events(prefix="products/", tags=["sale"]) as events:
+            assert_type(events, EventStream)
+            async for told in events:
+                assert_type(told, BustEvent | Reset)
+        cache = same.near_cache(maxsize=1000, ttl=60.0, grace=5, delivery="all", namespace="shop")
+        assert_type(cache, NearCache)
+        assert_type(await cache.get_or_load("products/7", load, tags=["product:7"]), int)
+        assert_type(await cache.get_or_load("products/7", lambda: "plain"), str)
+        assert_type(cache.statistics(), NearCacheStatistics)
+        assert_type(same.statistics().near, tuple[NearCacheStatistics, ...])
+        same.attach(Held(), key=lambda key: f"products/{key}", tags=lambda key: [f"product:{key}"])()
+        same.attach(Held(), drop=lambda held, _: held.clear())
         same.on_event(hook)()
         same.reset()
     BustcallClient(requires=Requirements(semverx=">=0.1", capabilities=("cache.hotswap",)))
@@ -79,6 +96,15 @@ async def use() -> None:
         assert_type(error.applied, pybustcall.errors.Applied)
     except BustFailed as error:
         assert_type(error.result, BustResult | None)
+
+
+class Held(dict[int, str]):
+    """A cache of the application's own, which can be held weakly."""
+
+
+async def load() -> int:
+    """Load a value."""
+    return 7
 
 
 def hook(event: Event) -> None:

@@ -1,9 +1,11 @@
 // A bustcall daemon in Node.js, with nothing but its standard library: node peer.mjs [--port N]
-// It holds no cache: what it is asked to bust it checks as a daemon must, counts, and acknowledges.
+// It holds no cache: what it is asked to bust it checks as a daemon must, counts, tells those who follow, and
+// acknowledges. --heartbeat SECONDS is of the streams of events, --kept N how many events are kept for who comes back.
 import { createHash } from "node:crypto";
 import { STATUS_CODES, createServer } from "node:http";
 import { isIP } from "node:net";
 import { parseArgs } from "node:util";
+import { Log } from "./events.mjs";
 import { checkVectors } from "./vectors.mjs";
 
 const VERSION = "0.1.0";
@@ -11,6 +13,8 @@ const MAX_TARGET_BYTES = 8192;
 const MAX_BODY_BYTES = 65536;
 const HISTORY = 64;
 const PATIENCE = 10_000; // milliseconds for a request to arrive
+const MOST_READERS = 500;
+const MOST_WANTED = 100; // prefixes, and again tags, that one reader can name
 const STRATEGIES = ["direct", "dimensional", "hybrid"];
 
 // [capabilities]
@@ -18,17 +22,23 @@ const CAPABILITIES = {
   binding: "node",
   version: "0.1.0",
   semverx: "0.experimental.1.experimental.0.experimental",
-  capabilities: ["cache.bust", "daemon.status", "daemon.capabilities"],
+  capabilities: ["cache.bust", "daemon.status", "daemon.capabilities", "events.stream"],
   endpoints: {
     "cache.bust": "/api/v1/bust",
     "daemon.status": "/api/v1/status",
     "daemon.capabilities": "/api/v1/capabilities",
+    "events.stream": "/api/v1/events",
   },
   supported_strategies: ["direct", "dimensional", "hybrid"],
   fault_tolerance: { max_stage: 12, default_stage: 6, p2p_fallback: false },
   requires: { semverx: "*", capabilities: [] },
   limits: { max_target_bytes: 8192, max_body_bytes: 65536 },
-  access: { "cache.bust": "public", "daemon.status": "public", "daemon.capabilities": "public" },
+  access: {
+    "cache.bust": "public",
+    "daemon.status": "public",
+    "daemon.capabilities": "public",
+    "events.stream": "public",
+  },
 };
 // [/capabilities]
 
@@ -79,20 +89,22 @@ export const cacheKeyOf = (target) => `sha256:${createHash("sha256").update(targ
 
 const history = [];
 let bustsApplied = 0;
+let log; // of events
 
 function remember({ stage, message, binding }) {
   history.push({ timestamp: new Date().toISOString(), binding, fault_stage: stage, message });
   if (history.length > HISTORY) history.shift();
 }
 
-// The routes: each returns [status, headers, body]
+// The routes: each returns [status, headers, body], or has answered
 
 const json = (document) => [200, { "Content-Type": "application/json" }, JSON.stringify(document)];
 
 async function bust(request) {
   const started = performance.now();
-  const { target } = readBust(await readBody(request));
+  const { target, strategy } = readBust(await readBody(request));
   bustsApplied += 1;
+  log.tell({ namespace: "default", kind: "key", target, soft: false, strategy }); // before it is answered
   return json({
     status: "success",
     cache_key: cacheKeyOf(target),
@@ -121,10 +133,35 @@ function capabilities(request) {
 }
 // [/etag]
 
+function events(request, response) {
+  const headers = { "Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no" };
+  const interest = readInterest(new URL(request.url, "http://localhost").searchParams);
+  if (request.method === "HEAD") return [200, headers, ""];
+  if (log.readers >= MOST_READERS)
+    throw new Refusal(429, `${MOST_READERS} readers follow the events already`, { headers: { "Retry-After": "5" } });
+  response.writeHead(200, { ...headers, "Bustcall-Capabilities": DIGEST, Connection: "close" });
+  log.follow(response, interest, request.headers["last-event-id"]);
+  return null;
+}
+
+/** Read what a reader wants to be told of; throw the refusal of what cannot be. */
+function readInterest(query) {
+  const said = (name, most, isFine) => {
+    const values = query.getAll(name);
+    if (values.length > most) throw new Refusal(422, `${name} can be said ${most} times at most`, { field: name });
+    if (!values.every(isFine)) throw new Refusal(422, `${name} cannot be that`, { field: name });
+    return values;
+  };
+  const isKey = (text) => text !== "" && !/\p{Cc}/u.test(text) && Buffer.byteLength(text) <= MAX_TARGET_BYTES;
+  const [namespace = "default"] = said("namespace", 1, (text) => /^[a-z0-9][\w.-]{0,63}$/i.test(text));
+  return { namespace, prefixes: said("prefix", MOST_WANTED, isKey), tags: said("tag", MOST_WANTED, isKey) };
+}
+
 const ROUTES = {
   "/api/v1/bust": { POST: bust },
   "/api/v1/status": { GET: status },
   "/api/v1/capabilities": { GET: capabilities },
+  "/api/v1/events": { GET: events },
 };
 
 /** Read a JSON body of a bearable size. What is beyond it passes by unkept, so that the answer finds its reader. */
@@ -154,7 +191,7 @@ function admit({ headers: { host = "", origin } }) {
   if (origin !== undefined) throw new Refusal(403, "web pages may not call this daemon", { stage: 3 });
 }
 
-async function answer(request) {
+async function answer(request, response) {
   admit(request);
   const methods = ROUTES[request.url.split("?")[0]];
   if (methods === undefined) throw new Refusal(404, "there is no such route", { stage: 3 });
@@ -163,7 +200,7 @@ async function answer(request) {
     const headers = { Allow: Object.keys(methods).join(", ") };
     throw new Refusal(405, "this route does not take this method", { stage: 3, headers });
   }
-  return handler(request);
+  return handler(request, response);
 }
 
 // [errors]
@@ -175,12 +212,14 @@ function problem({ status, message, field, headers }) {
 // [/errors]
 
 async function serve(request, response) {
-  const [status, headers, body] = await answer(request).catch((error) => {
+  const answered = await answer(request, response).catch((error) => {
     const refusal = error instanceof Refusal ? error : new Refusal(500, "the daemon failed", { stage: 7 });
     remember(refusal);
     return problem(refusal);
   });
   request.resume(); // a body that nobody wanted
+  if (answered === null) return;
+  const [status, headers, body] = answered;
   const length = status === 304 ? {} : { "Content-Length": Buffer.byteLength(body) };
   response.writeHead(status, { ...headers, ...length, "Bustcall-Capabilities": DIGEST }).end(body);
 }
@@ -197,7 +236,8 @@ function refuseUnread(error, socket) {
   socket.end(`${head.join("\r\n")}\r\n\r\n${body}`);
 }
 
-function listen(port) {
+function listen({ port, heartbeat, kept }) {
+  log = new Log({ kept: Number(kept), heartbeat: Number(heartbeat) });
   const options = { headersTimeout: PATIENCE, requestTimeout: PATIENCE, connectionsCheckingInterval: 1000 };
   const server = createServer(options, serve).on("clientError", refuseUnread);
   server.maxConnections = 1000;
@@ -205,8 +245,9 @@ function listen(port) {
     console.error(`cannot listen on port ${port}: ${error.message}`);
     process.exit(4);
   });
-  server.listen(port, "127.0.0.1", () => console.log(`listening on http://127.0.0.1:${server.address().port}`));
+  server.listen(Number(port), "127.0.0.1", () => console.log(`listening on http://127.0.0.1:${server.address().port}`));
   process.once("SIGTERM", () => {
+    log.close();
     server.close(() => process.exit(0)); // requests under way are finished
     server.closeIdleConnections();
     setTimeout(() => process.exit(0), PATIENCE).unref();
@@ -214,7 +255,12 @@ function listen(port) {
 }
 
 const { values } = parseArgs({
-  options: { port: { type: "string", default: "8083" }, "check-vectors": { type: "string" } },
+  options: {
+    port: { type: "string", default: "8083" },
+    heartbeat: { type: "string", default: "5" },
+    kept: { type: "string", default: "1000" },
+    "check-vectors": { type: "string" },
+  },
 });
-if (values["check-vectors"] === undefined) listen(Number(values.port));
+if (values["check-vectors"] === undefined) listen(values);
 else process.exitCode = (await checkVectors(values["check-vectors"], { readBust, cacheKeyOf })) ? 0 : 1;

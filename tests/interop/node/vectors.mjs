@@ -2,6 +2,8 @@
 import { readFileSync } from "node:fs";
 import { isDeepStrictEqual } from "node:util";
 import { join } from "node:path";
+import { StreamParser, drops } from "../../../docs/how-to/clients/follow.mjs";
+import { concerns } from "./events.mjs";
 import * as faults from "./faults.mjs";
 import { doubt } from "./replies.mjs";
 import * as semverx from "./semverx.mjs";
@@ -122,6 +124,33 @@ function* checkRanges({ matches, invalid, specs, invalid_specs: invalidSpecs, be
   }
 }
 
+/** Read a stream that comes in pieces: its events, and the last id; or null if it is none. */
+function readStream(pieces) {
+  const parser = new StreamParser();
+  try {
+    const blocks = pieces.flatMap((piece) => [...parser.feed(piece)]);
+    return [blocks.filter(({ data }) => data !== null), blocks.at(-1)?.id ?? ""];
+  } catch {
+    return [null, null];
+  }
+}
+
+function* checkEvents({ streams, concerns: heard, drops: held }) {
+  for (const { description, events, last_id: last, ...body } of streams) {
+    const bytes = bodyOf(body);
+    const told = events?.map((event) => ({ ...event, data: bodyOf({ body: event.data, fill: body.fill }).toString() }));
+    const places = bytes.length < 1000 ? [...bytes.keys()].slice(1) : [];
+    const cuts = [[bytes], [...bytes].map((byte) => Buffer.of(byte))];
+    cuts.push(...places.map((place) => [bytes.subarray(0, place), bytes.subarray(place)]));
+    for (const pieces of cuts)
+      yield [`${description}: in ${pieces.length} pieces`, readStream(pieces), [told ?? null, last]];
+  }
+  for (const { event, interest, concerns: expected } of heard)
+    yield [`${JSON.stringify(event)} for ${JSON.stringify(interest)}`, concerns(event, interest), expected];
+  for (const { event, key, tags, drops: expected } of held)
+    yield [`${JSON.stringify(event)} and ${key} with ${tags}`, drops(event, key, tags), expected];
+}
+
 const CHECKS = {
   "versions.json": checkVersions,
   "ranges.json": checkRanges,
@@ -129,6 +158,7 @@ const CHECKS = {
   "replies.json": checkReplies,
   "errors.json": checkErrors,
   "faults.json": checkFaults,
+  "events.json": checkEvents,
 };
 
 /** Check every file; print what does not match, and how much was checked; tell whether everything matched. */

@@ -1,0 +1,362 @@
+"""Caches that are none of ours, kept true by what daemons tell, as far as that can be: held weakly, cleared in doubt.
+
+This module decides how a bust reaches a cache that knows nothing of busts, when such a cache is cleared because it may
+have missed one, and who of a client's near caches and attached ones is told what the client busts itself. What daemons
+tell, and how far that can be trusted, is decided by `events`. docs/explanation/near-caches.md tells why it is so.
+
+Theory of operation. A cache is held by a weak reference whose end takes away all that is known of it, so that it goes
+when the application drops it. Many caches cannot be hashed, therefore they are known by their identity; a reference
+that ends takes away only its own record, for another cache may have that identity by then. Such a cache is read behind
+our back: it can never be bypassed, only cleared.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import os
+import types
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, final
+
+from pybustcall.errors import ConfigurationError
+from pybustcall.events import BustEvent, Concern, Reset, clock, silence
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from pybustcall.events import Feed
+    from pybustcall.near_cache import NearCache, NearCacheStatistics
+
+__all__ = ["Attachments", "Drop", "Nearby"]
+
+_log: Final = logging.getLogger("pybustcall")
+
+_ATTACHMENTS: weakref.WeakSet[Attachments] = weakref.WeakSet()
+_INHERITED: list[object] = []
+"""What a forked child must neither use nor let the garbage collector find."""
+
+
+def _after_fork() -> None:
+    for attachments in list(_ATTACHMENTS):
+        attachments.forget_parent()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+Drop = Callable[[Any, BustEvent | Reset], object]
+"""Drops from a cache what an event concerns, or everything for a `Reset`."""
+
+
+@final
+@dataclass(eq=False, slots=True)
+class _Attached:
+    """A foreign cache, held weakly, and how a bust reaches it."""
+
+    ref: weakref.ref[Any]
+    way: Callable[[_Attached, Any, Sequence[BustEvent | Reset]], None]
+    key: Callable[[Any], object] | None
+    tags: Callable[[Any], Iterable[str]] | None
+    drop: Drop | None
+
+    def apply(self, events: Sequence[BustEvent | Reset]) -> None:
+        """Have the cache drop what was busted, if it is still there. What it raises is logged."""
+        cache = self.ref()
+        if cache is None:
+            return
+        try:
+            self.way(self, cache, events)
+        except Exception:  # noqa: BLE001 - of somebody else's code, which must not end what tells all others
+            _log.exception("a bust could not be applied to an attached %s", type(cache).__name__)
+
+
+@final
+class Attachments:
+    """Foreign caches in one namespace, held weakly, and cleared whenever what they hold cannot be trusted.
+
+    `needed`: how many daemons must be followed. Applied by one event loop at a time, the first that the client is used
+    in; by the thread that attaches or busts where there is none.
+    """
+
+    def __init__(self, namespace: str, needed: int, *, clock: Callable[[], float] = clock) -> None:
+        self._namespace = namespace
+        self._needed = needed
+        self._clock = clock
+        self._held: dict[object, _Attached] = {}
+        self._feed: Feed | None = None
+        self._heard: list[BustEvent] = []
+        self._is_trusted = False
+        self._timer: asyncio.TimerHandle | None = None
+        _ATTACHMENTS.add(self)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __repr__(self) -> str:
+        return f"Attachments({self._namespace}, {len(self)} caches, {'trusted' if self._is_trusted else 'not trusted'})"
+
+    def attach(
+        self,
+        cache: object,
+        key: Callable[[Any], object] | None,
+        tags: Callable[[Any], Iterable[str]] | None,
+        drop: Drop | None,
+    ) -> Callable[[], None]:
+        """Hold a cache weakly; return what takes it away again. Raises `ConfigurationError` for what cannot be held."""
+        for name, function in (("key", key), ("tags", tags), ("drop", drop)):
+            if function is not None and not callable(function):
+                raise ConfigurationError(f"{name} must be a callable, not {type(function).__name__}", setting=name)
+            if function is not None and _holds(function, cache):
+                raise ConfigurationError(
+                    f"{name} holds the cache itself, which could never be dropped; make it a function of its arguments",
+                    setting=name,
+                )
+        ident: object = id(cache)
+        if isinstance(cache, types.MethodType):
+            ident = id(cache.__self__), id(cache.__func__)
+        gone = functools.partial(_forget_dropped, self._held, ident)
+        way = _call_drop if drop is not None else _way_of(cache)
+        attached = _Attached(_weakly(cache, gone), way, key, tags, drop)
+        self._held[ident] = attached
+        return functools.partial(self._detach, ident, attached)
+
+    def _detach(self, ident: object, attached: _Attached) -> None:
+        if self._held.get(ident) is attached:
+            del self._held[ident]
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the daemons are followed for these, in some event loop."""
+        return self._feed is not None
+
+    def serve(self, shared: Callable[[str], Feed]) -> None:
+        """Follow the daemons in the running loop, unless that is done in another, or there is nothing to serve."""
+        if self._feed is None and self._held:
+            self._feed = shared(self._namespace)
+            self._feed.join(self)
+            self.changed()
+
+    def forget_parent(self) -> None:
+        """Begin anew in a forked child: its caches are cleared once its own streams are live."""
+        _INHERITED.append((self._feed, self._timer))
+        self._leave()
+
+    def _leave(self) -> None:
+        self._feed = self._timer = None
+        self._is_trusted = False
+
+    # What the feed tells
+
+    def busted(self, event: BustEvent) -> None:
+        """Take in a bust. What comes together is applied together, since that takes a look through each cache."""
+        self._heard.append(event)
+
+    def reset(self, daemon: str, reason: str, *, first: bool) -> None:  # noqa: ARG002 - a new cache is no exception
+        """Clear all."""
+        self._heard.clear()
+        self._apply([Reset(daemon=daemon, reason=reason)])
+
+    def changed(self) -> None:
+        """Apply what was heard; clear all when the daemons are not trusted any more, and when they are again."""
+        heard, self._heard = self._heard, []
+        if heard:
+            self._apply(heard)
+        feed = self._feed
+        if feed is None:
+            return
+        if feed.is_closed or not self._held:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._leave()
+            self._apply([Reset(daemon="", reason="the daemons are not followed any more")])
+            if not feed.is_closed:
+                feed.leave(self)
+            return
+        until, now = feed.trusted_until(self._needed, None), self._clock()
+        if (until >= now) is not self._is_trusted:
+            self._is_trusted = not self._is_trusted
+            again = "followed again" if self._is_trusted else "silent for too long"
+            self._apply([Reset(daemon="", reason=f"the daemons are {again}")])
+        if self._is_trusted and self._timer is None:
+            self._timer = feed.loop.call_later(until - now + 0.001, self._look_again)
+
+    def _look_again(self) -> None:
+        self._timer = None
+        self.changed()
+
+    @staticmethod
+    def limit(heartbeat: float) -> float:
+        """Tell how long a stream may be silent."""
+        return silence(heartbeat, None)
+
+    def bust_here(self, event: BustEvent | Reset) -> None:
+        """Take in what its own client busts, in whatever thread that is."""
+        feed = self._feed
+        if feed is None or feed.loop.is_closed() or feed.is_here:
+            self._apply([event])
+        else:
+            feed.loop.call_soon_threadsafe(self._apply, [event])
+
+    def _apply(self, events: Sequence[BustEvent | Reset]) -> None:
+        for attached in list(self._held.values()):
+            attached.apply(events)
+
+
+def _weakly(cache: object, gone: Callable[[weakref.ref[Any]], None]) -> weakref.ref[Any]:
+    try:
+        return weakref.WeakMethod(cache, gone) if isinstance(cache, types.MethodType) else weakref.ref(cache, gone)
+    except TypeError:
+        kind = type(cache).__name__
+        raise ConfigurationError(
+            f"a {kind} cannot be held weakly; make the cache of a subclass (class Cache({kind}): pass), or attach a"
+            " bound method of an object that drops from it",
+            setting="cache",
+        ) from None
+
+
+def _forget_dropped(held: dict[object, _Attached], ident: object, ref: weakref.ref[Any]) -> None:
+    """Forget a cache that the application has dropped, in whatever thread that was."""
+    attached = held.get(ident)
+    if attached is not None and attached.ref is ref:
+        held.pop(ident, None)
+
+
+def _holds(function: object, cache: object) -> bool:
+    """Tell whether a function holds the cache: as its object, as what it is made of, or in what it closes over."""
+    left, seen = [function], 0
+    while left and seen < _MOST_LOOKED_AT:
+        it = left.pop()
+        seen += 1
+        if it is cache:
+            return True
+        if isinstance(it, _MADE_OF):
+            left += [held for held in gc.get_referents(it) if isinstance(held, _MADE_OF) or held is cache]
+    return False
+
+
+_MADE_OF: Final = (
+    types.FunctionType,
+    types.MethodType,
+    types.BuiltinMethodType,
+    types.CellType,
+    functools.partial,
+    tuple,
+)
+_MOST_LOOKED_AT: Final = 100
+
+
+# The ways to drop from a foreign cache
+
+
+def _way_of(cache: Any) -> Callable[[_Attached, Any, Sequence[BustEvent | Reset]], None]:
+    if all(callable(getattr(cache, name, None)) for name in ("pop", "clear", "__iter__")):
+        return _drop_from_mapping
+    if callable(getattr(cache, "cache_clear", None)):
+        return _clear_function
+    if callable(cache):
+        return _call
+    raise ConfigurationError(
+        f"a {type(cache).__name__} is no mapping with pop and clear, and no callable; say how to drop from it with"
+        " drop=",
+        setting="cache",
+    )
+
+
+def _call_drop(attached: _Attached, cache: Any, events: Sequence[BustEvent | Reset]) -> None:
+    assert attached.drop is not None  # noqa: S101 - this is its way
+    for event in events:
+        attached.drop(cache, event)
+
+
+def _call(_: _Attached, cache: Any, events: Sequence[BustEvent | Reset]) -> None:
+    for event in events:
+        cache(event)
+
+
+def _clear_function(_attached: _Attached, cache: Any, _events: Sequence[BustEvent | Reset]) -> None:
+    cache.cache_clear()  # as of functools.lru_cache, which can drop nothing less
+
+
+def _drop_from_mapping(attached: _Attached, cache: Any, events: Sequence[BustEvent | Reset]) -> None:
+    concern = Concern(event for event in events if isinstance(event, BustEvent))
+    whole = concern.everything or (attached.tags is None and bool(concern.tags))
+    if whole or any(isinstance(event, Reset) for event in events):
+        cache.clear()
+        return
+    try:
+        gone = [cached for cached in list(cache) if _is_concerned(attached, concern, cached)]
+    except Exception:
+        cache.clear()  # what is concerned cannot be told
+        raise
+    for cached in gone:
+        cache.pop(cached, None)
+
+
+def _is_concerned(attached: _Attached, concern: Concern, cached: Any) -> bool:
+    """Tell whether what is held under a key of a foreign cache was busted. What cannot be named is dropped, too."""
+    keys = cached if attached.key is None else attached.key(cached)
+    if keys is None:
+        return False
+    tags = () if attached.tags is None else attached.tags(cached)
+    if isinstance(keys, str):
+        return concern.concerns(keys, tags)
+    if attached.key is None or not isinstance(keys, Iterable):
+        return True
+    return any(concern.concerns(key, tags) for key in keys)
+
+
+# All of one client
+
+
+@final
+class Nearby:
+    """The near caches of one client, and the foreign ones that are attached to it, in all its event loops."""
+
+    def __init__(self) -> None:
+        self._caches: weakref.WeakSet[NearCache] = weakref.WeakSet()
+        self._attachments: dict[tuple[str, int], Attachments] = {}
+
+    def add(self, cache: NearCache) -> None:
+        """Have a near cache told what its client busts, as long as somebody holds it."""
+        self._caches.add(cache)
+
+    def attachments(self, namespace: str, needed: int) -> Attachments:
+        """Tell those of one namespace."""
+        place = namespace, needed
+        if place not in self._attachments:
+            self._attachments[place] = Attachments(namespace, needed)
+        return self._attachments[place]
+
+    def serve(self, shared: Callable[[str], Feed]) -> None:
+        """Have what is attached follow the daemons in the running loop, unless it does so in another."""
+        for attachments in list(self._attachments.values()):
+            attachments.serve(shared)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody is to be told."""
+        return not self._caches and not self._attachments
+
+    def busted(self, event: BustEvent) -> None:
+        """Tell all that are of its namespace what this client busts."""
+        for cache in list(self._caches):
+            if cache.namespace == event.namespace:
+                cache.bust_here(event)
+        for (namespace, _), attachments in list(self._attachments.items()):
+            if namespace == event.namespace:
+                attachments.bust_here(event)
+
+    def forget(self, reason: str) -> None:
+        """Have all forgotten."""
+        reset = Reset(daemon="", reason=reason)
+        for cache in list(self._caches):
+            cache.bust_here(reset)
+        for attachments in list(self._attachments.values()):
+            attachments.bust_here(reset)
+
+    def statistics(self) -> tuple[NearCacheStatistics, ...]:
+        """Take a snapshot of each near cache."""
+        return tuple(cache.statistics() for cache in list(self._caches))
