@@ -1290,8 +1290,13 @@ def _run_one(task: tuple[int, str | None]) -> Report:
 def _reports(seeds: Sequence[int], family: str | None, jobs: int) -> Iterator[Report]:
     tasks = [(seed, family) for seed in seeds]
     if jobs == 1:
+        logger = logging.getLogger("pybustcall")
+        before = logger.level
         _quiet()
-        yield from map(_run_one, tasks)
+        try:
+            yield from map(_run_one, tasks)
+        finally:
+            logger.setLevel(before)
         return
     with multiprocessing.get_context("spawn").Pool(jobs, initializer=_quiet) as pool:
         yield from pool.imap(_run_one, tasks, chunksize=10)
