@@ -9,12 +9,27 @@ from __future__ import annotations
 import re
 from typing import Final
 
-__all__ = ["ENCODINGS", "SEPARATORS", "bases_of", "covers", "is_variant", "prefixes_of", "ranges_of"]
+from pybustcall.errors import InvalidRequest
+
+__all__ = [
+    "ENCODINGS",
+    "MOST_MARKS",
+    "SEPARATORS",
+    "bases_of",
+    "check_marks",
+    "covers",
+    "is_variant",
+    "prefixes_of",
+    "ranges_of",
+]
 
 SEPARATORS: Final = "/:?#"
 """What a segment ends at."""
 ENCODINGS: Final = (".br", ".deflate", ".gz", ".zst")
 """What another encoding of an entry adds to its key."""
+
+MOST_MARKS: Final = 128
+"""Marks that end a segment, in a key that entries are stored under: each takes a look at what was busted."""
 
 _REST_OF_VARIANT: Final = re.compile(r"(?:\.(?:br|deflate|gz|zst))?(?:\?.*)?", re.DOTALL)
 
@@ -68,3 +83,17 @@ def bases_of(key: str) -> tuple[str, ...]:
     places = {place for place, character in enumerate(key) if character == "?"}
     places |= {place for place in range(len(key)) if key.startswith(ENCODINGS, place)}
     return tuple(key[:place] for place in sorted(places, reverse=True) if place and is_variant(key[:place], key))
+
+
+def check_marks(key: str) -> None:
+    """Raise `InvalidRequest` (field "key") if a key has more marks than are looked at.
+
+    After any bust at all, fences would be taken to cover it: it would be refused, or missed, again and again.
+    """
+    if (marks := sum(key.count(mark) for mark in SEPARATORS)) > MOST_MARKS:
+        raise InvalidRequest(
+            f"key has {marks} of the marks that end a segment ({' '.join(SEPARATORS)}), and at most {MOST_MARKS} can be"
+            " stored; nothing was sent",
+            field="key",
+            target=key,
+        )

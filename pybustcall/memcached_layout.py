@@ -47,7 +47,7 @@ from typing import TYPE_CHECKING, Final, Literal, final
 
 from pybustcall.keys import ENCODINGS, SEPARATORS
 from pybustcall.models import check_namespace
-from pybustcall.redis_layout import DEFAULT_PREFIX, check_marks, check_prefix
+from pybustcall.redis_layout import DEFAULT_PREFIX, check_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -66,7 +66,6 @@ __all__ = [
     "Token",
     "add",
     "bust",
-    "check_marks",
     "check_prefix",
     "delete",
     "generation_of",

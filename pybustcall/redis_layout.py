@@ -62,8 +62,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, final
 
-from pybustcall.errors import ConfigurationError, InvalidRequest
-from pybustcall.keys import ENCODINGS, SEPARATORS, ranges_of
+from pybustcall.errors import ConfigurationError
+from pybustcall.keys import ENCODINGS, MOST_MARKS, SEPARATORS, ranges_of
 from pybustcall.models import Kind, check_namespace
 
 if TYPE_CHECKING:
@@ -73,7 +73,6 @@ __all__ = [
     "DEFAULT_PREFIX",
     "EVERY",
     "MAX_FENCES",
-    "MOST_MARKS",
     "Call",
     "Entry",
     "Layout",
@@ -81,7 +80,6 @@ __all__ = [
     "Range",
     "Script",
     "Token",
-    "check_marks",
     "check_prefix",
     "exists",
     "intruder",
@@ -93,8 +91,6 @@ __all__ = [
 DEFAULT_PREFIX: Final = "bustcall"
 MAX_FENCES: Final = 10_000
 """How many fences are kept in a namespace. Each takes about 100 bytes."""
-MOST_MARKS: Final = 128
-"""Marks that end a segment, in one key. Each takes a look at the fences, and a script must not take long."""
 
 _PREFIX: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _SWEPT: Final = 4  # keys of the index that each store looks after
@@ -774,20 +770,6 @@ def check_prefix(prefix: object) -> str:
         f"prefix must be 1 to 64 ASCII letters, digits, dots, colons, dashes and underscores, not {prefix!r}",
         setting="prefix",
     )
-
-
-def check_marks(key: str) -> None:
-    """Raise `InvalidRequest` (field "key") if a key has more marks than are looked at.
-
-    After any bust at all, fences would be taken to cover it: it would be refused, or missed, again and again.
-    """
-    if (marks := sum(key.count(mark) for mark in SEPARATORS)) > MOST_MARKS:
-        raise InvalidRequest(
-            f"key has {marks} of the marks that end a segment ({' '.join(SEPARATORS)}), and at most {MOST_MARKS} can be"
-            " stored; nothing was sent",
-            field="key",
-            target=key,
-        )
 
 
 def _fence(kind: Kind, target: str) -> str:

@@ -511,7 +511,7 @@ async def test_left_overs_are_ended_once_though_several_busts_begin() -> None:
     told.clear()
     await asyncio.gather(*(engine.bust(wish(f"q{number}")).visit(layer) for number in range(3)))
     assert told.count("end 7") == 2 + 3
-    assert engine._open == {}
+    assert [len(it) for it in engine.fences.values()] == [0]
 
 
 async def test_a_bust_ends_though_somebody_registers_all_the_while() -> None:

@@ -612,7 +612,7 @@ async def guarded(proxy: FaultyProxy) -> AsyncIterator[MemcachedCache]:
     """A cache that goes this way, with an entry. Its breaker has a clock of its own."""
     url = f"memcached://127.0.0.1:{proxy.url.rpartition(':')[2]}"
     async with MemcachedCache(url, namespace=SHOP) as guarded:
-        guarded._clock = Clock()
+        guarded._guards.clock = Clock()
         speak(guarded, proxy)
         await guarded.set("k", b"old", ttl=None)
         yield guarded
@@ -645,7 +645,7 @@ async def tried(calls: Iterable[Awaitable[Any]]) -> list[str]:
 
 def later(cache: MemcachedCache) -> None:
     """Let the pause of the breaker be over."""
-    clock = cache._clock
+    clock = cache._guards.clock
     assert isinstance(clock, Clock)
     clock.now += 10.0
 

@@ -23,7 +23,7 @@ import uvloop
 from pybustcall.daemon.backends import Scope
 from pybustcall.daemon.backends.redis import RedisBackend
 from pybustcall.errors import ClientClosed, ConfigurationError, InvalidRequest
-from pybustcall.filling import Guard
+from pybustcall.integrations.guard import Guard
 from pybustcall.integrations.redis import Breaker, Found, RedisCache, RedisUnavailable
 from pybustcall.models import Kind
 from pybustcall.testing.proxy import FaultyProxy, Trouble
@@ -620,7 +620,7 @@ async def guarded(proxy: FaultyProxy) -> AsyncIterator[RedisCache]:
     """A cache that goes this way, with an entry. Its breaker has a clock of its own."""
     url = f"redis://127.0.0.1:{proxy.url.rpartition(':')[2]}/0"
     async with RedisCache(url, namespace=SHOP, timeout=PATIENCE) as guarded:
-        guarded._clock = Clock()
+        guarded._guards.clock = Clock()
         await guarded.set("k", b"old", ttl=None)
         yield guarded
 
@@ -652,7 +652,7 @@ async def refusals(calls: Iterable[Awaitable[Any]]) -> list[str]:
 
 def later(cache: RedisCache) -> None:
     """Let the pause of the breaker be over."""
-    clock = cache._clock
+    clock = cache._guards.clock
     assert isinstance(clock, Clock)
     clock.now += 10.0
 
@@ -788,7 +788,7 @@ def test_each_loop_finds_out_for_itself(dead: Iterator[str]) -> None:
 def test_calls_half_of_which_get_no_answer_open_the_breaker() -> None:
     """By default, and if there are at least 20 within 10 seconds; also where never three in a row did."""
     cache = RedisCache("redis://h")
-    guard = Guard(cache._breaker, "redis://h", RuntimeError)
+    guard = Guard(cache._guards.policy, "redis://h", RuntimeError)
     for number in range(20):
         trial = guard.begin(float(number) / 4)
         if number % 2:

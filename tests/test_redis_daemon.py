@@ -20,7 +20,7 @@ from pybustcall.daemon.backends import Scope
 from pybustcall.daemon.backends.redis import RedisBackend
 from pybustcall.daemon.engine import Bust
 from pybustcall.daemon.journal import Wish
-from pybustcall.integrations.redis import Looked, RedisCache
+from pybustcall.integrations.redis import Looked, RedisCache, Token
 from tests.conftest import eventually
 from tests.engines import RedisProcess
 
@@ -158,7 +158,7 @@ class LateReaders:
 
     def __init__(self, cache: RedisCache) -> None:
         self.cache = cache
-        self.looked: dict[str, Looked] = {}
+        self.looked: dict[str, Looked[Token]] = {}
 
     async def look(self, *keys: str) -> None:
         for key in keys:
@@ -351,4 +351,4 @@ async def test_who_cancels_a_bust_takes_no_fence_away_that_another_needs(redis: 
         await cache.set("p/1", b"new", ttl=None)
         assert await cache.get("p/1") is not None
         assert redis.ask("ZCARD", "bustcall:{default}:o") == b":0\r\n"
-        assert engine._open == {}
+        assert [len(it) for it in engine.fences.values()] == [0]

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, final
 
 from pybustcall.daemon.backends import BackendFailure, RefusedKey, Scope
+from pybustcall.daemon.fences import OpenFences
 from pybustcall.errors import ConfigurationError, InvalidRequest
 from pybustcall.models import DEFAULT_NAMESPACE, KINDS, STRATEGIES, check_target
 
@@ -112,20 +113,6 @@ class Removal:
 
 
 @final
-@dataclass(slots=True)
-class _Open:
-    """How many busts have begun the same, and the newest generation of theirs."""
-
-    many: int = 0
-    newest: int = 0
-
-
-def _fenced_scope(namespace: str, key: str) -> Scope:
-    """Tell the name by which a fence over a dependent is counted: no bust begins with such a scope."""
-    return Scope(namespace, "key", f"\0{key}")
-
-
-@final
 class Engine:
     """Applies busts to layers of caches, by what the indexes know of entries and their dependents.
 
@@ -148,8 +135,7 @@ class Engine:
         self.step = step
         self._measuring = asyncio.Lock()
         self._size: tuple[float, int] | None = None
-        self._open: dict[tuple[str, Scope], _Open] = {}  # by layer: what busts under way have begun
-        self._left_open: dict[str, list[tuple[Scope, int, dict[str, int]]]] = {}  # what could not be ended there
+        self.fences = {layer.name: OpenFences(layer.backend) for layer in self.layers}
 
     def __repr__(self) -> str:
         return f"Engine({', '.join(f'{layer.number} {layer.name}' for layer in self.layers)})"
@@ -276,58 +262,6 @@ class Engine:
     def bust(self, wish: Wish) -> Bust:
         """Make the bust of a checked wish. Nothing is done before its `visit`."""
         return Bust(self, wish)
-
-    # What is open: two busts may have begun the same at a layer, and the fence is there until the last one ends it.
-
-    def opened(self, layer: Layer, scope: Scope, generation: int, *, again: bool = False) -> None:
-        """Note that a hard bust has begun at a layer, or begun the same once more."""
-        it = self._open.setdefault((layer.name, scope), _Open())
-        it.many += not again
-        it.newest = max(it.newest, generation)
-
-    def fenced(self, layer: Layer, namespace: str, key: str, generation: int, *, again: bool) -> None:
-        """Note that a hard bust has a fence over a key that depends on what it names."""
-        self.opened(layer, _fenced_scope(namespace, key), generation, again=again)
-
-    async def closed(self, layer: Layer, scope: Scope, fenced: Iterable[str]) -> None:
-        """End at a layer what a hard bust has begun, as far as no other bust needs it.
-
-        Raises `BackendFailure` if the cache cannot do it: it is done with the next bust there.
-        """
-        own = self._leave(layer, scope)
-        keys = {
-            key: it.newest
-            for key in fenced
-            if (it := self._leave(layer, _fenced_scope(scope.namespace, key))) is not None
-        }
-        if own is None and not keys:
-            return
-        try:
-            await layer.backend.end(scope, 0 if own is None else own.newest, named=own is not None, keys=keys)
-        except BackendFailure:
-            newest = 0 if own is None else own.newest
-            self._left_open.setdefault(layer.name, []).append((scope, newest, keys))
-            raise
-
-    def _leave(self, layer: Layer, scope: Scope) -> _Open | None:
-        """Note that one bust less needs it; tell about it if it was the last."""
-        it = self._open.get((layer.name, scope))
-        if it is None:
-            return None
-        it.many -= 1
-        return None if it.many > 0 else self._open.pop((layer.name, scope))
-
-    async def close_left_open(self, layer: Layer) -> None:
-        """End what could not be ended before. Raises `BackendFailure` if it still cannot be."""
-        left = self._left_open.pop(layer.name, [])  # nobody else is at it meanwhile
-        try:
-            while left:
-                scope, newest, keys = left[-1]
-                await layer.backend.end(scope, newest, named=newest > 0, keys=keys)  # only what nobody has begun again
-                left.pop()
-        finally:
-            if left:
-                self._left_open.setdefault(layer.name, []).extend(left)
 
     async def count(self, wish: Wish) -> dict[str, int]:
         """Tell for each layer how many entries the bust would remove or mark now, and change nothing.
@@ -608,7 +542,7 @@ class Bust:
                 await self._visit_first(layer, generation)
                 return
             if self._wide and layer.backend.traits.fences and self.wish.kind != "all":
-                generation = await self._visit_by_levels(layer, generation)
+                await self._visit_by_levels(layer, generation)
             else:
                 await self._sweep(layer, generation, wide=self._wide)
             if self.wish.verify:
@@ -625,8 +559,8 @@ class Bust:
         self._step(f"ended {layer.name}")
         self.look_again()  # something may have been registered that the next layer holds
 
-    async def _visit_by_levels(self, layer: Layer, generation: int) -> int:
-        """Bust the named, and then what depends on it, each after all that it is made of; tell the last generation.
+    async def _visit_by_levels(self, layer: Layer, generation: int) -> None:
+        """Bust the named, and then what depends on it, each after all that it is made of.
 
         What is fenced is missed at once, and whoever read it before has an older token. So of two that depend on one
         another the inner goes first, and the outer has a later generation: what is made in between of the old inner one
@@ -652,14 +586,14 @@ class Bust:
         self._conclude(layer, tally)
         if tally.refused is not None and not tally.looked_at:
             raise tally.refused
-        return generation
 
     async def _visit_first(self, layer: Layer, generation: int) -> None:
         traits = layer.backend.traits
         if traits.fences and self.wish.kind != "key" and not self.wish.soft:
             if self.wish.kind == "tag" and (index := self._index) is not None:
                 search = _Search(layer, wide=False, fenced=generation)
-                async for keys in self._registered(search, index.tagged(self.wish.target)):
+                named = await self._all_of(partial(index.tagged, self.wish.target))
+                async for keys in self._registered(search, named):
                     removing = layer.backend.remove(self.wish.namespace, keys, generation=generation, soft=False)
                     self.removed[layer.name] += await _told(removing)
                     await self._turns.take(len(keys))
@@ -683,7 +617,7 @@ class Bust:
             try:
                 await self._end(begun.layer)
             except BackendFailure:
-                continue  # it is ended with the next bust there: see `Engine.close_scopes`
+                continue  # it is ended before the next bust begins there
             except Exception:  # noqa: BLE001 - logged in full; the others are ended, too
                 _log.exception("unexpected error at the layer %s while a bust was broken off", begun.layer.name)
 
@@ -717,10 +651,11 @@ class Bust:
         if begun is not None and layer.name not in self._broken:
             return begun.generation
         backend = layer.backend
-        await self._engine.close_left_open(layer)
+        fences = self._engine.fences[layer.name]
+        await fences.end_owed()
         generation = await backend.begin(self.scope, soft=self.wish.soft, wide=self._wide)
         if self._is_counted(layer):
-            self._engine.opened(layer, self.scope, generation, again=begun is not None)
+            fences.begun(self.scope, generation, again=begun is not None)
         if begun is None:
             self._begun[layer.name] = _Begun(layer, generation, generation)
         else:
@@ -735,13 +670,13 @@ class Bust:
         begun = self._begun[layer.name]
         begun.generation = await layer.backend.begin(self.scope, soft=self.wish.soft, wide=self._wide)
         if self._is_counted(layer):
-            self._engine.opened(layer, self.scope, begun.generation, again=True)
+            self._engine.fences[layer.name].begun(self.scope, begun.generation, again=True)
         return begun.generation
 
     async def _end(self, layer: Layer) -> None:
         begun = self._begun.pop(layer.name)
         if self._is_counted(layer):
-            await self._engine.closed(layer, self.scope, begun.fenced)
+            await self._engine.fences[layer.name].end(self.scope, begun.fenced)
         else:
             await layer.backend.end(self.scope, begun.generation)
 
@@ -905,10 +840,11 @@ class Bust:
             backend, wish = search.layer.backend, self.wish
             begun = self._begun.get(search.layer.name)
             if begun is not None and self._is_counted(search.layer):
+                fences = self._engine.fences[search.layer.name]
                 for key in keys:
                     again = key in begun.fenced
                     begun.fenced[key] = None
-                    self._engine.fenced(search.layer, wish.namespace, key, search.fenced, again=again)
+                    fences.fenced(wish.namespace, key, search.fenced, again=again)
             await backend.fence(wish.namespace, keys, generation=search.fenced, soft=wish.soft)
 
     def _note(self, keys: Sequence[str]) -> list[str]:

@@ -19,65 +19,34 @@ waiting, and goes on being asked.
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import math
-import time
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final, Literal, Self, final
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, ClassVar, Final, final
 
 from pybustcall import memcached_layout as layout
-from pybustcall.errors import ConfigurationError, InvalidRequest
-from pybustcall.filling import (
-    BREAKER,
-    Filling,
-    Found,
-    Guard,
-    Make,
-    Wanted,
-    checked_lease,
-    checked_tags,
-    checked_ttl,
-    only_bytes,
-)
+from pybustcall.errors import InvalidRequest
+from pybustcall.integrations.filling import Make
+from pybustcall.integrations.guard import BREAKER, Guards, Saying
+from pybustcall.integrations.reading import Found, Looked, OnError, ReadersCache, checked_tags
+from pybustcall.keys import check_marks
 from pybustcall.memcached_connection import MemcachedServer, MemcachedUnavailable
-from pybustcall.memcached_layout import DEFAULT_PREFIX, Layout, Token
+from pybustcall.memcached_layout import DEFAULT_PREFIX, Entry, Layout, Token
 from pybustcall.models import DEFAULT_NAMESPACE, check_target, redact
 from pybustcall.policies import Breaker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from types import TracebackType
+    from collections.abc import Iterable, Sequence
 
-    from pybustcall.memcached_layout import Answer, Command, Entry
+    from pybustcall.errors import BustcallError
+    from pybustcall.integrations.filling import Wanted
+    from pybustcall.memcached_layout import Answer, Command
 
 __all__ = ["Breaker", "Found", "Looked", "Make", "MemcachedCache", "MemcachedUnavailable", "Token"]
 
-_QUIET: Final = 10.0  # seconds between two lines of the log about a server that cannot be used
 _TRIES: Final = 5  # to make a generation that somebody busts, or the server evicts, again and again
 
-_log = logging.getLogger("pybustcall.integrations")
-
 
 @final
-@dataclass(frozen=True, slots=True)
-class Looked:
-    """What a reader knows after it looked.
-
-    - `found`: what is held, or None
-    - `refresh`: it is stale, and this reader was chosen to make it anew
-    - `token`: to hand in when a value is stored that was made from now on
-    """
-
-    found: Found | None
-    refresh: bool
-    token: Token
-
-
-@final
-class MemcachedCache:
+class MemcachedCache(ReadersCache[Token]):
     """A namespace of entries in memcached, each of them bytes under a key, with tags and a lifetime.
 
     ```python
@@ -99,9 +68,14 @@ class MemcachedCache:
       call counts, also of those that wait at the same time. What your callers cancel before the timeouts are over does
       not: let these be shorter than what callers wait
 
+    `store` also refuses where another value was stored meanwhile, or after an hour. A `ttl` is rounded up to whole
+    seconds, and 30 days at most; without one the entry is there until the server needs the room.
+
     One cache may be used in several event loops, each of which has connections of its own. `aclose` closes those of the
     running loop; `asyncio.run` does so at its end. Raises `ConfigurationError` or `InvalidRequest` for a setting.
     """
+
+    _unavailable: ClassVar[type[BustcallError]] = MemcachedUnavailable
 
     def __init__(
         self,
@@ -113,68 +87,16 @@ class MemcachedCache:
         connect_timeout: float = 1.0,
         connections: int = 50,
         lease: float = 10.0,
-        on_error: Literal["fill", "raise"] = "fill",
+        on_error: OnError = "fill",
         breaker: Breaker | None = BREAKER,
     ) -> None:
-        if on_error not in {"fill", "raise"}:
-            raise ConfigurationError(f'on_error must be "fill" or "raise", not {on_error!r}', setting="on_error")
+        super().__init__(lease=lease, on_error=on_error)
         self._layout = Layout(prefix, namespace)
         self._server = MemcachedServer(url, timeout=timeout, connect_timeout=connect_timeout, connections=connections)
-        self._lease = checked_lease(lease)
-        self._fills_on_error = on_error == "fill"
-        self._breaker = breaker
-        self._filling: Filling[bytes] = Filling(only_bytes)
-        self._guards: WeakKeyDictionary[asyncio.AbstractEventLoop, Guard] = WeakKeyDictionary()
-        self._clock: Callable[[], float] = time.monotonic
-        self._told = -math.inf
+        self._guards = Guards(breaker, self._server.where, _refuse, _judge)
 
     def __repr__(self) -> str:
         return f"MemcachedCache({self._server.where}, namespace={self._layout.namespace!r})"
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        """Break off what is being made in the running loop, and close its connections. Repeating it is harmless.
-
-        Whoever waits for a value gets `ClientClosed`. A call after that opens connections anew.
-        """
-        try:
-            await self._filling.aclose()
-        finally:
-            await self._server.aclose()
-
-    async def get_or_set(self, key: str, make: Make[bytes], *, tags: Iterable[str] = (), ttl: float | None) -> bytes:
-        """Return the value under `key`; if nothing is held, make it, store it and return it.
-
-        - `make`: an async or plain function without arguments that returns bytes; a plain one must not block
-        - `tags`: up to 256 texts by which a bust finds the entry
-        - `ttl`: seconds until the entry ends by itself, rounded up to whole ones, and 30 days at most; None is until
-          the server needs the room
-
-        If the entry is stale, one reader makes it anew, and all others get the stale value at once, but for those whose
-        own `make` asks for it: what is made must not be made of what is stale. Whatever `make` raises is raised here.
-        Of several calls at a time with one key, one `make` runs; without memcached each runs its own. `make` may ask
-        for other keys, and a task that it begins may. Raises `InvalidRequest`, before anything is made, for arguments
-        that cannot be, such as a key with more than 128 of the marks `/:?#`, `RuntimeError` if it would wait for
-        itself, since `make` asks for its own key, if only by way of others, and with on_error="raise"
-        `MemcachedUnavailable`.
-        """
-        wanted = Wanted(_storable(key), make, checked_tags(tags), checked_ttl(ttl))
-        self._filling.check(wanted.key)
-        try:
-            looked = await self._look(wanted.key, self._layout.covering(wanted.key, wanted.tags))
-        except MemcachedUnavailable as error:
-            self._on_error(error)
-            return await self._filling.alone(wanted)
-        if looked.found is not None and not looked.refresh and not (looked.found.stale and self._filling.is_making):
-            return looked.found.value
-        return await self._filling.together(wanted, looked.token, partial(self._fill, looked.token))
 
     async def get(self, key: str) -> Found | None:
         """Tell what is held under `key`; None if nothing is. Who is to make a stale entry anew is not asked."""
@@ -188,7 +110,7 @@ class MemcachedCache:
         found, _ = await self._judge(key, entry, held)
         return found
 
-    async def lookup(self, key: str, *, tags: Iterable[str] = ()) -> Looked:
+    async def lookup(self, key: str, *, tags: Iterable[str] = ()) -> Looked[Token]:
         """Tell what is held under `key`, and a token for `store`. If `refresh` is true, make the value anew.
 
         - `tags`: those that the value will have, as far as they are known: of others, `store` cannot tell which of them
@@ -200,45 +122,15 @@ class MemcachedCache:
         names = self._layout.covering(key, known)
         return await self._look(key, (*names, self._layout.sequence))
 
-    async def store(self, key: str, value: bytes, *, token: Token, tags: Iterable[str] = (), ttl: float | None) -> bool:
-        """Store a value that was made after `token` was told; tell whether it was, or refused.
-
-        It is refused if the key, a branch that it lies in, one of its tags, or everything was busted since: the value
-        may be an old one. It may still be handed to whoever asked before that. It is also refused if another one was
-        stored meanwhile, or if it took more than an hour to make.
-        """
-        _check_value(value)
-        return await self._store(_storable(key), value, token, checked_tags(tags), checked_ttl(ttl))
-
-    async def set(self, key: str, value: bytes, *, tags: Iterable[str] = (), ttl: float | None) -> bool:
-        """Store a value whatever was busted; tell that it was stored.
-
-        For values that are new by themselves, such as what was just written. One that was read somewhere, and took a
-        while, may be older than a bust: use `get_or_set`, or `lookup` and `store`.
-        """
-        _check_value(value)
-        names = self._layout.covering(_storable(key), bear := checked_tags(tags))
-        lifetime = checked_ttl(ttl)
-        held = await self._made(names, await self._read(names))
-        return await self._put(key, value, bear, [held[name] for name in names], ttl=lifetime, cas=None)
-
-    async def _fill(self, token: Token, wanted: Wanted[bytes], value: bytes) -> None:
-        try:
-            await self._store(wanted.key, value, token, wanted.tags, wanted.ttl)
-        except MemcachedUnavailable as error:
-            self._on_error(error)
-
-    def _on_error(self, error: MemcachedUnavailable) -> None:
-        """Raise it, or log it once in a while."""
-        if not self._fills_on_error:
-            raise error
-        if (now := self._clock()) - self._told >= _QUIET:
-            self._told = now
-            _log.warning("values are made without a cache: %s", error)
-
     # What is asked of the server
 
-    async def _look(self, key: str, names: Sequence[bytes]) -> Looked:
+    async def _find(self, wanted: Wanted[bytes]) -> Looked[Token]:
+        return await self._look(wanted.key, self._layout.covering(wanted.key, wanted.tags))
+
+    async def _close(self) -> None:
+        await self._server.aclose()
+
+    async def _look(self, key: str, names: Sequence[bytes]) -> Looked[Token]:
         """Look an entry up, and the generations of these names; make those that are missing."""
         first, *others = await self._run([layout.reserve(self._layout.entry(key)), *map(layout.read, names)])
         if not first.cas:
@@ -284,9 +176,14 @@ class MemcachedCache:
             "it does not keep what it has just stored: it needs more memory (-m), or others use its names"
         )
 
-    async def _store(self, key: str, value: bytes, token: Token, tags: tuple[str, ...], ttl: float | None) -> bool:
-        known = dict(token.generations)
+    async def _store(
+        self, key: str, value: bytes, token: Token | None, tags: tuple[str, ...], ttl: float | None
+    ) -> bool:
         names = self._layout.covering(key, tags)
+        if token is None:
+            made = await self._made(names, await self._read(names))
+            return await self._put(key, value, tags, [made[name] for name in names], ttl=ttl, cas=None)
+        known = dict(token.generations)
         unknown = [name for name in names if name not in known]
         sequence = [self._layout.sequence] if unknown else []
         # A bust of a tag changes the sequence first. So if it is the same after these were read, they are from before.
@@ -329,52 +226,24 @@ class MemcachedCache:
         )
 
     async def _run(self, commands: Sequence[Command]) -> list[Answer]:
-        guard = self._guard()
-        begun = self._clock()
-        trial = guard.begin(begun)
-        try:
-            answers = await self._server.run(commands)
-        except MemcachedUnavailable as error:
-            if error.answered:
-                guard.answered(self._clock(), trial=trial)
-            elif not error.asked:
-                guard.broken_off(trial=trial)
-            else:
-                guard.silent(begun, self._clock(), trial=trial)
-            raise
-        except BaseException:
-            guard.broken_off(trial=trial)
-            raise
-        guard.answered(self._clock(), trial=trial)
-        return answers
-
-    def _guard(self) -> Guard:
-        loop = asyncio.get_running_loop()
-        guard = self._guards.get(loop)
-        if guard is None:
-            guard = self._guards[loop] = Guard(self._breaker, self._server.where, _refuse)
-        return guard
+        return await self._guards.call(partial(self._server.run, commands))
 
 
-def _storable(key: object) -> str:
-    checked = check_target(key, "key")
-    layout.check_marks(checked)
-    return checked
+def _judge(error: BaseException) -> Saying:
+    """Tell what an error says of the server: where it was not asked, nothing."""
+    if not isinstance(error, MemcachedUnavailable):
+        return "nothing"
+    return "answered" if error.answered else "silent" if error.asked else "nothing"
 
 
 def _has_too_many_marks(key: object) -> bool:
     """Tell whether nothing can be stored under a key, and so nothing is held; raise `InvalidRequest` if it is none."""
     checked = check_target(key, "key")
     try:
-        layout.check_marks(checked)
+        check_marks(checked)
     except InvalidRequest:
         return True
     return False
-
-
-def _check_value(value: object) -> None:
-    if not isinstance(value, bytes):
-        raise InvalidRequest(f"value must be bytes, not {type(value).__name__}; nothing was sent", field="value")
 
 
 def _refuse(why: str) -> MemcachedUnavailable:

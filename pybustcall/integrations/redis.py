@@ -16,66 +16,30 @@ yet loaded, keeps nobody waiting, and goes on being asked.
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import math
 import secrets
-import time
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, final
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from pybustcall.errors import ConfigurationError, InvalidRequest
-from pybustcall.filling import (
-    BREAKER,
-    Filling,
-    Found,
-    Guard,
-    Make,
-    Wanted,
-    checked_lease,
-    checked_tags,
-    checked_ttl,
-    only_bytes,
-)
+from pybustcall.integrations.filling import Make
+from pybustcall.integrations.guard import BREAKER, Guards, Saying
+from pybustcall.integrations.reading import Found, Looked, OnError, ReadersCache
 from pybustcall.models import DEFAULT_NAMESPACE, check_target, redact
 from pybustcall.policies import Breaker
 from pybustcall.redis_connection import RedisServer, RedisUnavailable
-from pybustcall.redis_layout import DEFAULT_PREFIX, Entry, Layout, Token, check_marks, intruder
+from pybustcall.redis_layout import DEFAULT_PREFIX, Entry, Layout, Token, intruder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from types import TracebackType
-
     from redis.asyncio import Redis
 
+    from pybustcall.errors import BustcallError
+    from pybustcall.integrations.filling import Wanted
     from pybustcall.redis_layout import Call
 
 __all__ = ["Breaker", "Found", "Looked", "Make", "RedisCache", "RedisUnavailable", "Token"]
 
-_QUIET: Final = 10.0  # seconds between two lines of the log about a server that cannot be used
-
-_log = logging.getLogger("pybustcall.integrations")
-
 
 @final
-@dataclass(frozen=True, slots=True)
-class Looked:
-    """What a reader knows after it looked.
-
-    - `found`: what is held, or None
-    - `refresh`: it is stale, and this reader was chosen to make it anew
-    - `token`: to hand in when a value is stored that was made from now on
-    """
-
-    found: Found | None
-    refresh: bool
-    token: Token
-
-
-@final
-class RedisCache:
+class RedisCache(ReadersCache[Token]):
     """A namespace of entries in Redis, each of them bytes under a key, with tags and a lifetime.
 
     ```python
@@ -102,6 +66,8 @@ class RedisCache:
     running loop; `asyncio.run` does so at its end. Raises `ConfigurationError` or `InvalidRequest` for a setting.
     """
 
+    _unavailable: ClassVar[type[BustcallError]] = RedisUnavailable
+
     def __init__(
         self,
         url: str | None = None,
@@ -113,112 +79,39 @@ class RedisCache:
         connect_timeout: float = 1.0,
         connections: int = 50,
         lease: float = 10.0,
-        on_error: Literal["fill", "raise"] = "fill",
+        on_error: OnError = "fill",
         breaker: Breaker | None = BREAKER,
     ) -> None:
-        if on_error not in {"fill", "raise"}:
-            raise ConfigurationError(f'on_error must be "fill" or "raise", not {on_error!r}', setting="on_error")
+        super().__init__(lease=lease, on_error=on_error)
         self._layout = Layout(prefix, namespace)
         self._server = RedisServer(
             url, client=client, timeout=timeout, connect_timeout=connect_timeout, connections=connections
         )
-        self._lease = checked_lease(lease)
-        self._fills_on_error = on_error == "fill"
-        self._breaker = breaker
+        self._guards = Guards(breaker, self._server.where, _refuse, _judge)
         self._known: Token | None = None
-        self._filling: Filling[bytes] = Filling(only_bytes)
-        self._guards: WeakKeyDictionary[asyncio.AbstractEventLoop, Guard] = WeakKeyDictionary()
-        self._clock: Callable[[], float] = time.monotonic
-        self._told = -math.inf
 
     def __repr__(self) -> str:
         return f"RedisCache({self._server.where}, namespace={self._layout.namespace!r})"
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        """Break off what is being made in the running loop, and close its connections. Repeating it is harmless.
-
-        Whoever waits for a value gets `ClientClosed`. A call after that opens connections anew.
-        """
-        try:
-            await self._filling.aclose()
-        finally:
-            await self._server.aclose()
-
-    async def get_or_set(self, key: str, make: Make[bytes], *, tags: Iterable[str] = (), ttl: float | None) -> bytes:
-        """Return the value under `key`; if nothing is held, make it, store it and return it.
-
-        - `make`: an async or plain function without arguments that returns bytes; a plain one must not block
-        - `tags`: up to 256 texts by which a bust finds the entry
-        - `ttl`: seconds until the entry ends by itself; None is never
-
-        If the entry is stale, one reader makes it anew, and all others get the stale value at once, but for those whose
-        own `make` asks for it: what is made must not be made of what is stale. Whatever `make` raises is raised here.
-        Of several calls at a time with one key, one `make` runs; without Redis each runs its own. `make` may ask for
-        other keys, and a task that it begins may. Raises `InvalidRequest`, before anything is made, for arguments that
-        cannot be, such as a key with more than 128 of the marks `/:?#`, `RuntimeError` if it would wait for itself,
-        since `make` asks for its own key, if only by way of others, and with on_error="raise" `RedisUnavailable`.
-        """
-        wanted = Wanted(_storable(key), make, checked_tags(tags), checked_ttl(ttl))
-        self._filling.check(wanted.key)
-        try:
-            looked = await self.lookup(key)
-        except RedisUnavailable as error:
-            self._on_error(error)
-            return await self._filling.alone(wanted)
-        if looked.found is not None and not looked.refresh and not (looked.found.stale and self._filling.is_making):
-            return looked.found.value
-        return await self._filling.together(wanted, looked.token, partial(self._fill, looked.token))
 
     async def get(self, key: str) -> Found | None:
         """Tell what is held under `key`; None if nothing is. Who is to make a stale entry anew is not asked."""
         return (await self._look(key, lease=0.0)).found
 
-    async def lookup(self, key: str) -> Looked:
+    async def lookup(self, key: str) -> Looked[Token]:
         """Tell what is held under `key`, and a token for `store`. If `refresh` is true, make the value anew."""
         return await self._look(key, lease=self._lease)
 
-    async def store(self, key: str, value: bytes, *, token: Token, tags: Iterable[str] = (), ttl: float | None) -> bool:
-        """Store a value that was made after `token` was told; tell whether it was, or refused.
-
-        It is refused if the key, a branch that it lies in, one of its tags, or everything was busted since: the value
-        may be an old one. It may still be handed to whoever asked before that.
-        """
-        return await self._store(_storable(key), value, token, checked_tags(tags), checked_ttl(ttl))
-
-    async def set(self, key: str, value: bytes, *, tags: Iterable[str] = (), ttl: float | None) -> bool:
-        """Store a value whatever was busted; tell whether it was stored.
-
-        For values that are new by themselves, such as what was just written. One that was read somewhere, and took a
-        while, may be older than a bust: use `get_or_set`, or `lookup` and `store`.
-        """
-        return await self._store(_storable(key), value, None, checked_tags(tags), checked_ttl(ttl))
-
-    async def _fill(self, token: Token, wanted: Wanted[bytes], value: bytes) -> None:
-        try:
-            await self._store(wanted.key, value, token, wanted.tags, wanted.ttl)
-        except RedisUnavailable as error:
-            self._on_error(error)
-
-    def _on_error(self, error: RedisUnavailable) -> None:
-        """Raise it, or log it once in a while."""
-        if not self._fills_on_error:
-            raise error
-        if (now := self._clock()) - self._told >= _QUIET:
-            self._told = now
-            _log.warning("values are made without a cache: %s", error)
-
     # What is asked of the server
 
-    async def _look(self, key: str, *, lease: float) -> Looked:
-        reply = await self._run(self._layout.lookup(_fresh(), self._known, _checked(key), lease=lease))
+    async def _find(self, wanted: Wanted[bytes]) -> Looked[Token]:
+        return await self.lookup(wanted.key)
+
+    async def _close(self) -> None:
+        await self._server.aclose()
+
+    async def _look(self, key: str, *, lease: float) -> Looked[Token]:
+        checked = check_target(key, "key")
+        reply = await self._run(self._layout.lookup(_fresh(), self._known, checked, lease=lease))
         entry = Entry.of(reply)
         found = None if entry is None else Found(entry.value, entry.stale)
         return Looked(found, entry is not None and entry.refresh, Token.of(reply))
@@ -226,8 +119,6 @@ class RedisCache:
     async def _store(
         self, key: str, value: bytes, token: Token | None, tags: tuple[str, ...], ttl: float | None
     ) -> bool:
-        if not isinstance(value, bytes):
-            raise InvalidRequest(f"value must be bytes, not {type(value).__name__}; nothing was sent", field="value")
         call = self._layout.store(_fresh(), self._known, key, value, tags=tags, ttl=ttl, token=token)
         reply = await self._run(call)
         if (found := intruder(reply)) is not None:
@@ -241,42 +132,16 @@ class RedisCache:
         return bool(reply[2])
 
     async def _run(self, call: Call) -> Any:
-        guard = self._guard()
-        begun = self._clock()
-        trial = guard.begin(begun)
-        try:
-            reply = await self._server.run(call)
-        except RedisUnavailable as error:
-            if error.answered:
-                guard.answered(self._clock(), trial=trial)
-            elif error.applied == "no":
-                guard.broken_off(trial=trial)
-            else:
-                guard.silent(begun, self._clock(), trial=trial)
-            raise
-        except BaseException:
-            guard.broken_off(trial=trial)
-            raise
-        guard.answered(self._clock(), trial=trial)
+        reply = await self._guards.call(partial(self._server.run, call))
         self._known = Token.of(reply).newest(self._known)
         return reply
 
-    def _guard(self) -> Guard:
-        loop = asyncio.get_running_loop()
-        guard = self._guards.get(loop)
-        if guard is None:
-            guard = self._guards[loop] = Guard(self._breaker, self._server.where, _refuse)
-        return guard
 
-
-def _checked(key: object) -> str:
-    return check_target(key, "key")
-
-
-def _storable(key: object) -> str:
-    checked = _checked(key)
-    check_marks(checked)
-    return checked
+def _judge(error: BaseException) -> Saying:
+    """Tell what an error says of the server: one of which nothing was sent says nothing."""
+    if not isinstance(error, RedisUnavailable):
+        return "nothing"
+    return "answered" if error.answered else "nothing" if error.applied == "no" else "silent"
 
 
 def _refuse(why: str) -> RedisUnavailable:

@@ -19,68 +19,37 @@ process that was stopped while it made the file can hold up. That is for each ev
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import math
 import time
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final, Literal, Self, TypeVar, final
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, ClassVar, Final, TypeVar, final
 
 from pybustcall import sqlite_layout as layout
-from pybustcall.errors import ConfigurationError, InvalidRequest
-from pybustcall.filling import (
-    BREAKER,
-    Filling,
-    Found,
-    Guard,
-    Make,
-    Wanted,
-    checked_lease,
-    checked_tags,
-    checked_ttl,
-    only_bytes,
-)
+from pybustcall.errors import ConfigurationError
+from pybustcall.integrations.filling import Make
+from pybustcall.integrations.guard import BREAKER, Guards, Saying
+from pybustcall.integrations.reading import Found, Looked, OnError, ReadersCache
 from pybustcall.models import DEFAULT_NAMESPACE, check_namespace, check_target
 from pybustcall.policies import Breaker
-from pybustcall.redis_layout import check_marks
 from pybustcall.sqlite_file import SqliteFile, SqliteUnavailable
 from pybustcall.sqlite_layout import LEAST_ROOM, Seen, Stored, Token, WentBack
 
 if TYPE_CHECKING:
     import os
     import sqlite3
-    from collections.abc import Awaitable, Callable, Iterable
-    from types import TracebackType
+    from collections.abc import Callable
+
+    from pybustcall.errors import BustcallError
+    from pybustcall.integrations.filling import Wanted
 
 __all__ = ["Breaker", "Found", "Looked", "Make", "SqliteCache", "SqliteUnavailable", "Token"]
 
 T = TypeVar("T")
 
-_QUIET: Final = 10.0  # seconds between two lines of the log about a file that cannot be used
 _UNIT: Final = 1 << 14  # bytes of a value that cost as much as one more entry in a transaction
 
-_log = logging.getLogger("pybustcall.integrations")
-
 
 @final
-@dataclass(frozen=True, slots=True)
-class Looked:
-    """What a reader knows after it looked.
-
-    - `found`: what is held, or None
-    - `refresh`: it is stale, and this reader was chosen to make it anew
-    - `token`: to hand in when a value is stored that was made from now on
-    """
-
-    found: Found | None
-    refresh: bool
-    token: Token
-
-
-@final
-class SqliteCache:
+class SqliteCache(ReadersCache[Token]):
     """A namespace of entries in an SQLite file, each of them bytes under a key, with tags and a lifetime.
 
     ```python
@@ -101,10 +70,14 @@ class SqliteCache:
     - `breaker`: after how many calls in a row that waited in vain all fail at once, and for how long; None is never. By
       default after three, or after half of at least 20 within 10 seconds, for a second at most, later up to 10
 
+    `store` and `set` also tell False for a value for which `max_bytes` leaves no room.
+
     One cache may be used in several event loops and threads, and goes on in a forked child. Two threads belong to it
     while it is open: close it at the end, in any of the loops. Raises `ConfigurationError` or `InvalidRequest` for a
     setting.
     """
+
+    _unavailable: ClassVar[type[BustcallError]] = SqliteUnavailable
 
     def __init__(
         self,
@@ -114,76 +87,28 @@ class SqliteCache:
         max_bytes: int = 256 << 20,
         timeout: float = 1.0,
         lease: float = 10.0,
-        on_error: Literal["fill", "raise"] = "fill",
+        on_error: OnError = "fill",
         breaker: Breaker | None = BREAKER,
     ) -> None:
-        if on_error not in {"fill", "raise"}:
-            raise ConfigurationError(f'on_error must be "fill" or "raise", not {on_error!r}', setting="on_error")
+        super().__init__(lease=lease, on_error=on_error)
         if not max_bytes >= LEAST_ROOM:
             raise ConfigurationError(f"max_bytes must be {LEAST_ROOM} or more, not {max_bytes!r}", setting="max_bytes")
         self._namespace = check_namespace(namespace)
         self._room = max_bytes
-        self._lease = checked_lease(lease)
-        self._fills_on_error = on_error == "fill"
-        self._breaker = breaker
         self._file = SqliteFile(path, timeout=timeout)
+        where = f"the cache {self._file.path}"
+        self._reads = Guards(breaker, where, SqliteUnavailable, _judge)
+        self._writes = Guards(breaker, f"{where}, which was locked,", SqliteUnavailable, _judge)
         self._known: Token | None = None
-        self._filling: Filling[bytes] = Filling(only_bytes)
-        self._guards: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Guard, Guard]] = WeakKeyDictionary()
-        self._told = -math.inf
 
     def __repr__(self) -> str:
         return f"SqliteCache({self._file.path!r}, namespace={self._namespace!r})"
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        """Break off what is being made in the running loop, and close the file. Repeating it is harmless.
-
-        Whoever waits for a value gets `ClientClosed`. A call after that, or from another loop, opens the file anew.
-        """
-        try:
-            await self._filling.aclose()
-        finally:
-            await self._file.aclose()
-
-    async def get_or_set(self, key: str, make: Make[bytes], *, tags: Iterable[str] = (), ttl: float | None) -> bytes:
-        """Return the value under `key`; if nothing is held, make it, store it and return it.
-
-        - `make`: an async or plain function without arguments that returns bytes; a plain one must not block
-        - `tags`: up to 256 texts by which a bust finds the entry
-        - `ttl`: seconds until the entry ends by itself; None is never
-
-        If the entry is stale, one reader makes it anew, and all others get the stale value at once, but for those whose
-        own `make` asks for it: what is made must not be made of what is stale. Whatever `make` raises is raised here.
-        Of several calls at a time with one key, one `make` runs in each event loop; if the file cannot be used, each
-        runs its own. `make` may ask for other keys, and a task that it begins may. Raises `InvalidRequest`, before
-        anything is made, for arguments that cannot be, such as a key with more than 128 of the marks `/:?#`,
-        `RuntimeError` if it would wait for itself, since `make` asks for its own key, if only by way of others, and
-        with on_error="raise" `SqliteUnavailable`.
-        """
-        wanted = Wanted(_storable(key), make, checked_tags(tags), checked_ttl(ttl))
-        self._filling.check(wanted.key)
-        try:
-            looked = await self.lookup(key)
-        except SqliteUnavailable as error:
-            self._on_error(error)
-            return await self._filling.alone(wanted)
-        if looked.found is not None and not looked.refresh and not (looked.found.stale and self._filling.is_making):
-            return looked.found.value
-        return await self._filling.together(wanted, looked.token, partial(self._fill, looked.token))
 
     async def get(self, key: str) -> Found | None:
         """Tell what is held under `key`; None if nothing is. Who is to make a stale entry anew is not asked."""
         return _found(await self._look(check_target(key, "key")))
 
-    async def lookup(self, key: str) -> Looked:
+    async def lookup(self, key: str) -> Looked[Token]:
         """Tell what is held under `key`, and a token for `store`. If `refresh` is true, make the value anew."""
         seen = await self._look(check_target(key, "key"))
         entry, found = seen.entry, _found(seen)
@@ -192,38 +117,13 @@ class SqliteCache:
         token = await self._take_lease(entry.id)
         return Looked(found, token is not None, token or seen.token)
 
-    async def store(self, key: str, value: bytes, *, token: Token, tags: Iterable[str] = (), ttl: float | None) -> bool:
-        """Store a value that was made after `token` was told; tell whether it was, or refused.
-
-        It is refused if the key, a branch that it lies in, one of its tags, or everything was busted since: the value
-        may be an old one. It may still be handed to whoever asked before that. So is what `max_bytes` leaves no room
-        for.
-        """
-        return await self._store(_storable(key), value, token, checked_tags(tags), checked_ttl(ttl))
-
-    async def set(self, key: str, value: bytes, *, tags: Iterable[str] = (), ttl: float | None) -> bool:
-        """Store a value whatever was busted; tell whether it was stored: `max_bytes` may leave no room for it.
-
-        For values that are new by themselves, such as what was just written. One that was read somewhere, and took a
-        while, may be older than a bust: use `get_or_set`, or `lookup` and `store`.
-        """
-        return await self._store(_storable(key), value, None, checked_tags(tags), checked_ttl(ttl))
-
-    async def _fill(self, token: Token, wanted: Wanted[bytes], value: bytes) -> None:
-        try:
-            await self._store(wanted.key, value, token, wanted.tags, wanted.ttl)
-        except SqliteUnavailable as error:
-            self._on_error(error)
-
-    def _on_error(self, error: SqliteUnavailable) -> None:
-        """Raise it, or log it once in a while."""
-        if not self._fills_on_error:
-            raise error
-        if (now := time.monotonic()) - self._told >= _QUIET:
-            self._told = now
-            _log.warning("values are made without a cache: %s", error)
-
     # What is asked of the file
+
+    async def _find(self, wanted: Wanted[bytes]) -> Looked[Token]:
+        return await self.lookup(wanted.key)
+
+    async def _close(self) -> None:
+        await self._file.aclose()
 
     async def _look(self, key: str) -> Seen:
         known = self._known
@@ -232,10 +132,9 @@ class SqliteCache:
             now, since_start = time.time(), time.monotonic()
             return layout.look_up(db, self._namespace, key, known, now=now, since_start=since_start, lease=self._lease)
 
-        reads, _ = self._guard()
         while True:
             try:
-                seen = await _guarded(reads, self._file.read, work)
+                seen = await self._reads.call(partial(self._file.read, work))
             except WentBack:
                 await self._write(lambda db: layout.begin_anew(db, self._namespace, known), safe=True)
             else:
@@ -257,8 +156,6 @@ class SqliteCache:
     async def _store(
         self, key: str, value: bytes, token: Token | None, tags: tuple[str, ...], ttl: float | None
     ) -> bool:
-        if not isinstance(value, bytes):
-            raise InvalidRequest(f"value must be bytes, not {type(value).__name__}; nothing was sent", field="value")
         if len(value) > self._room:
             return False  # all would go for it in vain
         known, most = self._known, self._room
@@ -274,54 +171,15 @@ class SqliteCache:
         return told.stored
 
     async def _write(self, work: Callable[[sqlite3.Connection], T], *, safe: bool = False, cost: int = 1) -> T:
-        _, writes = self._guard()
-        return await _guarded(writes, partial(self._file.write, safe=safe, cost=cost), work)
-
-    def _guard(self) -> tuple[Guard, Guard]:
-        """Tell the guards of reading and of writing in this loop."""
-        loop = asyncio.get_running_loop()
-        guards = self._guards.get(loop)
-        if guards is None:
-            where = f"the cache {self._file.path}"
-            guards = self._guards[loop] = (
-                Guard(self._breaker, where, _refuse),
-                Guard(self._breaker, f"{where}, which was locked,", _refuse),
-            )
-        return guards
+        return await self._writes.call(partial(self._file.write, work, safe=safe, cost=cost))
 
 
-async def _guarded(
-    guard: Guard,
-    do: Callable[[Callable[[sqlite3.Connection], T]], Awaitable[T]],
-    work: Callable[[sqlite3.Connection], T],
-) -> T:
-    """Have something done unless others wait in vain just now; take in whether it had to wait in vain."""
-    begun = time.monotonic()
-    trial = guard.begin(begun)
-    try:
-        done = await do(work)
-    except SqliteUnavailable as error:
-        if error.answered:
-            guard.answered(time.monotonic(), trial=trial)
-        else:
-            guard.silent(begun, time.monotonic(), trial=trial)
-        raise
-    except BaseException:
-        guard.broken_off(trial=trial)
-        raise
-    guard.answered(time.monotonic(), trial=trial)
-    return done
-
-
-def _refuse(text: str) -> SqliteUnavailable:
-    return SqliteUnavailable(text)
+def _judge(error: BaseException) -> Saying:
+    """Tell what an error says of the file."""
+    if not isinstance(error, SqliteUnavailable):
+        return "nothing"
+    return "answered" if error.answered else "silent"
 
 
 def _found(seen: Seen) -> Found | None:
     return None if seen.entry is None else Found(seen.entry.value, seen.entry.stale)
-
-
-def _storable(key: object) -> str:
-    checked = check_target(key, "key")
-    check_marks(checked)
-    return checked

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Final, TypeVar, final
 from pybustcall import memcached_layout as items
 from pybustcall.daemon.backends import NO_KEYS, BackendFailure, RefusedKey, Traits
 from pybustcall.errors import InvalidRequest
+from pybustcall.keys import check_marks
 from pybustcall.memcached_connection import MemcachedServer, MemcachedUnavailable
-from pybustcall.memcached_layout import DEFAULT_PREFIX, Command, Layout, check_marks, check_prefix
+from pybustcall.memcached_layout import DEFAULT_PREFIX, Command, Layout, check_prefix
 from pybustcall.models import DEFAULT_NAMESPACE, check_target
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from pybustcall.daemon.backends import NO_KEYS, BackendFailure, RefusedKey, Traits
 from pybustcall.errors import ConfigurationError, InvalidRequest
-from pybustcall.keys import is_variant
+from pybustcall.keys import check_marks, is_variant
 from pybustcall.models import DEFAULT_NAMESPACE, check_target
 from pybustcall.redis_connection import RedisServer, RedisUnavailable
 from pybustcall.redis_layout import (
@@ -34,7 +34,6 @@ from pybustcall.redis_layout import (
     Layout,
     Page,
     Token,
-    check_marks,
     check_prefix,
     exists,
     ranges_of_prefix,

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Final, final
 from pybustcall import sqlite_layout as layout
 from pybustcall.daemon.backends import NO_KEYS, BackendFailure, RefusedKey, Traits
 from pybustcall.errors import InvalidRequest
+from pybustcall.keys import check_marks
 from pybustcall.models import check_target
-from pybustcall.redis_layout import check_marks
 from pybustcall.sqlite_file import SqliteFile, SqliteUnavailable
 from pybustcall.sqlite_layout import EVERY, MAX_FENCES, ranges_of_prefix
 

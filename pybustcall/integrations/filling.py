@@ -1,7 +1,7 @@
-"""Who makes a value while others wait for it, and when a server that is silent is no longer asked.
+"""Who makes a value while others wait for it.
 
-This module decides that for the readers' half of every cache that the package knows, and for near caches. What is
-looked up and stored, and where, is decided by the cache itself; when a breaker opens by `policies`.
+This module decides that for the readers' caches of every kind. What is looked up and stored, and where, is decided by
+the cache itself.
 
 Theory of operation. Of those readers in one event loop that miss the same key, one flight makes the value. Whoever was
 told the same token joins: nothing at all was busted between the flight's beginning and that look-up. Whoever was told a
@@ -18,54 +18,25 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import math
-import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Generic, TypeVar, final
+from typing import TYPE_CHECKING, Generic, TypeVar, final
 from weakref import WeakKeyDictionary
 
-from pybustcall.errors import ClientClosed, ConfigurationError, InvalidRequest
-from pybustcall.models import check_target, redact
-from pybustcall.policies import Breaker, BreakerState, Circuit
+from pybustcall.errors import ClientClosed
+from pybustcall.models import redact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = [
-    "BREAKER",
-    "Filling",
-    "Found",
-    "Guard",
-    "Make",
-    "Wanted",
-    "checked_lease",
-    "checked_tags",
-    "checked_ttl",
-    "only_bytes",
-]
+__all__ = ["Filling", "Make", "Wanted"]
 
 _T = TypeVar("_T")
 
 Make = Callable[[], Awaitable[_T] | _T]
 """Makes the value of an entry anew."""
-
-BREAKER: Final = Breaker(incidents=3, open=1.0, cap=10.0, proofs=1)
-"""When a server that does not answer is no longer asked, unless the cache is told otherwise."""
-
-_MOST_TAGS: Final = 256
-_LONGEST: Final = 10.0**9  # seconds
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A value that is held. `stale`: it was busted softly, and somebody is to make it anew."""
-
-    value: bytes
-    stale: bool
 
 
 @final
@@ -266,86 +237,3 @@ def _circle(key: str) -> RuntimeError:
         f"the entry {redact(key)} cannot be made of itself: what makes it asks the same cache for it, if only by way of"
         " others, and would wait for ever"
     )
-
-
-def only_bytes(value: object) -> None:
-    """Raise `TypeError` if a value is no bytes."""
-    if not isinstance(value, bytes):
-        raise TypeError(f"what makes a value must return bytes, not {type(value).__name__}")
-
-
-# Asking a server
-
-
-@final
-class Guard:
-    """Lets calls of one event loop through to a server, or none, or one that tries.
-
-    What was begun before the breaker opened last counts no more when it ends: it may have waited long, and says nothing
-    of the server as it is now. `refuse` makes the error of a call that is not let through, of a text.
-    """
-
-    def __init__(self, policy: Breaker | None, where: str, refuse: Callable[[str], Exception]) -> None:
-        self._circuit = Circuit(policy)
-        self._where = where
-        self._refuse = refuse
-        self._silent = 0
-        self._opened = -math.inf
-
-    def begin(self, now: float) -> bool:
-        """Take in that a call begins; tell whether it is the one that tries. Raises what `refuse` made if none may."""
-        if not self._circuit.admits(now, vouched=True):
-            rest = self._circuit.until - now
-            again = f"in {rest:.1f} s" if rest > 0 else "by another call just now"
-            raise self._refuse(f"{self._where} has not answered, and is tried again {again}; nothing was sent")
-        return self._circuit.begin()
-
-    def answered(self, now: float, *, trial: bool) -> None:
-        """Take in an answer."""
-        self._silent = 0
-        self._circuit.succeeded(now, trial=trial)
-
-    def silent(self, begun: float, now: float, *, trial: bool) -> None:
-        """Take in that a call that began then got no answer."""
-        counted = begun > self._opened
-        self._silent += counted
-        before = self._circuit.state
-        self._circuit.failed(now, self._silent, trial=trial, counted=counted, random=random.random)
-        if self._circuit.state is BreakerState.OPEN and before is not BreakerState.OPEN:
-            self._silent, self._opened = 0, now
-
-    def broken_off(self, *, trial: bool) -> None:
-        """Take in that a call ended that says nothing of the server."""
-        self._circuit.released(trial=trial)
-
-
-# What is asked for
-
-
-def checked_tags(tags: Iterable[str]) -> tuple[str, ...]:
-    """Tell the tags, each once. Raises `InvalidRequest` for what cannot be."""
-    if isinstance(tags, str):
-        raise InvalidRequest("tags must be several texts, such as a list, not one; nothing was sent", field="tags")
-    checked = tuple(dict.fromkeys(check_target(tag, "tag") for tag in tags))
-    if len(checked) > _MOST_TAGS:
-        raise InvalidRequest(f"an entry has at most {_MOST_TAGS} tags; nothing was sent", field="tags")
-    return checked
-
-
-def checked_ttl(ttl: object) -> float | None:
-    """Tell a lifetime in seconds; None is for ever. Raises `InvalidRequest` for what cannot be."""
-    if ttl is None:
-        return None
-    if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0 < ttl <= _LONGEST:
-        raise InvalidRequest(
-            f"ttl must be more than 0 seconds and at most {_LONGEST:g}, or None, not {ttl!r}; nothing was sent",
-            field="ttl",
-        )
-    return float(ttl)
-
-
-def checked_lease(lease: float) -> float:
-    """Tell for how many seconds one reader is to make an entry anew. Raises `ConfigurationError`."""
-    if not 0 < lease <= _LONGEST:
-        raise ConfigurationError(f"lease must be more than 0 seconds, not {lease!r}", setting="lease")
-    return lease
