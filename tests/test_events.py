@@ -348,7 +348,8 @@ def test_the_clock_goes_on() -> None:
 async def test_whoever_listens_is_held_weakly() -> None:
     """One who is gone, or has left, is told nothing; the last one ends the feed."""
     ended: list[Feed] = []
-    feed = Feed([("http://0", Wire([BEGUN, 1.0, told(1), 1e6]))], Wanted(), random=random.random, idle=ended.append)
+    wire, now = Wire([BEGUN, 1.0, told(1), 1e6]), asyncio.get_running_loop().time
+    feed = Feed([("http://0", wire)], Wanted(), random=lambda: 1.0, clock=now, idle=ended.append)
     heard, other, third = Heard(), Heard(), Heard()
     for listener in (heard, other, third):
         feed.join(listener)

@@ -24,6 +24,8 @@ pytestmark = pytest.mark.requirement("IMP-06")
 PAGE = "page.html"
 HASTY = Retry(attempt_timeout=0.3)
 """Attempts that nothing answers end soon."""
+CALM = Retry(attempt_timeout=PATIENCE)
+"""Attempts that are answered in some way are waited for, however slow the machine is just now."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Case:
     kinds: frozenset[FaultKind]
     applied: frozenset[str]
     done: bool = False
+
+    @property
+    def kind(self) -> FaultKind:
+        """One of the kinds."""
+        return min(self.kinds)
 
 
 def case(trouble: Trouble, kind: FaultKind, applied: str = "maybe", *, done: bool = False) -> Case:
@@ -73,6 +80,11 @@ def is_cached(daemon: DaemonProcess) -> bool:
     return (daemon.root / PAGE).exists()
 
 
+def retry_for(kind: FaultKind) -> Retry:
+    """Tell how to try what is expected to end like that."""
+    return HASTY if kind == FaultKind.TIMED_OUT else CALM
+
+
 @asynccontextmanager
 async def faulty_way(daemon: DaemonProcess, trouble: Trouble | None = None) -> AsyncIterator[FaultyProxy]:
     """Put a proxy before the daemon, and a page into its cache."""
@@ -81,17 +93,19 @@ async def faulty_way(daemon: DaemonProcess, trouble: Trouble | None = None) -> A
         yield proxy
 
 
-async def bust_alone(url: str, *, timeout: float = 1.0) -> BustFailed:
-    """Bust with nobody else to ask; return the error that it must be."""
-    async with BustcallClient(url, retry=HASTY, timeout=timeout) as client:
+async def bust_alone(url: str, kind: FaultKind) -> BustFailed:
+    """Bust with nobody else to ask; return the error that it must be, which is expected to be of that kind."""
+    timeout = {FaultKind.TIMED_OUT: 1.0, FaultKind.THROTTLED: 5.0}.get(kind, PATIENCE)
+    async with BustcallClient(url, retry=retry_for(kind), timeout=timeout) as client:
         with pytest.raises(BustFailed) as caught:
             await client.bust(PAGE)
     return caught.value
 
 
-async def bust(url: str, *peers: str) -> BustResult:
-    """Bust with peers and time enough."""
-    async with BustcallClient(url, peers=peers, retry=HASTY, timeout=PATIENCE) as client:
+async def bust(url: str, *peers: str, kind: FaultKind | None = None) -> BustResult:
+    """Bust with peers and time enough; the first is expected to fail like that."""
+    retry = CALM if kind is None else retry_for(kind)
+    async with BustcallClient(url, peers=peers, retry=retry, timeout=PATIENCE) as client:
         return await client.bust(PAGE)
 
 
@@ -100,7 +114,7 @@ async def test_alone_the_call_fails_and_tells_the_truth(start_daemon: StartDaemo
     """The first cause is what happened; `applied` never says no of what was done. Healed, the same way serves again."""
     daemon = start_daemon()
     async with faulty_way(daemon, fault.trouble) as proxy:
-        error = await bust_alone(proxy.url)
+        error = await bust_alone(proxy.url, fault.kind)
         assert error.causes[0].kind in fault.kinds
         assert error.causes[0].daemon == proxy.url
         assert error.applied in fault.applied
@@ -117,7 +131,7 @@ async def test_a_healthy_peer_does_it(start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
     for name, fault in CASES.items():
         async with faulty_way(daemon, fault.trouble) as proxy:
-            result = await bust(proxy.url, daemon.url)
+            result = await bust(proxy.url, daemon.url, kind=fault.kind)
         assert (result.status, result.daemon, result.ok) == ("busted", daemon.url, True), name
         assert result.stage >= 9, name
         assert result.causes[0].kind in fault.kinds, name
@@ -129,7 +143,8 @@ async def test_a_kept_connection_that_gets_into_trouble_does_no_harm(start_daemo
     daemon = start_daemon()
     for name, fault in CASES.items():
         async with faulty_way(daemon) as proxy:
-            async with BustcallClient(proxy.url, peers=[daemon.url], retry=HASTY, timeout=PATIENCE) as client:
+            retry = retry_for(fault.kind)
+            async with BustcallClient(proxy.url, peers=[daemon.url], retry=retry, timeout=PATIENCE) as client:
                 assert (await client.bust("other.html")).daemon == proxy.url, name
                 proxy.trouble = fault.trouble
                 if fault.trouble.refuse:
@@ -147,7 +162,7 @@ async def test_an_answer_truncated_in_its_body_is_told_and_was_applied(start_dae
         await bust(proxy.url)
         write_page(daemon)
         proxy.trouble = Trouble(truncate=proxy.bytes_down - 3)
-        error = await bust_alone(proxy.url)
+        error = await bust_alone(proxy.url, FaultKind.DISCONNECTED)
     assert error.causes[0].kind == FaultKind.DISCONNECTED
     assert "in the middle of its answer" in error.causes[0].message
     assert error.applied == "maybe"
@@ -180,7 +195,7 @@ async def test_a_proxy_whose_daemon_is_gone_resets_and_the_next_daemon_does_it(s
     daemon, other = start_daemon(), start_daemon()
     async with faulty_way(daemon) as proxy:
         daemon.kill()
-        result = await bust(proxy.url, other.url)
+        result = await bust(proxy.url, other.url, kind=FaultKind.DISCONNECTED)
         assert (result.daemon, result.causes[0].kind) == (other.url, FaultKind.DISCONNECTED)
         write_page(daemon)
         proxy.upstream = other.url
@@ -203,10 +218,10 @@ async def test_a_stopped_process_is_passed_by_and_used_again_when_it_goes_on(sta
     daemon, peer = start_daemon(), start_daemon()
     with stopped(daemon):
         write_page(daemon)
-        error = await bust_alone(daemon.url)
+        error = await bust_alone(daemon.url, FaultKind.TIMED_OUT)
         assert (error.causes[0].kind, error.applied) == (FaultKind.TIMED_OUT, "maybe")
         assert is_cached(daemon)
-        result = await bust(daemon.url, peer.url)
+        result = await bust(daemon.url, peer.url, kind=FaultKind.TIMED_OUT)
         assert (result.daemon, result.causes[0].kind) == (peer.url, FaultKind.TIMED_OUT)
     write_page(daemon)
     result = await bust(daemon.url)
@@ -249,7 +264,7 @@ async def test_a_kill_in_the_middle_of_a_lone_bust_is_told(start_daemon: StartDa
     """Nobody else can do it: the call fails, and does not claim to know what it cannot."""
     daemon = start_daemon()
     async with faulty_way(daemon) as proxy:
-        async with BustcallClient(proxy.url, retry=HASTY, timeout=PATIENCE) as client:
+        async with BustcallClient(proxy.url, retry=CALM, timeout=PATIENCE) as client:
             await client.bust("other.html")
             before = proxy.bytes_up
             proxy.trouble = Trouble(bandwidth=2000.0)
@@ -282,10 +297,10 @@ WRONG_ANSWERS = {
 async def test_a_wrong_answer_is_told_and_a_peer_does_it(answer: Answer, kind: FaultKind, done: bool | None) -> None:
     """What no proxy can make, a daemon that misbehaves can; alone, `applied` does not deny what was done."""
     async with FakeDaemon([answer] * 20) as fake, FakeDaemon() as peer:
-        result = await bust(fake.url, peer.url)
+        result = await bust(fake.url, peer.url, kind=kind)
         assert (result.status, result.daemon, result.causes[0].kind) == ("busted", peer.url, kind)
         assert [bust.target for bust in peer.applied] == [PAGE]
-        error = await bust_alone(fake.url)
+        error = await bust_alone(fake.url, kind)
         assert error.causes[0].kind == kind
         assert done is None or bool(fake.applied) is done
         assert not fake.applied or error.applied == "maybe"
