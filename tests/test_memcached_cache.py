@@ -12,19 +12,17 @@ from typing import Any, cast
 import pytest
 
 from pybustcall import memcached_layout as items
-from pybustcall.daemon.backends import Scope
 from pybustcall.daemon.backends.memcached import MemcachedBackend
-from pybustcall.errors import ClientClosed, ConfigurationError, InvalidRequest
+from pybustcall.errors import ConfigurationError, InvalidRequest
 from pybustcall.integrations.memcached import Found, MemcachedCache, MemcachedUnavailable, Token
 from pybustcall.memcached_connection import MemcachedServer
 from pybustcall.memcached_layout import Answer, Command, Layout
-from pybustcall.models import Kind
 from pybustcall.testing.proxy import FaultyProxy, Trouble
 from tests.conftest import PATIENCE, eventually
 from tests.engines import free_port
 from tests.memcached_process import MemcachedProcess, shared_memcached
+from tests.readers import SHOP, Maker, bust, never, quick, start
 
-SHOP = "shop"
 AT = Layout("bustcall", SHOP)
 
 
@@ -64,65 +62,7 @@ def dead() -> str:
     return f"memcached://127.0.0.1:{free_port()}"
 
 
-async def bust(backend: MemcachedBackend, kind: Kind, target: str = "*", *, soft: bool = False) -> None:
-    """Bust as the engine does."""
-    scope = Scope(SHOP, kind, target)
-    generation = await backend.begin(scope, soft=soft)
-    if kind == "key":
-        await backend.remove(SHOP, [target], generation=generation, soft=soft)
-    await backend.end(scope, generation)
-
-
-class Maker:
-    """Makes values as slowly as the test wants, and counts."""
-
-    def __init__(self, value: bytes = b"v") -> None:
-        self.value = value
-        self.calls = 0
-        self.cancelled = 0
-        self.go = asyncio.Event()
-
-    async def __call__(self) -> bytes:
-        self.calls += 1
-        value = self.value
-        try:
-            await self.go.wait()
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            raise
-        return value
-
-
-async def quick() -> bytes:
-    """Make a value at once."""
-    return b"v"
-
-
-async def never() -> bytes:
-    """Be not called."""
-    raise AssertionError("it was called")
-
-
-def start(cache: MemcachedCache, key: str, make: Maker, **more: Any) -> asyncio.Task[bytes]:
-    """Ask for a value in a task."""
-    return asyncio.create_task(cache.get_or_set(key, make, ttl=60.0, **more))
-
-
-def waiting(cache: MemcachedCache, key: str) -> int:
-    """Tell how many wait for a value."""
-    return sum(flights[key].waiting for flights in cache._filling._flights.values() if key in flights)
-
-
 # Values
-
-
-async def test_a_value_is_made_once(cache: MemcachedCache, other: MemcachedCache) -> None:
-    """And found from then on, by everybody."""
-    assert await cache.get_or_set("k", quick, tags=["t"], ttl=60.0) == b"v"
-    assert await cache.get_or_set("k", never, tags=["t"], ttl=60.0) == b"v"
-    assert await other.get_or_set("k", never, tags=["other"], ttl=60.0) == b"v"
-    assert await cache.get("k") == await other.get("k") == Found(b"v", stale=False)
-    assert await cache.get("missing") is None
 
 
 async def test_a_hit_takes_one_exchange(cache: MemcachedCache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,72 +91,6 @@ async def test_an_entry_ends_with_its_ttl(cache: MemcachedCache) -> None:
         while await cache.get("k") is not None:
             await asyncio.sleep(0.05)
     assert await cache.get("kept") == Found(b"v", stale=False)
-
-
-async def test_what_is_no_value_is_refused(cache: MemcachedCache) -> None:
-    """And nothing is stored."""
-    with pytest.raises(TypeError, match="must return bytes, not str"):
-        await cache.get_or_set("k", lambda: "text", ttl=None)  # type: ignore[arg-type, return-value]
-    looked = await cache.lookup("k")
-    for call in (
-        cache.set("k", "text", ttl=None),  # type: ignore[arg-type]
-        cache.store("k", "text", token=looked.token, ttl=None),  # type: ignore[arg-type]
-    ):
-        with pytest.raises(InvalidRequest, match="value must be bytes, not str"):
-            await call
-    assert await cache.get("k") is None
-
-
-@pytest.mark.parametrize(
-    ("field", "arguments"),
-    [
-        ("key", {"key": ""}),
-        ("key", {"key": "a\n"}),
-        ("key", {"key": 7}),
-        ("key", {"key": "a" + "/:?#" * 32 + "/"}),
-        ("tag", {"tags": [""]}),
-        ("tag", {"tags": ["a\nb"]}),
-        ("tags", {"tags": "product:7"}),
-        ("tags", {"tags": [f"{number}" for number in range(257)]}),
-        ("ttl", {"ttl": 0}),
-        ("ttl", {"ttl": float("nan")}),
-        ("ttl", {"ttl": "60"}),
-    ],
-)
-async def test_arguments_that_cannot_be_are_refused(
-    cache: MemcachedCache, field: str, arguments: dict[str, Any]
-) -> None:
-    """Before anything is made or sent."""
-    said = {"key": "k", "tags": ["t"], "ttl": 60.0, **arguments}
-    key = said.pop("key")
-    for call in (
-        cache.get_or_set(key, never, **said),
-        cache.set(key, b"v", **said),
-        cache.store(key, b"v", token=Token(0, ()), **said),
-    ):
-        with pytest.raises(InvalidRequest) as caught:
-            await call
-        assert caught.value.field == field
-
-
-async def test_a_key_with_very_many_marks_cannot_be_stored(cache: MemcachedCache) -> None:
-    """To look for one is possible, and 128 are no trouble."""
-    key = "secret/" * 129
-    looked = await cache.lookup(key)
-    assert looked.found is await cache.get(key) is None
-    for call in (
-        cache.store(key, b"v", token=looked.token, ttl=None),
-        cache.set(key, b"v", ttl=None),
-        cache.get_or_set(key, never, ttl=None),
-    ):
-        with pytest.raises(InvalidRequest, match=r"129 of the marks .* at most 128") as caught:
-            await call
-        assert "secret" not in str(caught.value)
-    for asked in (cache.get, cache.lookup):
-        with pytest.raises(InvalidRequest):
-            await asked("a\n")
-    assert await cache.get_or_set("secret/" * 128, quick, ttl=None) == b"v"
-    assert await cache.get("secret/" * 128) == Found(b"v", stale=False)
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
@@ -267,41 +141,6 @@ def all_but_one_have_ended(tasks: list[asyncio.Task[bytes]], make: Maker) -> boo
     return make.calls > 0 and sum(task.done() for task in tasks) == len(tasks) - 1
 
 
-@pytest.mark.parametrize(("kind", "target"), [("key", "p/1"), ("prefix", "p"), ("tag", "t"), ("all", "*")])
-@pytest.mark.parametrize("soft", [False, True])
-async def test_a_slow_fill_is_not_stored_after_a_bust(
-    cache: MemcachedCache, backend: MemcachedBackend, kind: Kind, target: str, soft: bool
-) -> None:
-    """Whoever asked before it gets the value, and whoever asks after it makes a new one."""
-    old, new = Maker(b"old"), Maker(b"new")
-    before = start(cache, "p/1", old, tags=["t"])
-    await eventually(lambda: old.calls)
-    await bust(backend, kind, target, soft=soft)
-    after = start(cache, "p/1", new, tags=["t"])
-    await eventually(lambda: new.calls)
-    new.go.set()
-    assert await after == b"new"
-    old.go.set()
-    assert await before == b"old"
-    assert await cache.get("p/1") == Found(b"new", stale=False)
-
-
-async def test_a_slow_fill_is_stored_after_an_unrelated_bust(cache: MemcachedCache, backend: MemcachedBackend) -> None:
-    """To refuse it would cost a miss for nothing. Whoever asks meanwhile joins it."""
-    make = Maker()
-    tasks = [start(cache, "p/1", make, tags=["t"])]
-    await eventually(lambda: make.calls)
-    await bust(backend, "prefix", "p/10")
-    await bust(backend, "tag", "u")
-    await bust(backend, "key", "p/1?x")
-    tasks.append(start(cache, "p/1", make, tags=["t"]))
-    await eventually(lambda: waiting(cache, "p/1") == 2)
-    make.go.set()
-    assert await asyncio.gather(*tasks) == [b"v", b"v"]
-    assert make.calls == 1
-    assert await cache.get("p/1") == Found(b"v", stale=False)
-
-
 @pytest.mark.parametrize("soft", [False, True])
 async def test_a_bust_between_the_check_and_the_store_does_no_harm(
     cache: MemcachedCache, backend: MemcachedBackend, monkeypatch: pytest.MonkeyPatch, soft: bool
@@ -349,24 +188,6 @@ async def test_to_look_alone_chooses_nobody(cache: MemcachedCache, backend: Memc
     for _ in range(3):
         assert await cache.get("k") == Found(b"old", stale=True)
     assert (await cache.lookup("k")).refresh
-
-
-async def test_a_lease_that_ends_chooses_another(engine: MemcachedProcess, backend: MemcachedBackend) -> None:
-    """If the one who was chosen has failed."""
-    async with MemcachedCache(engine.url, namespace=SHOP, lease=0.05) as cache:
-        await cache.set("k", b"old", ttl=60.0)
-        await bust(backend, "key", "k", soft=True)
-
-        async def fail() -> bytes:
-            raise LookupError("the database is down")
-
-        with pytest.raises(LookupError):
-            await cache.get_or_set("k", fail, ttl=60.0)
-        assert await cache.get_or_set("k", never, ttl=60.0) == b"old"
-        async with asyncio.timeout(10):
-            while (value := await cache.get_or_set("k", lambda: b"new", ttl=60.0)) != b"new":
-                assert value == b"old"
-                await asyncio.sleep(0.05)
 
 
 async def test_another_soft_bust_chooses_another(cache: MemcachedCache, backend: MemcachedBackend) -> None:
@@ -442,76 +263,6 @@ async def test_a_server_that_keeps_no_generation_says_so(cache: MemcachedCache) 
             await call
         assert caught.value.answered
     assert await cache.get_or_set("k", quick, ttl=None) == b"v"
-
-
-# Flights
-
-
-async def test_many_who_miss_at_once_make_it_once(cache: MemcachedCache) -> None:
-    """All get the same."""
-    make = Maker()
-    tasks = [start(cache, "a/k", make, tags=["t"]) for _ in range(50)]
-    await eventually(lambda: waiting(cache, "a/k") == 50)
-    make.go.set()
-    assert await asyncio.gather(*tasks) == [b"v"] * 50
-    assert make.calls == 1
-
-
-async def test_nobody_joins_a_flight_from_before_a_bust(cache: MemcachedCache, backend: MemcachedBackend) -> None:
-    """That one goes on for those who asked before."""
-    first, second = Maker(b"1"), Maker(b"2")
-    one = start(cache, "k", first)
-    await eventually(lambda: first.calls)
-    await bust(backend, "key", "k")
-    two = [start(cache, "k", second) for _ in range(3)]
-    await eventually(lambda: second.calls)
-    first.go.set()
-    second.go.set()
-    assert await one == b"1"
-    assert await asyncio.gather(*two) == [b"2"] * 3
-    assert (first.calls, second.calls) == (1, 1)
-    assert await cache.get("k") == Found(b"2", stale=False)
-
-
-async def test_a_value_cannot_be_made_of_itself(cache: MemcachedCache) -> None:
-    """It would wait for ever."""
-
-    async def make() -> bytes:
-        return await cache.get_or_set("k", quick, ttl=None)
-
-    with pytest.raises(RuntimeError, match="cannot be made of itself"):
-        await cache.get_or_set("k", make, ttl=None)
-
-
-async def test_a_call_that_is_cancelled_anywhere_leaves_nothing_behind(cache: MemcachedCache) -> None:
-    """After any number of turns of the loop, and the cache goes on as before."""
-    for turns in range(40):
-        task = asyncio.create_task(cache.get_or_set(f"k/{turns}", quick, tags=["t"], ttl=60.0))
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        task.cancel()
-        await asyncio.wait({task})
-        assert task.cancelled() or task.result() == b"v"
-        assert await cache.get_or_set(f"k/{turns}", quick, tags=["t"], ttl=60.0) == b"v"
-        assert await cache.get("missing") is None
-    assert len(asyncio.all_tasks()) == 1
-
-
-async def test_closing_breaks_off_what_is_made(engine: MemcachedProcess) -> None:
-    """Whoever waits is told; a later call opens anew."""
-    before = len(os.listdir("/proc/self/fd"))
-    cache = MemcachedCache(engine.url)
-    make = Maker()
-    task = start(cache, "k", make)
-    await eventually(lambda: make.calls)
-    await cache.aclose()
-    await cache.aclose()
-    with pytest.raises(ClientClosed):
-        await task
-    assert make.cancelled == 1
-    assert await cache.get_or_set("k", quick, ttl=60.0) == b"v"
-    await cache.aclose()
-    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # Without a server

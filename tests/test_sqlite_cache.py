@@ -22,14 +22,12 @@ from typing import Any
 
 import pytest
 
-from pybustcall.daemon.backends import Scope
 from pybustcall.daemon.backends.sqlite import SqliteBackend
-from pybustcall.errors import ClientClosed, ConfigurationError, InvalidRequest
+from pybustcall.errors import ConfigurationError, InvalidRequest
 from pybustcall.integrations.sqlite import Breaker, Found, SqliteCache, SqliteUnavailable
 from pybustcall.models import Kind
 from tests.conftest import PATIENCE, eventually
-
-SHOP = "shop"
+from tests.readers import SHOP, Maker, bust, never, quick, start
 
 
 @pytest.fixture
@@ -59,15 +57,6 @@ async def backend(path: Path) -> AsyncIterator[SqliteBackend]:
     await backend.close()
 
 
-async def bust(backend: SqliteBackend, kind: Kind, target: str = "*", *, soft: bool = False) -> None:
-    """Bust as the engine does."""
-    scope = Scope(SHOP, kind, target)
-    generation = await backend.begin(scope, soft=soft)
-    async for keys in backend.select(scope):
-        await backend.remove(SHOP, keys, generation=generation, soft=soft)
-    await backend.end(scope, generation)
-
-
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Be another process that writes."""
@@ -77,56 +66,7 @@ def locked(path: Path) -> Iterator[None]:
         db.execute("ROLLBACK")
 
 
-class Maker:
-    """Makes values as slowly as the test wants, and counts."""
-
-    def __init__(self, value: bytes = b"v") -> None:
-        self.value = value
-        self.calls = 0
-        self.go = asyncio.Event()
-
-    async def __call__(self) -> bytes:
-        self.calls += 1
-        value = self.value
-        await self.go.wait()
-        return value
-
-
-async def quick() -> bytes:
-    """Make a value at once."""
-    return b"v"
-
-
-async def never() -> bytes:
-    """Be not called."""
-    raise AssertionError("it was called")
-
-
-def start(cache: SqliteCache, key: str, make: Maker, **more: Any) -> asyncio.Task[bytes]:
-    """Ask for a value in a task."""
-    return asyncio.create_task(cache.get_or_set(key, make, ttl=60.0, **more))
-
-
 # Values
-
-
-async def test_a_value_is_made_once(cache: SqliteCache, other: SqliteCache) -> None:
-    """And found from then on, by others, too."""
-    assert await cache.get_or_set("k", quick, tags=["t"], ttl=60.0) == b"v"
-    assert await cache.get_or_set("k", never, tags=["t"], ttl=60.0) == b"v"
-    assert await other.get_or_set("k", never, ttl=60.0) == b"v"
-    assert await other.get("k") == Found(b"v", stale=False)
-    assert await cache.get("missing") is None
-
-
-async def test_many_who_miss_at_once_make_it_once(cache: SqliteCache) -> None:
-    """All get the same."""
-    make = Maker()
-    tasks = [start(cache, "k", make) for _ in range(50)]
-    await eventually(lambda: make.calls)
-    make.go.set()
-    assert await asyncio.gather(*tasks) == [b"v"] * 50
-    assert make.calls == 1
 
 
 async def test_an_entry_ends_with_its_ttl(cache: SqliteCache) -> None:
@@ -164,51 +104,6 @@ async def test_what_is_larger_than_the_cache_is_made_and_not_stored(path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("field", "arguments"),
-    [
-        ("key", {"key": ""}),
-        ("key", {"key": "a\n"}),
-        ("key", {"key": "a" + "/:?#" * 32 + "/"}),
-        ("tag", {"tags": [""]}),
-        ("tags", {"tags": "product:7"}),
-        ("tags", {"tags": [f"{number}" for number in range(257)]}),
-        ("ttl", {"ttl": 0}),
-        ("ttl", {"ttl": "60"}),
-    ],
-)
-async def test_arguments_that_cannot_be_are_refused(
-    cache: SqliteCache, path: Path, field: str, arguments: dict[str, Any]
-) -> None:
-    """Before anything is made or opened."""
-    said = {"key": "k", "tags": ["t"], "ttl": 60.0, **arguments}
-    key = said.pop("key")
-    for call in (cache.get_or_set(key, never, **said), cache.set(key, b"v", **said)):
-        with pytest.raises(InvalidRequest) as caught:
-            await call
-        assert caught.value.field == field
-    assert not os.listdir(os.path.dirname(path))
-
-
-async def test_what_is_no_value_is_refused(cache: SqliteCache) -> None:
-    """And nothing is stored."""
-    with pytest.raises(TypeError, match="must return bytes, not str"):
-        await cache.get_or_set("k", lambda: "text", ttl=None)  # type: ignore[arg-type, return-value]
-    with pytest.raises(InvalidRequest, match="value must be bytes, not str"):
-        await cache.set("k", "text", ttl=None)  # type: ignore[arg-type]
-    assert await cache.get("k") is None
-
-
-async def test_a_value_cannot_be_made_of_itself(cache: SqliteCache) -> None:
-    """It would wait for ever."""
-
-    async def make() -> bytes:
-        return await cache.get_or_set("k", quick, ttl=None)
-
-    with pytest.raises(RuntimeError, match="cannot be made of itself"):
-        await cache.get_or_set("k", make, ttl=None)
-
-
-@pytest.mark.parametrize(
     ("setting", "value"),
     [("path", ""), ("max_bytes", 1000), ("timeout", 0), ("lease", 0), ("lease", math.nan), ("on_error", "ignore")],
 )
@@ -231,25 +126,6 @@ async def test_a_cache_says_which_file_it_is(cache: SqliteCache, path: Path) -> 
 
 
 # Busts
-
-
-@pytest.mark.parametrize(("kind", "target"), [("key", "p/1"), ("prefix", "p"), ("tag", "t"), ("all", "*")])
-@pytest.mark.parametrize("soft", [False, True])
-async def test_a_slow_fill_is_not_stored_after_a_bust(
-    cache: SqliteCache, backend: SqliteBackend, kind: Kind, target: str, soft: bool
-) -> None:
-    """Whoever asked before it gets the value, and whoever asks after it makes a new one."""
-    old, new = Maker(b"old"), Maker(b"new")
-    before = start(cache, "p/1", old, tags=["t"])
-    await eventually(lambda: old.calls)
-    await bust(backend, kind, target, soft=soft)
-    after = start(cache, "p/1", new, tags=["t"])
-    await eventually(lambda: new.calls)
-    new.go.set()
-    assert await after == b"new"
-    old.go.set()
-    assert await before == b"old"
-    assert await cache.get("p/1") == Found(b"new", stale=False)
 
 
 async def test_a_stale_value_is_served_while_one_of_all_makes_it_anew(
@@ -281,22 +157,6 @@ async def test_of_all_who_find_a_stale_entry_one_is_chosen(
         assert {it.found for it in looked} == {Found(b"old", stale=True)}
     [chosen] = [it for it in looked if it.refresh]
     assert await other.store("k", b"new", token=chosen.token, ttl=60.0)
-
-
-async def test_a_lease_that_ends_chooses_another(path: Path, backend: SqliteBackend) -> None:
-    """If the one who was chosen has failed."""
-    async with SqliteCache(path, namespace=SHOP, lease=0.05) as cache:
-        await cache.set("k", b"old", ttl=60.0)
-        await bust(backend, "key", "k", soft=True)
-
-        async def fail() -> bytes:
-            raise LookupError("the database is down")
-
-        with pytest.raises(LookupError):
-            await cache.get_or_set("k", fail, ttl=60.0)
-        async with asyncio.timeout(PATIENCE):
-            while (value := await cache.get_or_set("k", lambda: b"new", ttl=60.0)) != b"new":
-                assert value == b"old"
 
 
 async def test_it_can_be_done_by_hand(cache: SqliteCache, backend: SqliteBackend) -> None:
@@ -387,33 +247,6 @@ async def test_without_a_breaker_each_call_waits(path: Path) -> None:
             for _ in range(5):
                 with pytest.raises(SqliteUnavailable, match="kept it locked"):
                     await cache.set("k", b"v", ttl=None)
-
-
-async def test_closing_breaks_off_what_is_made(path: Path) -> None:
-    """Whoever waits is told; a later call opens anew."""
-    cache = SqliteCache(path)
-    make = Maker()
-    task = start(cache, "k", make)
-    await eventually(lambda: make.calls)
-    await cache.aclose()
-    await cache.aclose()
-    with pytest.raises(ClientClosed):
-        await task
-    assert await cache.get_or_set("k", quick, ttl=60.0) == b"v"
-    await cache.aclose()
-
-
-async def test_a_call_that_is_cancelled_anywhere_leaves_nothing_behind(cache: SqliteCache) -> None:
-    """After any number of turns of the loop, and the cache goes on as before."""
-    for turns in range(30):
-        task = asyncio.create_task(cache.get_or_set(f"k/{turns}", quick, ttl=60.0))
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        task.cancel()
-        await asyncio.wait({task})
-        assert task.cancelled() or task.result() == b"v"
-        assert await cache.get_or_set(f"k/{turns}", quick, ttl=60.0) == b"v"
-    assert len(asyncio.all_tasks()) == 1
 
 
 # Several processes
