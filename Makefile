@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 LOCK   := .ci/requirements-dev.txt
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint types floors pytest interop simulate bench-failover bench-latency bench-journal bench-index bench-delegation bench-redis bench-events bench-sqlite openapi schema lock clean
+.PHONY: demo test lint types floors pytest interop simulate bench-failover bench-latency bench-journal bench-index bench-delegation bench-redis bench-events bench-near bench-sqlite openapi schema lock clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -57,11 +57,17 @@ bench-delegation: $(READY)
 bench-redis: $(READY)
 	$(BIN)/python -m bench.redis_prefix
 
+# Look-ups and stores a second in an SQLite file, from one process and two, and a bust of 100,000 entries in it.
 bench-sqlite: $(READY)
 	$(BIN)/python -m bench.sqlite_cache
 
+# How soon 1,000 readers of events hear of a bust, and what each costs the daemon.
 bench-events: $(READY)
 	$(BIN)/python -m bench.events
+
+# What a hit, a load and a bust cost in a near cache, and how soon another client's cache knows of a bust.
+bench-near: $(READY)
+	$(BIN)/python -m bench.near_cache
 
 # One environment, pinned and hashed; made again only when the lock or the project's metadata change.
 $(READY): $(LOCK) pyproject.toml

@@ -20,10 +20,15 @@ __all__ = ["fitted", "plot_steps", "sizes", "table"]
 
 Row = dict[str, Any]
 
+_FEWEST = 3
+
 
 def sizes(most: int) -> list[int]:
-    """List the sizes to measure: 1,000, 3,000, 10,000 and so on."""
-    return [n for power in range(3, 9) for n in (10**power, 3 * 10**power) if n <= most]
+    """List the sizes to measure: 1,000, 3,000, 10,000 and so on. Exits if these are too few for a line."""
+    found = [n for power in range(3, 9) for n in (10**power, 3 * 10**power) if n <= most]
+    if len(found) < _FEWEST:
+        raise SystemExit(f"--most must be at least 10000, so that there are {_FEWEST} sizes to lay a line through")
+    return found
 
 
 def fitted(steps: Sequence[tuple[int, float]]) -> Row:

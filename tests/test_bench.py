@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import PATIENCE
+from tests.interop import require
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -130,3 +131,37 @@ def test_latency_bench_plots_stages_and_times(latency: Ran) -> None:
     """Both plots are written, with a name for each circumstance."""
     check_plot(latency.directory / "latency_stages.svg", "hub and peer", "the same, outbox", "stage")
     check_plot(latency.directory / "latency_times.svg", "hub and peer, p50", "hub alone, p99", "milliseconds")
+
+
+SMALL = {
+    "delegation": ("--most", "10000", "--samples", "5"),
+    "events": ("--readers", "1,20", "--busts", "5"),
+    "index_scaling": ("--most", "10000", "--samples", "20"),
+    "journal": ("--begins", "50", "--callers", "1,8"),
+    "near_cache": ("--entries", "100,1000", "--calls", "1000", "--busts", "20"),
+    "redis_prefix": ("--entries", "1000", "--runs", "1"),
+    "sqlite_cache": ("--entries", "1000", "--runs", "1", "--seconds", "0.1"),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_bench_ends_well_and_tells_what_it_measured(name: str, tmp_path: Path) -> None:
+    """Nothing was lost, left or touched, as its exit code tells; each of its tables is one, and no row is lacking."""
+    if name == "redis_prefix":
+        require("redis-server", "apt-get install redis-server")
+    ran = run_bench(name, tmp_path, *SMALL[name])
+    rules = [number for number, line in enumerate(ran.table) if all(re.fullmatch("-+:?", cell) for cell in line)]
+    ends = [number - 1 for number in rules[1:]] + [len(ran.table)]
+    heights = [end - rule - 1 for rule, end in zip(rules, ends, strict=True)]
+    assert all(len(ran.table[rule - 1]) == len(ran.table[end - 1]) for rule, end in zip(rules, ends, strict=True))
+    assert len(ran.rows) in heights
+    assert min(heights) > 0
+
+
+def test_a_bench_of_growth_wants_sizes_enough() -> None:
+    """A line through one size is none."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "bench.index_scaling", "--most", "2000"], capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr.startswith("--most must be at least 10000")
