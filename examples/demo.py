@@ -2,9 +2,10 @@
 
     python examples/demo.py
 
-Two daemons run in processes of their own over one cache, a small shop (shop.py) serves pages from it, and readers come
-over HTTP. Everything lives in a temporary directory and is gone afterwards, also after Ctrl-C. The exit code is 0 only
-if every expectation held.
+In the first act two daemons run in processes of their own over one cache, a small shop (shop.py) serves pages from it,
+and readers come over HTTP. In the second, two web workers (worker.py) keep prices in memories of their own, and one
+bust reaches both. Everything lives in a temporary directory and is gone afterwards, also after Ctrl-C. The exit code is
+0 only if every expectation held.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import shop
+import worker
 from aiohttp import web
 
 from pybustcall import BustcallClient
@@ -33,9 +35,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 DEADLINE = 5.0  # seconds: of one bust, which is the client's default
-PATIENCE = 20.0  # seconds for a daemon to start, even on a busy machine
-GRACE = 2.0  # seconds for a daemon to end before it is killed
+PATIENCE = 20.0  # seconds for a process to start, even on a busy machine
+GRACE = 2.0  # seconds for a process to end before it is killed
 TEAPOT = 7
+EXAMPLES = Path(__file__).parent
 
 GREEN, RED, BOLD, PLAIN = "32", "31", "1", "0"
 COLOURS = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -116,12 +119,12 @@ class Story:
         return all(row.ok for row in self.rows)
 
 
-# The daemons
+# The daemons and the workers
 
 
 @dataclass
-class Daemon:
-    """A daemon in a process of its own."""
+class Server:
+    """A daemon or a web worker in a process of its own."""
 
     name: str
     process: asyncio.subprocess.Process
@@ -129,7 +132,7 @@ class Daemon:
     url: str = ""
 
     async def wait_ready(self) -> None:
-        """Wait until it says, in one line of JSON, where it listens."""
+        """Wait until it says, in one line of JSON, where it listens; then tell that."""
         assert self.process.stdout is not None  # noqa: S101 - it is a pipe
         try:
             async with asyncio.timeout(PATIENCE):
@@ -139,6 +142,7 @@ class Daemon:
         if not line:
             raise DemoFailedError(f"the {self.name} did not start:\n{self.log.read_text()}")
         self.url = json.loads(line)["url"]
+        say(f"   {self.name:<30} {self.url} (pid {self.process.pid})")
 
     async def kill(self) -> int:
         """End it as `kill -9` does, and wait until it is gone; return its exit code."""
@@ -159,23 +163,30 @@ class Daemon:
 
 
 @asynccontextmanager
-async def started_daemon(name: str, cache: Path, entries: Path, log: Path) -> AsyncIterator[Daemon]:
-    """Start a daemon on a port that the system chooses; afterwards it is gone."""
-    # A token or a URL meant for other daemons is not for this one.
+async def started(name: str, directory: Path, *command: str, url: str = "") -> AsyncIterator[Server]:
+    """Start a Python process, which may need to know a daemon's URL; afterwards it is gone."""
+    # A token or a URL meant for other daemons is not for these.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("BUSTCALL_")}
-    command = [sys.executable, "-m", "pybustcall", "daemon", "--root", str(cache), "--register", str(entries)]
+    if url:
+        environment["BUSTCALL_URL"] = url
+    log = directory / f"{name}.log"
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
     try:
         process = await asyncio.create_subprocess_exec(
-            *command, "--port", "0", "--json", stdout=asyncio.subprocess.PIPE, stderr=descriptor, env=environment
+            sys.executable, *command, stdout=asyncio.subprocess.PIPE, stderr=descriptor, env=environment
         )
     finally:
         os.close(descriptor)
-    daemon = Daemon(name, process, log)
+    server = Server(name, process, log)
     try:
-        yield daemon
+        yield server
     finally:
-        await daemon.stop()
+        await server.stop()
+
+
+def daemon_command(*options: str) -> list[str]:
+    """Tell how to start a daemon on a port that the system chooses."""
+    return ["-m", "pybustcall", "daemon", *options, "--port", "0", "--json"]
 
 
 # The shop and its visitors
@@ -191,6 +202,19 @@ async def open_shop(database: Path, cache: Path, client: BustcallClient) -> Asyn
         yield f"http://127.0.0.1:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
+
+
+def http_to(url: str) -> aiohttp.ClientSession:
+    """Make a session for those who ask there."""
+    return aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=2 * DEADLINE))
+
+
+async def post_price(http: aiohttp.ClientSession, price: str) -> tuple[dict[str, Any], float]:
+    """Have the teapot's price changed; return the answer, and how many seconds it took."""
+    begun = time.perf_counter()
+    async with http.post(f"/products/{TEAPOT}/price", json={"price": price}) as response:
+        answer = await response.json()
+    return {"http": response.status, **answer}, time.perf_counter() - begun
 
 
 @dataclass
@@ -219,24 +243,26 @@ class Visitors:
 
     async def post(self, price: str) -> tuple[dict[str, Any], float]:
         """Have the shop change the teapot's price; return its answer, and how many seconds it took."""
-        begun = time.perf_counter()
-        async with self.http.post(f"/products/{TEAPOT}/price", json={"price": price}) as response:
-            answer = await response.json()
-        return {"http": response.status, **answer}, time.perf_counter() - begun
+        return await post_price(self.http, price)
 
 
-# The story
+def told_price(answer: dict[str, Any], who: dict[str, str], seconds: float) -> str:
+    """Say in short what came of a change."""
+    by = f" by {who.get(answer['daemon'], 'nobody')}" if "daemon" in answer else ""
+    late = "" if seconds < DEADLINE else ", LATE"
+    return f"{answer['status']}{by}, stage {answer['stage']}{late}"
 
 
-async def tell(story: Story, visitors: Visitors, hub: Daemon, peer: Daemon, database: Path) -> None:
-    """Play it all, chapter by chapter."""
+# The first act: a cache of files, and a daemon that is killed
+
+
+async def tell_of_pages(story: Story, visitors: Visitors, hub: Server, peer: Server, database: Path) -> None:
+    """Play it, chapter by chapter."""
     who = {hub.url: "hub", peer.url: "peer"}
 
     async def change_price(price: str, expected: str) -> None:
         answer, seconds = await visitors.post(price)
-        seen = f"{answer['status']} by {who.get(answer.get('daemon', ''), 'nobody')}, stage {answer['stage']}"
-        seen += "" if seconds < DEADLINE else ", LATE"
-        story.note(f"POST price {price}", expected, seen, seconds)
+        story.note(f"POST price {price}", expected, told_price(answer, who, seconds), seconds)
 
     story.begin("a", "Four readers come. Each page is rendered from the database, then kept in the cache.")
     await visitors.read_all("10.00 rendered")
@@ -269,30 +295,120 @@ async def tell(story: Story, visitors: Visitors, hub: Daemon, peer: Daemon, data
     await visitors.read("page", "13.00 cached", "page, stale, as was said")
 
 
+async def play_pages(story: Story, directory: Path) -> None:
+    """Set the stage of the first act, and play it."""
+    cache, entries, database = directory / "cache", directory / "entries.json", directory / "shop.db"
+    cache.mkdir()
+    entries.write_text(json.dumps(shop.registrations()))
+    async with AsyncExitStack() as stack:
+        say("Two daemons start, in processes of their own.")
+        command = daemon_command("--root", str(cache), "--register", str(entries))
+        hub, peer = [await stack.enter_async_context(started(name, directory, *command)) for name in ("hub", "peer")]
+        for daemon in (hub, peer):
+            await daemon.wait_ready()
+        client = BustcallClient(hub.url, peers=[peer.url], timeout=DEADLINE)
+        url = await stack.enter_async_context(open_shop(database, cache, client))
+        say(f"   {'shop':<30} {url} (in this process)")
+        http = await stack.enter_async_context(http_to(url))
+        await tell_of_pages(story, Visitors(http, story), hub, peer, database)
+
+
+# The second act: values in the memories of two processes
+
+
+@dataclass
+class Customer:
+    """Somebody who speaks to one of the workers over HTTP, and notes what he sees."""
+
+    name: str
+    http: aiohttp.ClientSession
+    story: Story
+
+    async def ask(self) -> str:
+        """Tell the teapot's price, and whether the worker held it in its memory."""
+        async with self.http.get(f"/products/{TEAPOT}") as response:
+            answer = await response.json()
+        return f"{answer['price']} {answer['source']}"
+
+    async def read(self, expected: str) -> None:
+        """Read once, and note it."""
+        begun = time.perf_counter()
+        seen = await self.ask()
+        self.story.note(self.name, expected, seen, time.perf_counter() - begun)
+
+    async def read_soon(self, expected: str, what: str) -> None:
+        """Read until it is what is expected, at most as long as a bust may take; note how long that took."""
+        begun = time.perf_counter()
+        while True:
+            seen, seconds = await self.ask(), time.perf_counter() - begun
+            if seen == expected or seconds > DEADLINE:
+                break
+            await asyncio.sleep(0.001)
+        self.story.note(f"{self.name}, {what}", expected, seen, seconds)
+
+    async def post(self, price: str) -> tuple[dict[str, Any], float]:
+        """Have the worker change the teapot's price; return its answer, and how many seconds it took."""
+        return await post_price(self.http, price)
+
+
+async def tell_of_memories(story: Story, first: Customer, second: Customer, daemon: Server, database: Path) -> None:
+    """Play it, chapter by chapter."""
+    story.begin("g", "Each worker loads the price from the database, and holds it in its own memory.")
+    for customer in (first, second):
+        await customer.read("14.00 loaded")
+        await customer.read("14.00 held")
+
+    story.begin("h", "The price becomes 15.00 in the database. Nobody tells: both serve what they hold.")
+    await asyncio.to_thread(shop.write_price, database, TEAPOT, "15.00")
+    for customer in (first, second):
+        await customer.read("14.00 held")
+
+    story.begin("i", "The price becomes 16.00 through worker 1, which awaits one bust: both are fresh.")
+    answer, seconds = await first.post("16.00")
+    story.note("POST price 16.00", "busted, stage 12", told_price(answer, {}, seconds), seconds)
+    await first.read("16.00 loaded")
+    await second.read_soon("16.00 loaded", "since then")
+
+    story.begin("j", "The daemon is killed, the price becomes 17.00: nobody can tell the workers.")
+    await daemon.kill()
+    answer, seconds = await first.post("17.00")
+    story.note("POST price 17.00: HTTP status", "503", str(answer["http"]), seconds)
+    for customer in (first, second):
+        await customer.read_soon("17.00 loaded", f"after {worker.GRACE:g} s at most")
+
+
+async def play_memories(story: Story, directory: Path) -> None:
+    """Set the stage of the second act, and play it."""
+    database = directory / "shop.db"
+    async with AsyncExitStack() as stack:
+        say()
+        say("Now a daemon that tells everybody of each bust, and two web workers over the same database.")
+        options = ("--backend", "memory", "--journal", str(directory / "journal.db"))
+        daemon = await stack.enter_async_context(started("daemon", directory, *daemon_command(*options)))
+        await daemon.wait_ready()
+        command = (str(EXAMPLES / "worker.py"), str(database), "0")
+        names = ("worker 1", "worker 2")
+        workers = [
+            await stack.enter_async_context(started(name, directory, *command, url=daemon.url)) for name in names
+        ]
+        customers = []
+        for server in workers:
+            await server.wait_ready()
+            http = await stack.enter_async_context(http_to(server.url))
+            customers.append(Customer(server.name, http, story))
+        first, second = customers
+        await tell_of_memories(story, first, second, daemon, database)
+
+
 async def play(story: Story) -> None:
-    """Set the stage, play, and clear everything away, whatever happens."""
+    """Play both acts, and clear everything away, whatever happens."""
     with tempfile.TemporaryDirectory(prefix="bustcall-demo-") as name:
-        directory = Path(name)
-        cache, entries, database = directory / "cache", directory / "entries.json", directory / "shop.db"
-        cache.mkdir()
-        entries.write_text(json.dumps(shop.registrations()))
-        async with AsyncExitStack() as stack:
-            # Last of all: a thread that still writes must not meet a directory that is being removed.
-            stack.push_async_callback(asyncio.get_running_loop().shutdown_default_executor)
-            say("Two daemons start, in processes of their own.")
-            hub, peer = [
-                await stack.enter_async_context(started_daemon(name, cache, entries, directory / f"{name}.log"))
-                for name in ("hub", "peer")
-            ]
-            for daemon in (hub, peer):
-                await daemon.wait_ready()
-                say(f"   {daemon.name:<30} {daemon.url} (pid {daemon.process.pid})")
-            client = BustcallClient(hub.url, peers=[peer.url], timeout=DEADLINE)
-            url = await stack.enter_async_context(open_shop(database, cache, client))
-            say(f"   {'shop':<30} {url} (in this process)")
-            patience = aiohttp.ClientTimeout(total=2 * DEADLINE)
-            http = await stack.enter_async_context(aiohttp.ClientSession(url, timeout=patience))
-            await tell(story, Visitors(http, story), hub, peer, database)
+        try:
+            await play_pages(story, Path(name))
+            await play_memories(story, Path(name))
+        finally:
+            # A thread that still writes must not meet a directory that is being removed.
+            await asyncio.get_running_loop().shutdown_default_executor()
 
 
 async def run(signals: list[int]) -> int:

@@ -106,7 +106,7 @@ class Shop:
     async def change_price(self, request: web.Request) -> web.Response:
         """Store a new price, then have every page that shows the old one dropped."""
         number = int(request.match_info["number"])
-        price = await _read_price(request)
+        price = await read_price(request)
         # First the truth, then the bust: the other way round, a reader in between would cache the old price again.
         if not await asyncio.to_thread(write_price, self._database, number, price):
             raise web.HTTPNotFound(text="there is no such product\n")
@@ -188,7 +188,8 @@ def _write_beside(path: Path, body: bytes) -> Path:
     return Path(name)
 
 
-async def _read_price(request: web.Request) -> str:
+async def read_price(request: web.Request) -> str:
+    """Tell the price that a request posts; HTTP 400 if it is none."""
     try:
         price = (await request.json())["price"]
     except (ValueError, TypeError, KeyError):

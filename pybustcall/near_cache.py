@@ -409,7 +409,8 @@ class NearCache:
     async def wait_trusted(self, timeout: float | None = None) -> None:
         """Wait until what is held is served. Raises `TimeoutError` after `timeout` seconds, and as `get_or_load` does.
 
-        There is no need to: until then each value is loaded when it is asked for.
+        There is no need to: until then each value is loaded when it is asked for. With a client that is disabled there
+        is nothing to wait for, and it returns at once.
         """
         async with asyncio.timeout(timeout):
             while not self.is_trusted:
@@ -417,7 +418,7 @@ class NearCache:
                     await self._begin()
                 self._check_hub()
                 if self._feed is None:
-                    raise InvalidRequest("this client is disabled, and follows nothing")
+                    return
                 if not self.is_trusted:
                     await self._feed.wait_changed()
 

@@ -41,7 +41,7 @@ def test_demo_succeeds(demo: Ended) -> None:
 
 def test_demo_prints_a_table_in_which_everything_is_ok(demo: Ended) -> None:
     """Every line of the table says yes, and there is one for each expectation."""
-    verdicts = re.findall(r"^[a-f]\. .* \d+\.\d (\S+)$", demo.output, re.MULTILINE)
+    verdicts = re.findall(r"^[a-j]\. .* \d+\.\d (\S+)$", demo.output, re.MULTILINE)
     total = TOTAL.search(demo.output)
     assert total is not None
     assert total[1] == total[2] == str(len(verdicts))
@@ -57,6 +57,14 @@ def test_demo_shows_that_an_outage_is_told(demo: Ended) -> None:
     """With both daemons killed, the shop says which error it was and that nothing was applied."""
     assert re.search(r"^f\. its error .* DaemonsUnavailable .* yes$", demo.output, re.MULTILINE)
     assert re.search(r"^f\. was the bust applied\? .* no .* yes$", demo.output, re.MULTILINE)
+
+
+def test_demo_shows_that_one_bust_reaches_the_memories_of_two_workers(demo: Ended) -> None:
+    """Each held the old price until one of them busted it; with the daemon gone neither serves what it holds."""
+    for number in (1, 2):
+        assert re.search(rf"^h\. worker {number} .* 14\.00 held .* yes$", demo.output, re.MULTILINE)
+        assert re.search(rf"^i\. worker {number}.* 16\.00 loaded .* yes$", demo.output, re.MULTILINE)
+        assert re.search(rf"^j\. worker {number}.* 17\.00 loaded .* yes$", demo.output, re.MULTILINE)
 
 
 def test_demo_fits_a_terminal_and_a_pipe(demo: Ended) -> None:
@@ -75,7 +83,7 @@ def test_demo_leaves_no_processes(demo: Ended) -> None:
     assert not demo.left_processes
 
 
-@pytest.mark.parametrize("stop_at", ["Two daemons start", "c. "])
+@pytest.mark.parametrize("stop_at", ["Two daemons start", "c. ", "Now a daemon", "h. "])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 async def test_stopped_demo_clears_everything_away(
     number: signal.Signals, code: int, stop_at: str, tmp_path: Path
@@ -225,3 +233,45 @@ def test_the_hot_swap_replaces_a_model_and_what_was_made_with_it(start_daemon: S
         assert (done.returncode, done.stderr) == (0, "")
         assert "refused, nothing changed:\n  pricing-model: " in done.stdout
         assert f"pricing-model {before} -> 2.2.0, 2 pages went\nleft: about.html\n" in done.stdout
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Load the web worker's module, which finds the shop's beside itself."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("worker")
+
+
+async def test_worker_serves_from_the_database_where_no_daemon_is(worker: Any, tmp_path: Path) -> None:
+    """A client that is disabled follows nothing, and so nothing is served from memory; its own writes are seen."""
+    app = worker.create_app(tmp_path / "shop.db", BustcallClient.disabled())
+    async with TestClient(TestServer(app)) as visitor:
+
+        async def ask(number: int) -> tuple[int, Any]:
+            async with visitor.get(f"/products/{number}") as response:
+                return response.status, await response.json() if response.status == 200 else None
+
+        async def post(number: int, body: Any) -> int:
+            async with visitor.post(f"/products/{number}/price", json=body) as response:
+                return response.status
+
+        for _ in range(2):
+            assert await ask(7) == (200, {"price": "10.00", "source": "loaded"})
+        assert await ask(99) == (404, None)
+        assert [await post(99, {"price": "1.00"}), await post(7, {"price": "cheap"}), await post(7, [])] == [
+            404,
+            400,
+            400,
+        ]
+        assert await post(7, {"price": "11.00"}) == 200
+        assert await ask(7) == (200, {"price": "11.00", "source": "loaded"})
+        async with visitor.get("/health") as response:
+            told = await response.json()
+    assert (told["trusted"], told["reason"], told["hits"]) == (False, "the client is disabled", 0)
+
+
+def test_worker_without_its_arguments_says_how_to_use_it(worker: Any) -> None:
+    """With one too few, and with a port that is none."""
+    for arguments in (["shop.db"], ["shop.db", "-1"]):
+        with pytest.raises(SystemExit, match="usage: "):
+            worker.main(arguments)
