@@ -423,6 +423,7 @@ class Bench:
                 steps.over = True
 
         async def call() -> Any:
+            steps.caller = asyncio.current_task()  # not before: what else is busy must not strike at nobody
             return await way.arrive(bust)
 
         if at == 0:
@@ -433,8 +434,7 @@ class Bench:
             result, steps.struck = None, 1
         else:
             async with asyncio.timeout(PATIENCE):
-                steps.caller = context.run(loop.create_task, call())
-                result = await steps.caller
+                result = await context.run(loop.create_task, call())
         assert result is None or result.status == self.case.status
         await self._look(client, steps, busy)
         if self.case.outbox:
