@@ -32,8 +32,12 @@ from pybustcall.testing import (
     Trouble,
     Verdict,
     check_daemon,
-    conformance,
 )
+from pybustcall.testing.conformance import entries, kinds, probe, reader, suite
+from pybustcall.testing.conformance.base import expect_kept
+from pybustcall.testing.conformance.checking import Unmet
+from pybustcall.testing.conformance.probe import Probe
+from pybustcall.testing.conformance.suite import judge
 from pybustcall.topology import DaemonAddress
 from tests.conftest import PATIENCE, StartDaemon
 from tests.plain_cache import engine_over
@@ -133,9 +137,9 @@ def named(name: str) -> Check:
 
 async def judged(name: str, url: str, advertised: Collection[str] | None = None, timeout: float = PATIENCE) -> Verdict:
     """Run one check alone against a daemon that is taken to advertise this, by default everything."""
-    async with conformance._Probe(DaemonAddress.parse(url), {}, timeout) as probe:
+    async with Probe(DaemonAddress.parse(url), {}, timeout) as probe:
         probe.advertised = frozenset(EVERYTHING if advertised is None else advertised)
-        return await conformance._judge(named(name), probe)
+        return await judge(named(name), probe)
 
 
 # The daemons of ours
@@ -1463,7 +1467,7 @@ async def test_a_daemon_with_one_defect_in_what_it_tells_does_not_pass(
     monkeypatch: pytest.MonkeyPatch, name: str, defect: Telling, detail: str
 ) -> None:
     """The check that looks for it tells what was found instead; what is not told is not waited for long."""
-    monkeypatch.setattr(conformance, "_SOON", 0.5)
+    monkeypatch.setattr(reader, "_SOON", 0.5)
     async with bent(defect) as url:
         verdict = await judged(name, url, [*EVERYTHING, STREAM], timeout=1.0 if "it is live" in detail else PATIENCE)
     assert verdict.outcome == "failed"
@@ -1614,7 +1618,7 @@ async def test_requests_at_once_of_which_one_gets_no_answer_are_no_answer() -> N
 
 async def test_a_second_bust_that_never_comes_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was stored between the two is still there, some time after the second was due."""
-    monkeypatch.setattr(conformance, "_LATE", 1.0)
+    monkeypatch.setattr(kinds, "LATE", 1.0)
     async with bent(deaf_to("settle")) as url:
         verdict = await judged(BUSTS_AGAIN, url)
     assert verdict.outcome == "failed"
@@ -1625,8 +1629,8 @@ async def test_a_daemon_too_slow_to_store_anything_before_the_second_bust_is_not
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A longer time is tried, up to what a check may take."""
-    monkeypatch.setattr(conformance, "_SETTLE", 1e-9)
-    monkeypatch.setattr(conformance, "_LATE", 3e-9)
+    monkeypatch.setattr(kinds, "_SETTLE", 1e-9)
+    monkeypatch.setattr(kinds, "LATE", 3e-9)
     async with FakeDaemon(capabilities=EVERYTHING[1:]) as fake:
         verdict = await judged(BUSTS_AGAIN, fake.url)
         assert len([bust for bust in fake.applied if bust.settle]) == 2
@@ -1635,7 +1639,7 @@ async def test_a_daemon_too_slow_to_store_anything_before_the_second_bust_is_not
 
 async def test_a_job_that_does_not_end_is_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that cannot be reached is like that, and no fault of the daemon's."""
-    monkeypatch.setattr(conformance, "_LATE", 0.05)
+    monkeypatch.setattr(entries, "LATE", 0.05)
     async with FakeDaemon([Answer.accepted()] * 5, capabilities=EVERYTHING[1:]) as fake:
         verdict = await judged(VERIFIES, fake.url)
     assert (verdict.outcome, verdict.detail) == ("skipped", "not decided: a job is still running after 0.05 s")
@@ -1842,7 +1846,7 @@ async def test_a_daemon_that_is_gone_at_the_end_is_left_alone() -> None:
 
         checks = (named("keeps what is announced of dependencies"), Check("is there until the end", leaves))
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(conformance, "CHECKS", checks)
+            patched.setattr(suite, "CHECKS", checks)
             verdicts = await check_daemon(fake.url)
         assert [verdict.outcome for verdict in verdicts] == ["passed", "passed"]
 
@@ -2007,17 +2011,17 @@ async def test_connections_are_kept_as_http_says(name: str, crooked: Crooked, ou
 async def test_a_connection_that_ends_without_a_word_is_seen_though_the_requests_went_well() -> None:
     """HTTP clients send GET again on another one, and nobody is told."""
     async with serving(Crooked(silent=True)) as url:
-        async with conformance._Probe(DaemonAddress.parse(url), {}, PATIENCE, alone=True) as probe:
+        async with Probe(DaemonAddress.parse(url), {}, PATIENCE, alone=True) as probe:
             for _ in range(3):
                 await probe.send("GET", "/api/v1/status")
                 await asyncio.sleep(0.01)  # its end arrives
-            with pytest.raises(conformance._Unmet, match="closed a connection without saying so"):
-                conformance._expect_kept(probe)
+            with pytest.raises(Unmet, match="closed a connection without saying so"):
+                expect_kept(probe)
 
 
 async def test_an_answer_without_end_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some megabytes are enough of any answer."""
-    monkeypatch.setattr(conformance, "_MAX_BYTES", 1000)
+    monkeypatch.setattr(probe, "_MAX_BYTES", 1000)
     async with FakeDaemon([Answer.huge(1001), Answer.huge(1000)]) as fake:
         assert "more than 1000 bytes" in (await judged("busts the same key again", fake.url)).detail
         assert (await judged("busts with defaults for every field but the target", fake.url)).ok
