@@ -1,53 +1,52 @@
 """`BustcallClient`: what users hold. Its lifecycle, its settings, and what a call's outcome means to the caller.
 
-It checks arguments before anything is sent, hands the job to `delivery`, and decides whether the result raises. It is
-the one room that knows both the dispatcher and the daemon clients, and it puts together what belongs to one event loop:
-the fleet, the prober, the courier of the outbox. It holds no cache logic at all: what a target or a strategy means is
+It has arguments checked before anything is sent (`arguments`), hands the job to what belongs to the running event loop
+(`runtime`), and decides whether the result raises. It holds no cache logic at all: what a target or a strategy means is
 the daemon's affair.
 """
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import os
 import random
-import re
-import secrets
-import time
-import uuid
 import warnings
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import aclosing
 from dataclasses import dataclass, fields
-from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, final, get_args
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, final
 
-import aiohttp
 from pydantic import BaseModel
 
+from pybustcall.arguments import (
+    KEPT,
+    Kept,
+    Options,
+    check_capability,
+    check_client_id,
+    check_flag,
+    check_hook,
+    check_key,
+    check_mode,
+    check_session,
+    check_token,
+    check_types,
+    options_of,
+    outbox_of,
+    requirements_of,
+)
 from pybustcall.attached import Nearby
-from pybustcall.background import Courier, Prober, ReplayReport
-from pybustcall.capabilities import Agreement, DaemonCapabilities, advertisement, check_requirements
+from pybustcall.capabilities import DaemonCapabilities
 from pybustcall.config import settings_from_env, settings_from_toml
 from pybustcall.daemon_client import MAX_REPLY_BYTES, DaemonClient
-from pybustcall.delivery import Delivered, Deliverer, DeliveryMode, Job
+from pybustcall.delivery import Delivered, DeliveryMode, Job
 from pybustcall.dispatcher import dispatch, reap
 from pybustcall.errors import ConfigurationError, DaemonsUnavailable, DeadlineExceeded, InvalidRequest, OutboxError
-from pybustcall.events import BustEvent, EventStream, Feed, Following, Wanted
-from pybustcall.faults import (
-    AttemptFailed,
-    Band,
-    Fault,
-    FaultKind,
-    Outcome,
-    call_stage,
-    check_tolerance,
-    raises,
-)
+from pybustcall.events import BustEvent, EventStream, Feed, Wanted
+from pybustcall.faults import AttemptFailed, Fault, FaultKind, Outcome, call_stage, check_tolerance, raises
 from pybustcall.fleet import Fleet, FleetView, Policies
 from pybustcall.hotswap import (
     Dependency,
@@ -71,7 +70,6 @@ from pybustcall.models import (
     DEFAULT_STRATEGY,
     DEFAULT_TOLERANCE,
     EVERYTHING,
-    BustReply,
     BustRequest,
     DaemonStatus,
     DependenciesReply,
@@ -90,45 +88,32 @@ from pybustcall.models import (
     redact,
 )
 from pybustcall.near_cache import NearCache, NearCacheStatistics
-from pybustcall.needs import needs_of, phrase_of, widened
-from pybustcall.negotiation import Negotiator
-from pybustcall.outbox import Outbox, OutboxCounts, OutboxRow, OutboxStore
 from pybustcall.policies import Breaker, Budget, Failback, Hedge, Pool, Probes, Retry, check_seconds
-from pybustcall.results import Attempt, BustReport, BustResult, ReportBuilder, failure, summary
+from pybustcall.results import Attempt, BustReport, BustResult, ReportBuilder, failure
+from pybustcall.runtime import Core, Runtime, close
 from pybustcall.semverx import SemverX
 from pybustcall.session import TLS, PoolStatistics, SessionManager
-from pybustcall.telemetry import BreakerMoved, Event, FailedBack, FailedOver, Hooks, OutboxSetAside
 from pybustcall.topology import DEFAULT_URL, DaemonAddress, Route, Topology
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable
     from types import TracebackType
 
+    import aiohttp
+
     from pybustcall.attached import Drop
+    from pybustcall.background import ReplayReport
     from pybustcall.config import Settings
     from pybustcall.dispatcher import Ask
     from pybustcall.models import JobState, Kind
+    from pybustcall.outbox import Outbox, OutboxCounts, OutboxRow, OutboxStore
+    from pybustcall.telemetry import Event
 
 __all__ = ["BustcallClient", "ClientOutbox", "ClientStatistics"]
 
 _log: Final = logging.getLogger("pybustcall")
 _log.addHandler(logging.NullHandler())
 
-_LEVELS: Final = {
-    Band.SILENT: logging.INFO,
-    Band.WARNING: logging.WARNING,
-    Band.EXCEPTION: logging.ERROR,
-    Band.PANIC: logging.CRITICAL,
-}
 
-_TOKEN: Final = re.compile(r"[!-~]+")
-_KEY: Final = re.compile(r"[!-~]{1,255}")
-_MODES: Final = get_args(DeliveryMode)
-_DIGEST: Final = 10.0
-"""Seconds in which calls of one status are logged once: an outage is one piece of news, however many calls meet it."""
-
-_FLUSH: Final = 1.0
-"""Seconds that `aclose` waits for hooks to be told the last events."""
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
 """Seconds between two questions of `wait_job`: from the first on they double."""
@@ -137,27 +122,6 @@ _JOBS: Final = "cache.bust.jobs"
 _DISABLED: Final = "disabled"
 _Reply = TypeVar("_Reply")
 _Answer = TypeVar("_Answer", bound=BaseModel)
-
-
-class _Kept(Enum):
-    """Says that an option is left as it is, where None means something."""
-
-    KEPT = "kept"
-
-
-_KEPT: Final = _Kept.KEPT
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """What `with_options` may vary."""
-
-    timeout: float
-    fault_tolerance: int
-    retry: Retry | None
-    delivery: DeliveryMode
-    reveal_targets: bool
 
 
 @final
@@ -198,282 +162,13 @@ class ClientStatistics:
 
 
 @final
-class _Runtime:
-    """What belongs to a client in one event loop, beside its connections: what it knows, and what it does by itself."""
-
-    def __init__(self, core: _Core, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self._past = core.past
-        urls = self._urls = [daemon.url for daemon in core.daemons]
-        self.fleet = Fleet(
-            urls,
-            core.policies,
-            client_id=core.client_id,
-            now=loop.time(),
-            random=random.random,
-            emit=core.emit,
-            wake=self._wake_prober,
-        )
-        self.negotiator: Negotiator[DaemonClient] = Negotiator(core.daemons, core.agreements, judge=self.fleet.judge)
-        self._near = core.near
-        self.following = Following(
-            [(daemon.url, partial(_open_stream, self.negotiator, daemon)) for daemon in core.daemons],
-            random=random.random,
-        )
-        self._prober = Prober(self.fleet, partial(_probe, self.negotiator, core.policies.probes))
-        owner = f"{os.getpid()}-{secrets.token_hex(8)}"
-        self.deliverer: Deliverer[DaemonClient] = Deliverer(
-            partial(_send, self.negotiator),
-            core.daemons,
-            self.fleet,
-            random=random.random,
-            adopt=core.sessions.adopt,
-            store=core.store,
-            owner=f"{owner}-calls",
-            emit=core.emit,
-            wake=self._wake_courier,
-        )
-        self.courier: Courier | None = None
-        if core.store is not None and core.outbox is not None:
-            self.courier = Courier(
-                core.store,
-                core.outbox,
-                self.deliverer.replay,
-                ready=self._ready,
-                owner=f"{owner}-courier",
-                destinations=urls,
-                random=random.random,
-                emit=core.emit,
-                counts=self.fleet.counts,
-            )
-
-    @property
-    def is_here(self) -> bool:
-        """Whether it belongs to the event loop that runs here."""
-        try:
-            return asyncio.get_running_loop() is self.loop
-        except RuntimeError:
-            return False
-
-    def start(self) -> None:
-        """Begin what goes on in the background, if that was not done before."""
-        self._prober.start()
-        if self.courier is not None:
-            self.courier.start()
-        self._near.serve(self.following.shared)
-
-    async def aclose(self) -> None:
-        """End it, and wait for that."""
-        try:
-            try:
-                await self.following.aclose()
-            finally:
-                try:
-                    await self._prober.aclose()
-                finally:
-                    await self.negotiator.aclose()
-        finally:
-            if self.courier is not None:
-                await self.courier.aclose()
-            self._past.update(self.fleet.counts)
-            self.fleet.counts.clear()
-
-    def abandon(self) -> None:
-        """End it from wherever the client was dropped, without waiting."""
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self._prober.cancel)
-            self.loop.call_soon_threadsafe(self.following.cancel)
-            self.loop.call_soon_threadsafe(self.negotiator.cancel)
-            if self.courier is not None:
-                self.loop.call_soon_threadsafe(self.courier.cancel)
-
-    def _ready(self) -> frozenset[str]:
-        self.negotiator.look_again(for_call=False)
-        now = self.loop.time()
-        return frozenset(url for index, url in enumerate(self._urls) if self.fleet.well(index, now))
-
-    def _wake_prober(self) -> None:
-        self._prober.wake()
-
-    def _wake_courier(self) -> None:
-        if self.courier is not None:
-            self.courier.wake()
-
-
-@final
-class _Digest:
-    """Logs calls that were not clean: of each status one in ten seconds in full, and how many there were beside it.
-
-    A call that raises is not logged: its error says all of it, to whoever asked.
-    """
-
-    def __init__(self) -> None:
-        self._counts: dict[str, tuple[float, int]] = {}
-
-    def tell(self, result: BustResult) -> None:
-        """Log a result, or count it."""
-        if not result.causes and not result.note:
-            return
-        now = time.monotonic()
-        silent_until, passed = self._counts.get(result.status, (0.0, 0))
-        if now < silent_until:
-            self._counts[result.status] = silent_until, passed + 1
-            return
-        self._counts[result.status] = now + _DIGEST, 0
-        _log.log(
-            _LEVELS[result.band],
-            "bust of %s: %s, stage %d (%s), attempts: %d, in %.3f s: %s%s",
-            result.label,
-            result.status,
-            result.stage,
-            result.band,
-            len(result.attempts),
-            result.elapsed,
-            "; ".join([*summary(result.causes), *([result.note] if result.note else [])]),
-            f" (and {passed} more {result.status} since the last such line)" if passed else "",
-        )
-
-    def close(self) -> None:
-        """Log what was only counted."""
-        for status, (_, passed) in self._counts.items():
-            if passed:
-                level = logging.INFO if status in {"busted", "dry_run"} else logging.WARNING
-                _log.log(level, "%d more busts: %s", passed, status)
-        self._counts.clear()
-
-
-@final
-class _Core:
-    """What a client and its views share. It does not hold the client, so that one that is dropped can be noticed."""
-
-    def __init__(
-        self,
-        topology: Topology,
-        sessions: Callable[[Callable[[asyncio.AbstractEventLoop], _Runtime]], SessionManager],
-        daemon: Callable[[DaemonAddress, SessionManager, Callable[[str, str | None], None]], DaemonClient],
-        *,
-        requires: tuple[Requirements, ...],
-        policies: Policies,
-        outbox: Outbox | None,
-        client_id: str | None,
-    ) -> None:
-        self.topology = topology
-        self.agreements = tuple(Agreement(requires) for _ in topology)
-        self.policies = policies
-        self.outbox = outbox
-        self.hooks = Hooks()
-        self.digest = _Digest()
-        self.past: Counter[str] = Counter()
-        self.near = Nearby()
-        self._client_id = client_id
-        self._origin = secrets.token_hex(8)
-        self.store = OutboxStore(outbox, on_event=self._outbox_set_aside) if outbox is not None else None
-        self.sessions = sessions(partial(_Runtime, self))
-        self.daemons = tuple(daemon(address, self.sessions, self._heard) for address in topology)
-
-    @property
-    def client_id(self) -> str:
-        """The name whose hash orders the ring: the given one, or one of this process's own, also after a fork."""
-        return self._client_id or f"{self._origin}-{os.getpid()}"
-
-    def runtime(self) -> _Runtime:
-        """Tell what belongs to the running loop, begun. Only inside `sessions.call()`."""
-        runtime = self.sessions.companion
-        assert isinstance(runtime, _Runtime)  # noqa: S101 - made with the loop's first call
-        runtime.start()
-        return runtime
-
-    def runtimes(self) -> list[_Runtime]:
-        """List what belongs to each running loop."""
-        return [runtime for runtime in self.sessions.companions() if isinstance(runtime, _Runtime)]
-
-    def emit(self, event: Event) -> None:
-        """Log what an operator wants to know, and tell the hooks."""
-        match event:
-            case FailedOver(hub=hub, daemon=daemon, reason=reason):
-                _log.warning("the hub %s is down, calls go to the ring, %s first: %s", hub, daemon, reason)
-            case FailedBack(daemon=daemon, share=share):
-                _log.info("%d %% of the calls go to the hub %s first again", round(share * 100), daemon)
-            case BreakerMoved(daemon=daemon, old=old, new=new, reason=reason):
-                level = logging.CRITICAL if new == "quarantined" and reason else logging.WARNING
-                level = logging.INFO if new in {"closed", "half-open"} else level
-                _log.log(level, "the breaker of %s: %s, was %s%s", daemon, new, old, f" ({reason})" if reason else "")
-            case OutboxSetAside(text=text):
-                _log.error("%s", text)
-        self.hooks.emit(event)
-
-    def _heard(self, url: str, digest: str | None) -> None:
-        """Take in what an answer says of its daemon's capability document."""
-        if digest is not None and isinstance(runtime := self.sessions.companion, _Runtime):
-            runtime.negotiator.heard(url, digest)
-
-    def _outbox_set_aside(self, text: str) -> None:
-        self.emit(OutboxSetAside(daemon="", text=text))
-
-
-_IDEMPOTENT: Final = "cache.bust.idempotent"
-
-
-async def _send(
-    negotiator: Negotiator[DaemonClient],
-    daemon: DaemonClient,
-    request: BustRequest,
-    /,
-    *,
-    key: str,
-    until: float,
-    deadline: float,
-    started: Callable[[], None],
-    wider: bool,
-) -> BustReply:
-    told = False
-
-    def start() -> None:
-        nonlocal told
-        if not told:
-            told = True
-            started()
-
-    needs = needs_of(request)
-    what = phrase_of(request) if needs else ""
-    known = await negotiator.terms(daemon, needs, until=until, started=start, what=what, strict=not wider)
-    if needs and known is not None:  # it is known wherever something is needed
-        able = widened(request, known.supports)
-        if able is None:
-            raise negotiator.unsupported(daemon, needs, what)
-        request = able
-    # A server that does not know the header ignores it; only one that says so is spared it.
-    sent = key if known is None or known.supports(_IDEMPOTENT) else None
-    bust = partial(daemon.bust, request, key=sent, until=until, deadline=deadline, started=start)
-    return await negotiator.send(daemon, bust, until=until, deadline=deadline)
-
-
-@asynccontextmanager
-async def _open_stream(
-    negotiator: Negotiator[DaemonClient], daemon: DaemonClient, path: str, /, *, after: str | None, until: float
-) -> AsyncIterator[Callable[[], Awaitable[bytes]]]:
-    """Open a daemon's stream of events, which may want to know first what we can do."""
-    async with AsyncExitStack() as opened:
-
-        async def begin() -> Callable[[], Awaitable[bytes]]:
-            return await opened.enter_async_context(daemon.follow(path, after=after, until=until))
-
-        yield await negotiator.send(daemon, begin, until=until, deadline=until)
-
-
-async def _probe(negotiator: Negotiator[DaemonClient], probes: Probes | None, index: int) -> Fault | None:
-    assert probes is not None  # noqa: S101 - for the type checker: nothing is probed without the policy
-    return await negotiator.probe(index, until=asyncio.get_running_loop().time() + probes.timeout)
-
-
-@final
 class ClientOutbox:
     """The outbox of a client: what waits there, and what can be done about it.
 
     Every method raises `OutboxError` if the file cannot be read or written.
     """
 
-    def __init__(self, core: _Core, store: OutboxStore, policy: Outbox) -> None:
+    def __init__(self, core: Core, store: OutboxStore, policy: Outbox) -> None:
         self._core = core
         self._store = store
         self._policy = policy
@@ -545,7 +240,7 @@ class BustcallClient:
     setting that cannot be used.
     """
 
-    _core: _Core | None = None  # so that a client whose making failed can be dropped
+    _core: Core | None = None  # so that a client whose making failed can be dropped
     _owner = False
     _whole: BustcallClient | None = None  # of a view, the client that it must keep alive
 
@@ -576,27 +271,27 @@ class BustcallClient:
         session: aiohttp.ClientSession | None = None,
     ) -> None:
         topology = Topology.parse(url, peers)
-        _check_types(tls=tls, pool=pool, session=session)
-        _check_types(retry=retry, hedge=hedge, breaker=breaker, budget=budget, probes=probes, failback=failback)
+        check_types(tls=tls, pool=pool, session=session)
+        check_types(retry=retry, hedge=hedge, breaker=breaker, budget=budget, probes=probes, failback=failback)
         proxied = trust_env or (session is not None and session.trust_env)
-        _check_token(token, topology, allowed=allow_insecure_token, proxied=proxied)
-        _check_session(session, topology, token=token, tls=tls, trust_env=trust_env)
+        check_token(token, topology, allowed=allow_insecure_token, proxied=proxied)
+        check_session(session, topology, token=token, tls=tls, trust_env=trust_env)
         if type(max_reply_bytes) is not int or max_reply_bytes < 1024:
             raise ConfigurationError(
                 f"max_reply_bytes must be an integer of at least 1024, not {max_reply_bytes!r}",
                 setting="max_reply_bytes",
             )
-        _check_client_id(client_id)
-        self._options = _options(timeout, fault_tolerance, retry, delivery, reveal_targets)
-        self._core = _Core(
+        check_client_id(client_id)
+        self._options = options_of(timeout, fault_tolerance, retry, delivery, reveal_targets)
+        self._core = Core(
             topology,
             lambda runtime: SessionManager(pool=pool, tls=tls, trust_env=trust_env, session=session, companion=runtime),
             lambda address, sessions, heard: DaemonClient(
                 address, sessions, token=token, max_reply_bytes=max_reply_bytes, heard=heard
             ),
-            requires=_requirements(requires),
+            requires=requirements_of(requires),
             policies=Policies(hedge=hedge, breaker=breaker, budget=budget, probes=probes, failback=failback),
-            outbox=_outbox(outbox),
+            outbox=outbox_of(outbox),
             client_id=client_id,
         )
         self._owner = True
@@ -661,12 +356,12 @@ class BustcallClient:
 
         It still checks arguments; a bust's result has status "disabled" and is ok.
         """
-        client = cls._view(None, _options(5.0, DEFAULT_TOLERANCE, Retry(), "first", reveal_targets=False))
+        client = cls._view(None, options_of(5.0, DEFAULT_TOLERANCE, Retry(), "first", reveal_targets=False))
         _log.info("the bustcall client is disabled: busts are not sent anywhere")
         return client
 
     @classmethod
-    def _view(cls, core: _Core | None, options: _Options) -> BustcallClient:
+    def _view(cls, core: Core | None, options: Options) -> BustcallClient:
         client = cls.__new__(cls)
         client._core = core  # noqa: SLF001 - our own, being made
         client._options = options  # noqa: SLF001
@@ -677,7 +372,7 @@ class BustcallClient:
         *,
         timeout: float | None = None,
         fault_tolerance: int | None = None,
-        retry: Retry | Literal[_Kept.KEPT] | None = _KEPT,
+        retry: Retry | Literal[Kept.KEPT] | None = KEPT,
         delivery: DeliveryMode | None = None,
         reveal_targets: bool | None = None,
     ) -> BustcallClient:
@@ -689,10 +384,10 @@ class BustcallClient:
         old = self._options
         view = self._view(
             self._core,
-            _options(
+            options_of(
                 old.timeout if timeout is None else timeout,
                 old.fault_tolerance if fault_tolerance is None else fault_tolerance,
-                old.retry if retry is _KEPT else retry,
+                old.retry if retry is KEPT else retry,
                 old.delivery if delivery is None else delivery,
                 old.reveal_targets if reveal_targets is None else reveal_targets,
             ),
@@ -762,13 +457,13 @@ class BustcallClient:
             settle=settle,
             reason=reason,
         )
-        _check_flag(allow_wider, "allow_wider")
+        check_flag(allow_wider, "allow_wider")
         seconds = self._seconds(timeout)
-        mode = self._options.delivery if delivery is None else _check_mode(delivery)
-        _check_flag(write_ahead, "write_ahead")
+        mode = self._options.delivery if delivery is None else check_mode(delivery)
+        check_flag(write_ahead, "write_ahead")
         if write_ahead and self._core is not None and self._core.store is None:
             raise InvalidRequest("write_ahead needs an outbox; nothing was sent", field="write_ahead")
-        key = _check_key(idempotency_key)
+        key = check_key(idempotency_key)
         try:
             delivered = await self._bust(request, seconds, mode, key=key, write_ahead=write_ahead, wider=allow_wider)
         except OutboxError as error:
@@ -832,9 +527,9 @@ class BustcallClient:
             )
 
         request_of(EVERYTHING)  # of any target: the other arguments are refused before one is taken
-        _check_flag(allow_wider, "allow_wider")
+        check_flag(allow_wider, "allow_wider")
         seconds = self._seconds(timeout)
-        mode = self._options.delivery if delivery is None else _check_mode(delivery)
+        mode = self._options.delivery if delivery is None else check_mode(delivery)
         if type(concurrency) is not int or concurrency < 1:
             raise InvalidRequest(
                 f"concurrency must be an integer of at least 1, not {concurrency!r}; nothing was sent",
@@ -850,8 +545,8 @@ class BustcallClient:
         async def work() -> None:
             while True:
                 async with turn:
-                    target = await anext(source, _KEPT)
-                if target is _KEPT:
+                    target = await anext(source, KEPT)
+                if target is KEPT:
                     return
                 if len(workers) < concurrency:  # one more at work only when there was something to do
                     workers.add(loop.create_task(work()))
@@ -909,7 +604,7 @@ class BustcallClient:
         this client, or a disabled client, supports nothing. Whether the token opens it, only the call itself can tell.
         Raises as `status` does.
         """
-        _check_capability(name)
+        check_capability(name)
         if self._core is None:
             return False
 
@@ -1095,7 +790,7 @@ class BustcallClient:
         "cache.hotswap"; and otherwise as `bust` does, where `applied` is "maybe" if it may have been committed.
         """
         request = swap_request(swaps)
-        key = _check_key(idempotency_key)
+        key = check_key(idempotency_key)
         seconds = self._seconds(timeout)
         core = self._enabled("a hot swap")
         daemons = core.daemons if daemon is None else (_find(core, daemon),)
@@ -1178,7 +873,7 @@ class BustcallClient:
         cache follows the daemons from its first call on, until it is dropped or the client is closed. Raises
         `ConfigurationError` or `InvalidRequest` for a setting that cannot be used.
         """
-        mode = self._options.delivery if delivery is None else _check_mode(delivery)
+        mode = self._options.delivery if delivery is None else check_mode(delivery)
         core = self._core
         if core is None:
             return NearCache(None, maxsize=maxsize, ttl=ttl, namespace=namespace, grace=grace, needed=1)
@@ -1275,7 +970,7 @@ class BustcallClient:
         if self._core is None:
             return FleetView(route=Route.STAR, hub_share=1.0, order=(), budget=1.0, daemons=())
         runtime = self._core.sessions.companion
-        fleet = runtime.fleet if isinstance(runtime, _Runtime) else _Runtime(self._core, loop).fleet
+        fleet = runtime.fleet if isinstance(runtime, Runtime) else Runtime(self._core, loop).fleet
         return fleet.view(loop.time())
 
     def on_event(self, hook: Callable[[Event], object]) -> Callable[[], None]:
@@ -1284,7 +979,7 @@ class BustcallClient:
         Hooks run one after the other in a thread of their own. One that raises is logged; one that is slow delays no
         call, but misses events once 10,000 are waiting.
         """
-        _check_hook(hook)
+        check_hook(hook)
         return (lambda: None) if self._core is None else self._core.hooks.add(hook)
 
     def reset(self) -> None:
@@ -1319,7 +1014,7 @@ class BustcallClient:
         """
         if not self._owner or self._core is None:
             return
-        closing = asyncio.ensure_future(_close(self._core))
+        closing = asyncio.ensure_future(close(self._core))
         try:
             await asyncio.shield(closing)
         except asyncio.CancelledError:
@@ -1376,7 +1071,7 @@ class BustcallClient:
                 attempts=(Attempt(fault.daemon, fault.stage, 0.0, fault),),
                 reveal=self._options.reveal_targets,
             )
-        key = _check_key(None)
+        key = check_key(None)
         try:
             result = (await self._bust(request, seconds, mode, key=key, wider=wider)).result
         except OutboxError as error:
@@ -1485,14 +1180,14 @@ class BustcallClient:
         async with core.sessions.call():
             return core.runtime().following.shared(namespace)
 
-    def _enabled(self, what: str) -> _Core:
+    def _enabled(self, what: str) -> Core:
         if self._core is None:
             raise InvalidRequest(f"this client is disabled, and has no answer for {what}; nothing was sent")
         return self._core
 
     async def _ask(
         self,
-        core: _Core,
+        core: Core,
         ask: Ask[DaemonClient, _Reply],
         what: str,
         daemon: str | None,
@@ -1543,23 +1238,6 @@ def _needed(daemons: int, mode: DeliveryMode) -> int:
     return daemons - acknowledging + 1
 
 
-async def _close(core: _Core) -> None:
-    """Close in this order: the calls and connections, the outbox that the last of them may need, the hooks."""
-    try:
-        await core.sessions.aclose()
-    finally:
-        core.digest.close()
-        try:
-            if core.store is not None:
-                await core.store.aclose()
-            loop = asyncio.get_running_loop()
-            end = loop.time() + _FLUSH
-            while not core.hooks.flush(0) and loop.time() < end:  # noqa: ASYNC110 - it is a thread that is waited for
-                await asyncio.sleep(0.005)
-        finally:
-            core.hooks.close()
-
-
 @final
 @dataclass(frozen=True, slots=True)
 class _Using:
@@ -1585,143 +1263,7 @@ class _Told(Generic[_Answer]):
     daemon: str
 
 
-def _requirements(requires: object) -> tuple[Requirements, ...]:
-    """Return what is required of daemons: by this package, and by the caller."""
-    if requires is None:
-        return (advertisement().requires,)
-    if not isinstance(requires, Requirements):
-        raise ConfigurationError(
-            f"requires must be Requirements or None, not {type(requires).__name__}", setting="requires"
-        )
-    return (advertisement().requires, check_requirements(requires))
-
-
-def _options(
-    timeout: float, fault_tolerance: int, retry: Retry | None, delivery: DeliveryMode, reveal_targets: bool
-) -> _Options:
-    try:
-        tolerance = check_tolerance(fault_tolerance)
-    except InvalidRequest:
-        raise ConfigurationError(
-            f"fault_tolerance must be an integer from 0 to 12, not {fault_tolerance!r}", setting="fault_tolerance"
-        ) from None
-    _check_types(retry=retry)
-    try:
-        mode = _check_mode(delivery)
-    except InvalidRequest as error:
-        raise ConfigurationError(str(error).removesuffix("; nothing was sent"), setting="delivery") from None
-    return _Options(check_seconds(timeout, "timeout"), tolerance, retry, mode, reveal_targets)
-
-
-def _outbox(outbox: Outbox | str | os.PathLike[str] | None) -> Outbox | None:
-    if isinstance(outbox, str | os.PathLike):
-        return Outbox(path=outbox)
-    if outbox is not None and not isinstance(outbox, Outbox):
-        raise ConfigurationError(f"outbox must be a path or Outbox, not {type(outbox).__name__}", setting="outbox")
-    return outbox
-
-
-def _check_mode(delivery: DeliveryMode) -> DeliveryMode:
-    if delivery not in _MODES:
-        raise InvalidRequest(
-            f"delivery must be one of {', '.join(_MODES)}, not {delivery!r}; nothing was sent", field="delivery"
-        )
-    return delivery
-
-
-def _check_flag(flag: object, name: str) -> None:
-    if type(flag) is not bool:
-        raise InvalidRequest(f"{name} must be true or false, not {flag!r}; nothing was sent", field=name)
-
-
-def _check_hook(hook: object) -> None:
-    if not callable(hook) or inspect.iscoroutinefunction(hook):
-        what = "an async function, which nobody would await" if callable(hook) else type(hook).__name__
-        raise ConfigurationError(f"a hook must be a plain callable, not {what}", setting="hook")
-
-
-def _check_capability(name: object) -> None:
-    if not (isinstance(name, str) and name):
-        raise InvalidRequest(f"a capability's name is text, not {name!r}; nothing was sent", field="name")
-
-
-def _check_client_id(client_id: object) -> None:
-    if client_id is not None and not (isinstance(client_id, str) and client_id.isprintable() and client_id):
-        raise ConfigurationError(f"client_id must be printable text, not {client_id!r}", setting="client_id")
-
-
-def _check_key(key: object) -> str:
-    """Return the idempotency key of a bust: the given one if a header can carry it, else a new one."""
-    if key is None:
-        return str(uuid.uuid4())
-    if not (isinstance(key, str) and _KEY.fullmatch(key)):
-        raise InvalidRequest(
-            "idempotency_key must be 1 to 255 visible ASCII characters without spaces; nothing was sent",
-            field="idempotency_key",
-        )
-    return key
-
-
-_TYPES: Final[dict[str, tuple[type, ...]]] = {
-    "tls": (TLS, type(None)),
-    "retry": (Retry, type(None)),
-    "hedge": (Hedge, type(None)),
-    "breaker": (Breaker, type(None)),
-    "budget": (Budget, type(None)),
-    "probes": (Probes, type(None)),
-    "failback": (Failback, type(None)),
-    "pool": (Pool,),
-    "session": (aiohttp.ClientSession, type(None)),
-}
-
-
-def _check_types(**settings: object) -> None:
-    for setting, value in settings.items():
-        if not isinstance(value, _TYPES[setting]):
-            expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in _TYPES[setting])
-            raise ConfigurationError(f"{setting} must be {expected}, not {type(value).__name__}", setting=setting)
-
-
-def _check_token(token: object, topology: Topology, *, allowed: bool, proxied: bool) -> None:
-    """Refuse a token that no header can carry, or that would cross a network, or a proxy, in clear text."""
-    if token is None:
-        return
-    if not isinstance(token, str) or not _TOKEN.fullmatch(token):
-        raise ConfigurationError("token must be visible ASCII characters without spaces", setting="token")
-    for address in topology:
-        kept = address.is_encrypted or address.scheme == "unix" or (address.is_local and not proxied)
-        if not kept and not allowed:
-            raise ConfigurationError(
-                f"the token would go to {address} in clear text; use https://, or say allow_insecure_token=True",
-                setting="token",
-            )
-
-
-def _check_session(
-    session: aiohttp.ClientSession | None, topology: Topology, *, token: str | None, tls: TLS | None, trust_env: bool
-) -> None:
-    if session is None:
-        return
-    if tls is not None or trust_env:
-        raise ConfigurationError(
-            "tls and trust_env belong to the session that was passed in; set them there", setting="session"
-        )
-    if token is not None and session.auth is not None:
-        raise ConfigurationError(
-            "the session that was passed in has an auth of its own, which the token would contradict; give one of them",
-            setting="session",
-        )
-    on_socket = isinstance(session.connector, aiohttp.UnixConnector)
-    for address in topology:
-        if (address.socket_path is not None) != on_socket:
-            raise ConfigurationError(
-                f"the session that was passed in cannot reach {address}: its connector is "
-                f"{'a' if on_socket else 'not a'} Unix socket's",
-                setting="session",
-            )
-
-
-def _find(core: _Core, daemon: str) -> DaemonClient:
+def _find(core: Core, daemon: str) -> DaemonClient:
     try:
         url = DaemonAddress.parse(daemon).url
     except ConfigurationError as error:

@@ -2,7 +2,7 @@
 
 A scenario is made from a seed and nothing else: how many daemons, which clients, what they bust, what goes wrong and
 when. Deliverer, dispatcher, plan, fleet, prober, courier and outbox are the real ones, put together as
-`bustcall_core._Runtime` does; daemons and the network are simulated, and a process is killed by taking its disk and its
+`runtime.Runtime` does; daemons and the network are simulated, and a process is killed by taking its disk and its
 network away before its tasks are cancelled. After each scenario everything is healed, the outboxes are drained, and the
 goals of docs/explanation/resilience.md are checked. A seed replays its scenario exactly.
 
@@ -391,7 +391,7 @@ class ClientSpec:
 
 @dataclass(eq=False)
 class Client:
-    """One client process, put together as `bustcall_core._Runtime` is."""
+    """One client process, put together as `runtime.Runtime` is."""
 
     world: World
     spec: ClientSpec
