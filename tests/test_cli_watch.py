@@ -2,69 +2,75 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 
 from pybustcall.testing import FakeDaemon
-from tests.conftest import PATIENCE, wait_until
+from tests.conftest import PATIENCE, eventually
 from tests.test_cli import DOWN, call, running
 
 STREAM = ("events.stream",)
 
 
-@contextmanager
-def watching(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+@asynccontextmanager
+async def watching(*arguments: str) -> AsyncIterator[Process]:
     """Run the command in a process of its own, which is gone at the end."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pybustcall", "watch", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "pybustcall", "watch", *arguments, stdout=PIPE, stderr=PIPE
     )
     try:
         yield process
     finally:
-        process.kill()
-        process.communicate()
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
 
 
-def line(process: subprocess.Popen[bytes]) -> str:
+async def line(stream: asyncio.StreamReader | None) -> str:
     """Tell the next line that it prints."""
-    assert process.stdout is not None
-    return process.stdout.readline().decode().rstrip("\n")
+    assert stream is not None
+    async with asyncio.timeout(PATIENCE):
+        return (await stream.readline()).decode().rstrip("\n")
 
 
-def test_busts_are_printed_until_it_is_interrupted() -> None:
+async def test_busts_are_printed_until_it_is_interrupted() -> None:
     """One a line, with what went with it; a reset, too. Ctrl-C ends it with 130."""
-    with running(FakeDaemon(capabilities=STREAM, heartbeat=0.2)) as fake, watching("--url", fake.url) as process:
-        wait_until(lambda: fake.followed, "it follows")
+    async with FakeDaemon(capabilities=STREAM, heartbeat=0.2) as fake, watching("--url", fake.url) as process:
+        await eventually(lambda: fake.followed, "it follows")
         fake.tell("products/7", also=["a", "b"])
         fake.tell("sale\x1b", kind="tag", soft=True, strategy="direct")
-        assert line(process) == (
+        assert await line(process.stdout) == (
             f"busted key 'products/7' (default, dimensional), and with it 'a', 'b', told by {fake.url} as fake-1"
         )
-        assert line(process) == f"marked stale tag 'sale\\x1b' (default, direct), told by {fake.url} as fake-2"
+        assert (
+            await line(process.stdout)
+            == f"marked stale tag 'sale\\x1b' (default, direct), told by {fake.url} as fake-2"
+        )
         fake.forget_events("another")
         fake.drop_connections()
-        assert line(process) == f"reset by {fake.url}: events were missed that are no longer kept"
+        assert await line(process.stdout) == f"reset by {fake.url}: events were missed that are no longer kept"
         process.send_signal(signal.SIGINT)
-        assert process.wait(PATIENCE) == 130
-        assert process.stderr is not None
-        assert process.stderr.read().strip() == b"interrupted"
+        async with asyncio.timeout(PATIENCE):
+            _, errors = await process.communicate()
+        assert (process.returncode, errors.strip()) == (130, b"interrupted")
 
 
-def test_json_has_one_object_a_line() -> None:
+async def test_json_has_one_object_a_line() -> None:
     """With all that an event says; of the namespace that was asked for."""
-    with running(FakeDaemon(capabilities=STREAM, heartbeat=0.2)) as fake:
+    async with FakeDaemon(capabilities=STREAM, heartbeat=0.2) as fake:
         options = ["--json", "--namespace", "shop", "--prefix", "a", "--tag", "t", "--daemon", fake.url]
-        with watching("--url", fake.url, *options) as process:
-            wait_until(lambda: fake.followed, "it follows")
+        async with watching("--url", fake.url, *options) as process:
+            await eventually(lambda: fake.followed, "it follows")
             fake.tell("elsewhere")
             fake.tell("a/b", namespace="shop")
-            assert json.loads(line(process)) == {
+            assert json.loads(await line(process.stdout)) == {
                 "event": "bust",
                 "namespace": "shop",
                 "kind": "key",
@@ -77,14 +83,13 @@ def test_json_has_one_object_a_line() -> None:
             }
             fake.forget_events("another")
             fake.drop_connections()
-            assert json.loads(line(process))["event"] == "reset"
+            assert json.loads(await line(process.stdout))["event"] == "reset"
 
 
-def test_a_daemon_that_is_not_there_is_waited_for() -> None:
+async def test_a_daemon_that_is_not_there_is_waited_for() -> None:
     """It says so."""
-    with watching("--url", DOWN) as process:
-        assert process.stderr is not None
-        assert process.stderr.readline().decode().startswith(f"waiting: {DOWN}: no connection could be made")
+    async with watching("--url", DOWN) as process:
+        assert (await line(process.stderr)).startswith(f"waiting: {DOWN}: no connection could be made")
 
 
 def test_a_daemon_without_events_is_an_error() -> None:

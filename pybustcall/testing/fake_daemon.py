@@ -796,6 +796,7 @@ class FakeDaemon:
     async def _follow(self, request: web.Request) -> web.StreamResponse:
         after = request.headers.get("Last-Event-ID")
         self.followed.append(after)
+        place = self._last_told  # what is told from now on reaches this reader
         plan = self.stream_plan.popleft() if self.stream_plan else None
         if isinstance(plan, Answer):
             await self._work(plan)
@@ -809,7 +810,7 @@ class FakeDaemon:
                 await response.write(plan)
                 await released.wait()
             else:
-                await self._tell_on(response, partial(_is_wanted, request.query), after, wake)
+                await self._tell_on(response, partial(_is_wanted, request.query), after, place, wake)
         except ConnectionError:
             pass  # it has gone
         finally:
@@ -821,9 +822,13 @@ class FakeDaemon:
         response: web.StreamResponse,
         is_wanted: Callable[[Mapping[str, Any]], bool],
         after: str | None,
+        place: int,
         wake: asyncio.Event,
     ) -> None:
-        """Tell a reader what it has missed, or to forget; that it is live; and what comes, until the daemon stops."""
+        """Tell a reader what it has missed, or to forget; that it is live; and what comes, until the daemon stops.
+
+        Without an id to go on from it begins at `place`.
+        """
         released = self._released
 
         def told(seen: int) -> bytes:
@@ -833,7 +838,7 @@ class FakeDaemon:
                 if number > seen and is_wanted(said)
             )
 
-        seen = self._last_told
+        seen = place
         if after in {f"{self.epoch}-{number}" for number in range(self._forgotten, self._last_told + 1)}:
             seen = int(after.rpartition("-")[2])
         elif after is not None:
@@ -842,10 +847,10 @@ class FakeDaemon:
         missed, seen = told(seen), self._last_told
         await response.write(missed + _event("live", f"{self.epoch}-{seen}", {"heartbeat": self.heartbeat}))
         while not released.is_set():
-            wake.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.heartbeat):
                     await wake.wait()
+            wake.clear()
             fresh, seen = told(seen), self._last_told
             await response.write(fresh or f": heartbeat\nid: {self.epoch}-{seen}\n\n".encode())
 
