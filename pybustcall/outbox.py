@@ -17,48 +17,44 @@ Rules that keep the promise "delivered at least once, and never answered by an o
   still delete the row, but not once another holds it. Then the other deletes it, after one repeat under the same key.
 - Ids are never reused, not even by a file that replaces another: a late "done" cannot meet a stranger's row.
 
-Files. PATH, and SQLite's own PATH-wal and PATH-shm. Every transaction holds PATH.lock shared (flock) and begins by
-making sure that its connection still belongs to the file at PATH; whoever creates the file or sets it aside holds
-PATH.lock alone. So no process can commit to a file that another has just set aside. PATH.lock is never removed.
-Connections are closed before a fork: SQLite's table of locks is one for each process, and a child that inherited it
-would believe that it holds locks which are its parent's.
+Files. PATH, SQLite's own PATH-wal and PATH-shm, and PATH.lock (`locked_file`): no process can commit to a file that
+another has just set aside. Connections are closed before a fork: SQLite's table of locks is one for each process, and a
+child that inherited it would believe that it holds locks which are its parent's.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import secrets
 import sqlite3
-import stat
 import threading
 import time
 import warnings
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from enum import StrEnum
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar, final
-from urllib.parse import quote
 from weakref import WeakSet
 
 from pydantic import ConfigDict
 
 from pybustcall.errors import ConfigurationError, InvalidRequest, OutboxError
+from pybustcall.locked_file import WITH_IT, Damaged, LockedFile, advice, is_damage, primary_code
 from pybustcall.models import redact
 from pybustcall.policies import check_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Generator, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from concurrent.futures import Executor
 
 __all__ = [
@@ -507,189 +503,50 @@ def _counts(db: sqlite3.Connection, now: float) -> OutboxCounts:
     )
 
 
-class _Damage(Exception):
-    """The file is no outbox any more; the text says what is wrong with it."""
-
-
-def _is_damage(error: Exception) -> bool:
-    return isinstance(error, _Damage) or _code(error) in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
-
-
-def _code(error: Exception) -> int | None:
-    """Tell SQLite's primary result code."""
-    code = getattr(error, "sqlite_errorcode", None)
-    return code & 0xFF if isinstance(code, int) else None
-
-
-_ADVICE: Final = {
-    sqlite3.SQLITE_BUSY: f"another process kept it locked for {_PATIENCE:g} s; try again, or see what holds it",
-    sqlite3.SQLITE_LOCKED: "another connection keeps it locked; try again, or see what holds it",
-    sqlite3.SQLITE_FULL: "no room is left on its disk; make some",
-    sqlite3.SQLITE_READONLY: "it is read-only; let this user write to the file and its directory",
-    sqlite3.SQLITE_CANTOPEN: "it cannot be opened; let this user read and write the file and its directory",
-    sqlite3.SQLITE_PERM: "it cannot be opened; let this user read and write the file and its directory",
-    sqlite3.SQLITE_IOERR: "its disk failed, is full or over a limit; look at the disk",
-    sqlite3.SQLITE_CORRUPT: "the file is damaged, and so is the new one that was begun; look at the disk",
-    sqlite3.SQLITE_NOTADB: "the file is damaged, and so is the new one that was begun; look at the disk",
-}
-
-_ADVICE_OF_ERRNO: Final = {
-    errno.ENOENT: "its directory does not exist; create it",
-    errno.ENOTDIR: "its directory is no directory; name another path",
-    errno.ELOOP: "its lock file is a symbolic link; name another path",
-    errno.EISDIR: "a directory is where its lock file should be; name another path",
-    errno.EACCES: "it cannot be opened; let this user read and write the file and its directory",
-    errno.EPERM: "it cannot be opened; let this user read and write the file and its directory",
-    errno.EROFS: "its disk is read-only; name another path",
-    errno.ENOSPC: "no room is left on its disk; make some",
-    errno.EMFILE: "this process has too many files open; allow more",
-}
-
-
 def _explain(error: Exception, path: str) -> OutboxError:
     """Say what happened and what to do; the error itself is the cause. No text of it may hold a target."""
     if isinstance(error, OutboxError):
         explained = OutboxError(str(error))
         explained.__cause__ = error.__cause__
         return explained
-    if isinstance(error, _Damage):
-        advice = _ADVICE[sqlite3.SQLITE_CORRUPT]
-    elif isinstance(error, OSError):
-        advice = _ADVICE_OF_ERRNO.get(error.errno or 0, f"the system says: {error.strerror}")
-    else:
-        name = getattr(error, "sqlite_errorname", type(error).__name__)
-        advice = _ADVICE.get(_code(error) or -1, "SQLite failed") + f" ({name})"
-    explained = OutboxError(f"the outbox {path} cannot be used: {advice}. Nothing was changed in it")
+    explained = OutboxError(
+        f"the outbox {path} cannot be used: {advice(error, timeout=_PATIENCE)}. Nothing was changed in it"
+    )
     explained.__cause__ = error
     return explained
 
 
-Identity = tuple[int, int]
-
-
 @final
-class _OutboxFile:
-    """The file at a path: opens it, creates it, sets it aside. Used by one thread at a time."""
+class _OutboxFile(LockedFile):
+    """The file of an outbox. What befell it is told in `events`."""
 
     def __init__(self, path: str, clock: Callable[[], float]) -> None:
-        self.path = path
+        super().__init__(path, patience=_PATIENCE)
         self.events: list[str] = []
-        self.db: sqlite3.Connection | None = None
         self._clock = clock
-        self._identity: Identity | None = None  # of the file that `db` belongs to
-        self._lock: int | None = None
-        self._first = False  # whether no outbox was ever at this path: we created its lock file
 
-    @contextmanager
-    def use(self) -> Generator[sqlite3.Connection, None, None]:
-        """Lend a connection to the file that is at the path now, and keep everybody from setting it aside."""
-        while True:
-            with self._holding(fcntl.LOCK_SH):
-                found = self._look()
-                if self.db is not None and found != self._identity:
-                    self._close_connection()
-                if found is not None:
-                    yield self.db or self._open(found)
-                    return
-            self._create()
-
-    def set_aside(self, error: Exception) -> None:
-        """Rename the file that was found damaged, and what belongs to it, unless another process has done so."""
-        # The connection is closed after it: SQLite sees then that the file was moved, and leaves the -wal as it is.
-        try:
-            with self._holding(fcntl.LOCK_EX):
-                if self._look() == self._identity:
-                    self._rename(str(error))
-        finally:
-            self._close_connection()
-
-    def close(self) -> None:
-        """Close the connection and the lock; both are opened anew when they are needed."""
-        self._close_connection()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def _close_connection(self) -> None:
-        self._identity = None
-        if self.db is not None:
-            db, self.db = self.db, None
-            db.close()
-
-    @contextmanager
-    def _holding(self, how: int) -> Generator[None, None, None]:
+    def _flock(self, lock: int, how: int) -> None:
         end = time.monotonic() + _PATIENCE
-        while True:
-            lock = self._lock = self._open_lock() if self._lock is None else self._lock
-            while not _try_flock(lock, how):
-                if time.monotonic() >= end:
-                    raise OutboxError(
-                        f"the outbox {self.path} cannot be used: another process kept {self.path}.lock for "
-                        f"{_PATIENCE:g} s; try again, or see what holds it. Nothing was changed in it"
-                    )
-                time.sleep(0.002)
-            if _identity(os.fstat(lock)) == self._identity_at(f"{self.path}.lock"):
-                break
-            os.close(lock)  # somebody removed the lock file, and others may hold another one by now
-            self._lock = None
-        try:
-            yield
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)
+        while not _try_flock(lock, how):
+            if time.monotonic() >= end:
+                raise OutboxError(
+                    f"the outbox {self.path} cannot be used: another process kept {self.path}.lock for "
+                    f"{_PATIENCE:g} s; try again, or see what holds it. Nothing was changed in it"
+                )
+            time.sleep(0.002)
 
-    def _open_lock(self) -> int:
-        path, flags = f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        try:
-            lock = os.open(path, flags | os.O_EXCL, 0o600)
-        except FileExistsError:
-            return os.open(path, flags, 0o600)
-        self._first = True
-        return lock
-
-    @staticmethod
-    def _identity_at(path: str) -> Identity | None:
-        try:
-            return _identity(os.lstat(path))
-        except FileNotFoundError:
-            return None
-
-    def _look(self) -> Identity | None:
-        """Tell which file is at the path, or None; raise `OutboxError` for what can be no outbox."""
-        # It is never opened here: closing it would drop the locks that SQLite holds on it in this process.
-        try:
-            found = os.lstat(self.path)
-        except FileNotFoundError:
-            return None
-        if not stat.S_ISREG(found.st_mode):
-            kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "a directory or a special file"
-            raise OutboxError(f"the outbox {self.path} cannot be used: it is {kind}; name a path of its own for it")
-        return _identity(found)
-
-    def _open(self, identity: Identity) -> sqlite3.Connection:
-        self._identity = identity
-        if not os.lstat(self.path).st_size:
-            raise _Damage("it is empty")
-        db = self.db = _connect(self.path)
-        try:
-            self._check(db)
-        except BaseException as error:
-            if not isinstance(error, Exception) or not _is_damage(error):
-                self._close_connection()
-            raise
-        return db
+    def _refused(self, why: str) -> Exception:
+        return OutboxError(f"the outbox {self.path} cannot be used: it {why}; choose another path")
 
     def _check(self, db: sqlite3.Connection) -> None:
         (application,) = db.execute("PRAGMA application_id").fetchone()
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if application != _APPLICATION:
-            raise OutboxError(
-                f"the outbox {self.path} cannot be used: it is an SQLite database of another program, which was left "
-                "as it is; name a path of its own for the outbox"
-            )
+            raise self._refused("is an SQLite database of another program, which was left as it is")
         if version > _VERSION:
             raise OutboxError(
                 f"the outbox {self.path} cannot be used: a later pybustcall wrote it (format {version}, known is "
-                f"{_VERSION}), and it was left as it is; upgrade, or name another path"
+                f"{_VERSION}), and it was left as it is; upgrade, or choose another path"
             )
         for name in (self.path, f"{self.path}-wal", f"{self.path}-shm"):
             with suppress(FileNotFoundError):
@@ -700,65 +557,42 @@ class _OutboxFile:
         if mode != "wal":
             raise OutboxError(
                 f"the outbox {self.path} cannot be used: its file system cannot share memory between processes; "
-                "name a path on a local disk"
+                "choose a path on a local disk"
             )
         (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
         if found != "ok":
-            raise _Damage("its pages contradict each other")
+            raise Damaged("its pages contradict each other")
         tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type <> 'index'")}
         if not tables >= _OBJECTS or len(_tally(db)) != len(_STATES):
-            raise _Damage("tables or triggers are missing")
+            raise Damaged("tables or triggers are missing")
         if version < _VERSION:
             _upgrade(db)
 
-    def _create(self) -> None:
-        """Put a new, empty outbox at the path, complete from its first moment, unless one is there."""
-        with self._holding(fcntl.LOCK_EX):
-            if self._look() is not None:
-                return
-            if any(Path(f"{self.path}{end}").exists() for end in ("-wal", "-journal")):
-                self._rename("its main file is gone")
-            new = f"{self.path}.new"
-            for end in ("", "-journal", "-wal", "-shm"):
-                Path(f"{new}{end}").unlink(missing_ok=True)
-            os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            db = _connect(new)
-            try:
-                _configure(db)
-                # Where a file may have been before, ids begin in a range that it cannot have used.
-                first = 0 if self._first else secrets.randbelow(1 << 20) + 1 << 32
-                db.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
-                db.execute("INSERT INTO sqlite_sequence VALUES ('busts', ?)", (first,))
-                for setting in (f"application_id = {_APPLICATION}", f"user_version = {_VERSION}", "journal_mode = WAL"):
-                    db.execute(f"PRAGMA {setting}")
-            finally:
-                db.close()
-            Path(new).rename(self.path)
-            self._sync_directory()
-            self._first = False
+    def _clear(self) -> None:
+        if any(Path(f"{self.path}{end}").exists() for end in ("-wal", "-journal")):
+            self._put_aside("its main file is gone")
 
-    def _rename(self, why: str) -> None:
+    def _fill(self, db: sqlite3.Connection, path: str) -> None:  # noqa: ARG002 - it is the same wherever it is
+        _configure(db)
+        # Where a file may have been before, ids begin in a range that it cannot have used.
+        first = 0 if self.is_first else secrets.randbelow(1 << 20) + 1 << 32
+        db.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+        db.execute("INSERT INTO sqlite_sequence VALUES ('busts', ?)", (first,))
+        for setting in (f"application_id = {_APPLICATION}", f"user_version = {_VERSION}", "journal_mode = WAL"):
+            db.execute(f"PRAGMA {setting}")
+
+    def _put_aside(self, why: str) -> None:
         stamp = datetime.fromtimestamp(self._clock(), UTC).strftime("%Y%m%dT%H%M%SZ")
         aside = f"{self.path}.corrupt-{stamp}"
         count = 1
-        while any(Path(f"{aside}{end}").exists() for end in ("", "-wal", "-shm", "-journal")):
+        while any(Path(f"{aside}{end}").exists() for end in ("", *WITH_IT)):
             count += 1
             aside = f"{self.path}.corrupt-{stamp}-{count}"
-        for end in ("", "-wal", "-shm", "-journal"):  # the main file first: without it, nobody takes up the others
-            with suppress(FileNotFoundError):
-                os.rename(f"{self.path}{end}", f"{aside}{end}")  # noqa: PTH104
-        self._sync_directory()
+        self._rename(aside)
         self.events.append(
             f"the outbox {self.path} is damaged ({why}) and was set aside whole as {aside}; a new one was begun. What "
             "the old one held will not be delivered unless it is recovered from there"
         )
-
-    def _sync_directory(self) -> None:
-        directory = os.open(Path(self.path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
 
 
 _OBJECTS: Final = {"busts", "tally", "row_came", "row_changed", "row_went", "row_left_its_line", "row_came_back"}
@@ -781,27 +615,12 @@ def _upgrade(db: sqlite3.Connection) -> None:
         raise
 
 
-def _identity(found: os.stat_result) -> Identity:
-    return found.st_dev, found.st_ino
-
-
 def _try_flock(lock: int, how: int) -> bool:
     try:
         fcntl.flock(lock, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
-
-
-def _connect(path: str) -> sqlite3.Connection:
-    """Prepare to open a file that exists; nothing of it is read yet."""
-    return sqlite3.connect(
-        f"file:{quote(os.fsencode(path))}?mode=rw",
-        uri=True,
-        timeout=_PATIENCE,
-        isolation_level=None,
-        check_same_thread=False,  # one at a time, though not always the same: a given executor may have many
-    )
 
 
 def _configure(db: sqlite3.Connection) -> None:
@@ -1162,8 +981,8 @@ class OutboxStore:
         """Do them in one transaction; where that fails, each in its own, so that each fails for itself."""
         try:
             return self._transact(jobs) if jobs else []
-        except (sqlite3.Error, OSError, OutboxError, _Damage) as error:
-            if len(jobs) > 1 and isinstance(error, sqlite3.Error) and _code(error) != sqlite3.SQLITE_BUSY:
+        except (sqlite3.Error, OSError, OutboxError, Damaged) as error:
+            if len(jobs) > 1 and isinstance(error, sqlite3.Error) and primary_code(error) != sqlite3.SQLITE_BUSY:
                 return [outcome for job in jobs for outcome in self._serve([job])]
             return [(None, _explain(error, self._file.path)) for _ in jobs]
         except BaseException as error:
@@ -1175,10 +994,10 @@ class OutboxStore:
         try:
             with self._file.use() as db:
                 return self._run(db, jobs)
-        except (sqlite3.Error, _Damage) as error:
-            if not _is_damage(error):
+        except (sqlite3.Error, Damaged) as error:
+            if not is_damage(error):
                 raise
-            self._file.set_aside(error)
+            self._file.set_aside(str(error))
         with self._file.use() as db:
             return self._run(db, jobs)
 

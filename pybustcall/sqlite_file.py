@@ -9,11 +9,9 @@ another process to finish writing. What is asked for while a lane is busy is don
 the writing lane, and told together. Whoever finds the file locked tries again every few milliseconds, at random, until
 `timeout`: SQLite itself would wait longer and longer, and never get its turn beside somebody who writes much.
 
-Who uses the file holds PATH.lock, shared with all others; who makes it or sets it aside holds it alone. So nobody works
-in a file that is no longer at the path: each use compares first, and opens what is there now. A file is made under
-another name, and complete when it gets its own. One that is damaged is renamed, and a new one begun, which is what may
-be done to a cache. It is empty, and refuses what was read before it was there. Only what is ours is ever renamed: a
-file of another program, or of a later version of ours, is refused and left as it is.
+Nobody works in a file that is no longer at the path (`locked_file`). One that is damaged is renamed, and a new one
+begun, which is what may be done to a cache. It is empty, and refuses what was read before it was there. Only what is
+ours is ever renamed: a file of another program, or of a later version of ours, is refused and left as it is.
 
 A commit is safe from kills. It is also on the disk, should the machine stop, if the work is called `safe`; what was
 committed before it is so, too.
@@ -22,29 +20,27 @@ committed before it is so, too.
 from __future__ import annotations
 
 import asyncio
-import errno
 import fcntl
 import logging
 import os
 import random
 import sqlite3
-import stat
 import threading
 import time
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, final
-from urllib.parse import quote
 from weakref import WeakSet
 
 from pybustcall.errors import BustcallError, ConfigurationError
+from pybustcall.locked_file import WITH_IT, Damaged, LockedFile, advice, is_damage, primary_code
 from pybustcall.sqlite_layout import APPLICATION, TABLES, VERSION, create, recognize
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Sequence
 
     from pybustcall.errors import Applied
 
@@ -60,7 +56,6 @@ _PAUSES: Final = (0.0005, 0.003)  # seconds between two attempts at a file that 
 _LOG_LIMIT: Final = 16 << 20  # bytes beyond which the write-ahead log is emptied
 _HEAD: Final = 4096  # bytes by which a file is judged that SQLite cannot read
 _MAGIC: Final = b"SQLite format 3\0"
-_WITH_IT: Final = ("-wal", "-shm", "-journal")  # what SQLite puts beside a file
 
 _log = logging.getLogger("pybustcall.sqlite")
 
@@ -78,162 +73,38 @@ class SqliteUnavailable(BustcallError):
 
 
 @final
-class _Damaged(Exception):
-    """The file is ours, and cannot be used as it is."""
-
-
-@final
 class _Refused(Exception):
     """The file cannot be used, and is not to be touched. The text goes on after the path."""
 
 
-_ADVICE: Final = {
-    sqlite3.SQLITE_BUSY: "another process kept it locked for {timeout:g} s; see what holds it",
-    sqlite3.SQLITE_LOCKED: "another process kept it locked for {timeout:g} s; see what holds it",
-    sqlite3.SQLITE_FULL: "its disk is full; make room there",
-    sqlite3.SQLITE_READONLY: "it is read-only; let this user write to the file and to its directory",
-    sqlite3.SQLITE_CANTOPEN: "it cannot be opened; let this user read and write the file and its directory",
-    sqlite3.SQLITE_PERM: "it cannot be opened; let this user read and write the file and its directory",
-    sqlite3.SQLITE_IOERR: "its disk failed, is full or over a limit; look at the disk",
-    sqlite3.SQLITE_CORRUPT: "it is damaged, and so is the new one that was begun; look at the disk",
-    sqlite3.SQLITE_NOTADB: "it is damaged, and so is the new one that was begun; look at the disk",
-    sqlite3.SQLITE_NOMEM: "memory is short",
-}
-_ADVICE_OF_ERRNO: Final = {
-    errno.ENOENT: "its directory does not exist; make it",
-    errno.ENOTDIR: "its directory is no directory; choose another path",
-    errno.ELOOP: "its lock file is a link; choose another path",
-    errno.EISDIR: "a directory is where its lock file should be; choose another path",
-    errno.EACCES: "it cannot be opened; let this user read and write the file and its directory",
-    errno.EPERM: "it cannot be opened; let this user read and write the file and its directory",
-    errno.EROFS: "its disk is read-only; choose another path",
-    errno.ENOSPC: "its disk is full; make room there",
-    errno.EMFILE: "this process has too many files open; allow more",
-}
-
-_Identity = tuple[int, int]
 _Outcome = tuple[Any, Exception | None]
 
 
-def _code(error: Exception) -> int:
-    """Tell SQLite's primary code of an error; 0 for those that it did not make itself."""
-    code: int = getattr(error, "sqlite_errorcode", 0)
-    return code & 0xFF
-
-
-def _is_damage(error: Exception) -> bool:
-    return isinstance(error, _Damaged) or _code(error) in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
-
-
 def _is_busy(error: Exception) -> bool:
-    return isinstance(error, BlockingIOError) or _code(error) in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+    return isinstance(error, BlockingIOError) or primary_code(error) in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
 
 @final
-class _Opener:
-    """The file at a path: opens it, makes it, sets it aside. Used by one thread at a time."""
+class _CacheFile(LockedFile):
+    """The file of a cache; who cannot have it at once tries again (`BlockingIOError`)."""
 
     def __init__(self, path: str, *, writes: bool) -> None:
-        self.path = path
-        self.db: sqlite3.Connection | None = None
+        super().__init__(path, patience=0.0)  # see the theory of operation
         self._writes = writes
-        self._identity: _Identity | None = None  # of the file that `db` belongs to
-        self._lock: int | None = None
 
-    @contextmanager
-    def use(self) -> Generator[sqlite3.Connection, None, None]:
-        """Lend a connection to the file that is at the path now, and keep everybody from setting it aside."""
-        while True:
-            with self._holding(fcntl.LOCK_SH):
-                found = self._look()
-                if self.db is not None and found != self._identity:
-                    self._disconnect()
-                if found is not None:
-                    yield self.db or self._open(found)
-                    return
-            self._make()
+    def _flock(self, lock: int, how: int) -> None:
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
 
-    def set_aside(self, why: str) -> None:
-        """Rename the file that was found damaged, and what belongs to it, unless another process has done so."""
-        # The connection is closed after it: SQLite sees then that the file was moved, and leaves the log as it is.
+    def _refused(self, why: str) -> Exception:
+        return _Refused(f"{why}; choose another path")
+
+    def _check(self, db: sqlite3.Connection) -> None:
         try:
-            with self._holding(fcntl.LOCK_EX):
-                if self._look() == self._identity:
-                    for end in ("", *_WITH_IT):  # the file first: without it, nobody takes up the others
-                        with suppress(FileNotFoundError):
-                            os.replace(f"{self.path}{end}", f"{self.path}.corrupt{end}")  # noqa: PTH105
-                    self._sync_directory()
-                    _log.warning(
-                        "the cache %s cannot be used (%s); it was set aside as %s.corrupt and a new one begun: all"
-                        " entries are forgotten", self.path, why, self.path,
-                    )  # fmt: skip
-        finally:
-            self._disconnect()
-
-    def close(self) -> None:
-        """Close the connection and the lock; both are opened anew when they are needed."""
-        self._disconnect()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def _disconnect(self) -> None:
-        self._identity = None
-        if self.db is not None:
-            db, self.db = self.db, None
-            db.close()
-
-    @contextmanager
-    def _holding(self, how: int) -> Generator[None, None, None]:
-        """Hold the lock. Raises `BlockingIOError` if others do; it can be tried again."""
-        while True:
-            lock = self._lock = self._open_lock() if self._lock is None else self._lock
-            fcntl.flock(lock, how | fcntl.LOCK_NB)
-            if _identity(os.fstat(lock)) == self._identity_at(f"{self.path}.lock"):
-                break
-            os.close(lock)  # somebody removed the lock file, and others may hold another one by now
-            self._lock = None
-        try:
-            yield
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)
-
-    def _open_lock(self) -> int:
-        return os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-
-    @staticmethod
-    def _identity_at(path: str) -> _Identity | None:
-        try:
-            return _identity(os.lstat(path))
-        except FileNotFoundError:
-            return None
-
-    def _look(self) -> _Identity | None:
-        """Tell which file is at the path, or None; refuse what can be no file of ours."""
-        try:
-            found = os.lstat(self.path)
-        except FileNotFoundError:
-            return None
-        if not stat.S_ISREG(found.st_mode):
-            kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "a directory or a special file"
-            raise _Refused(f"is {kind}; choose another path")
-        return _identity(found)
-
-    def _open(self, identity: _Identity) -> sqlite3.Connection:
-        self._identity = identity
-        if not os.lstat(self.path).st_size:
-            raise _Damaged("it is empty")
-        db = self.db = _connect(self.path)
-        try:
-            self._check(db, identity[1])
-        except BaseException as error:
-            if not isinstance(error, Exception) or not _is_damage(error):
-                self._disconnect()
-            elif isinstance(error, sqlite3.Error) and not self._is_ours():
-                self._disconnect()
-                raise _Refused("is not a cache, and was left as it is; choose another path") from error
+            self._prepare(db)
+        except sqlite3.Error as error:
+            if is_damage(error) and not self._is_ours():
+                raise self._refused("is not a cache, and was left as it is") from error
             raise
-        return db
 
     def _is_ours(self) -> bool:
         """Tell of a file that SQLite cannot read whether its head says that it is one of ours, or nothing any more.
@@ -244,18 +115,18 @@ class _Opener:
             head = file.read(_HEAD)
         return not head.strip(b"\0") or (head.startswith(_MAGIC) and int.from_bytes(head[68:72]) == APPLICATION)
 
-    def _check(self, db: sqlite3.Connection, inode: int) -> None:
+    def _prepare(self, db: sqlite3.Connection) -> None:
         (application,) = db.execute("PRAGMA application_id").fetchone()
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if application != APPLICATION:
-            raise _Refused("is a database of another program, and was left as it is; choose another path")
+            raise self._refused("is a database of another program, and was left as it is")
         if version > VERSION:
             raise _Refused(
                 f"was made by a later pybustcall (format {version}, known is {VERSION}), and was left as it is;"
                 " upgrade, or choose another path"
             )
         if version < VERSION:
-            raise _Damaged(f"its format is {version}, and {VERSION} is needed")
+            raise Damaged(f"its format is {version}, and {VERSION} is needed")
         for setting in ("cell_size_check = ON", "cache_size = -8192", f"journal_size_limit = {_LOG_LIMIT // 4}"):
             db.execute(f"PRAGMA {setting}")
         (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
@@ -263,54 +134,26 @@ class _Opener:
             raise _Refused("lies on a file system that cannot share memory between processes; choose a local disk")
         tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if not tables >= TABLES or db.execute("SELECT count(*) FROM meta").fetchone() != (1,):
-            raise _Damaged("tables are missing")
-        if not recognize(db, inode):
+            raise Damaged("tables are missing")
+        if not recognize(db, os.lstat(self.path).st_ino):
             _log.warning("the cache %s is a copy of another file: all entries are forgotten", self.path)
         if not self._writes:
             db.execute("PRAGMA query_only = ON")
 
-    def _make(self) -> None:
-        """Put a new, empty file at the path, complete from its first moment, unless one is there."""
-        with self._holding(fcntl.LOCK_EX):
-            if self._look() is not None:
-                return
-            new = f"{self.path}.new"
-            for path in (self.path, new):  # of a file that was removed
-                for end in _WITH_IT:
-                    Path(f"{path}{end}").unlink(missing_ok=True)
-            Path(new).unlink(missing_ok=True)
-            os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            db = _connect(new)
-            try:
-                create(db, os.lstat(new).st_ino)
-                db.execute("PRAGMA journal_mode = WAL")
-            finally:
-                db.close()
-            Path(new).rename(self.path)
-            self._sync_directory()
+    def _clear(self) -> None:
+        for end in WITH_IT:  # of a file that was removed
+            Path(f"{self.path}{end}").unlink(missing_ok=True)
 
-    def _sync_directory(self) -> None:
-        """See to it that an old file does not come back if the machine stops."""
-        directory = os.open(Path(self.path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+    def _fill(self, db: sqlite3.Connection, path: str) -> None:
+        create(db, os.lstat(path).st_ino)
+        db.execute("PRAGMA journal_mode = WAL")
 
-
-def _identity(found: os.stat_result) -> _Identity:
-    return found.st_dev, found.st_ino
-
-
-def _connect(path: str) -> sqlite3.Connection:
-    """Prepare to open a file that exists; nothing of it is read yet."""
-    return sqlite3.connect(
-        f"file:{quote(os.fsencode(path))}?mode=rw",
-        uri=True,
-        timeout=0.0,  # see the theory of operation
-        isolation_level=None,
-        check_same_thread=False,  # one at a time, though not always the same
-    )
+    def _put_aside(self, why: str) -> None:
+        self._rename(f"{self.path}.corrupt")
+        _log.warning(
+            "the cache %s cannot be used (%s); it was set aside as %s.corrupt and a new one begun: all entries are"
+            " forgotten", self.path, why, self.path,
+        )  # fmt: skip
 
 
 @final
@@ -337,7 +180,7 @@ class _Lane:
     def __init__(self, path: str, *, timeout: float, writes: bool) -> None:
         self._writes = writes
         self._timeout = timeout
-        self._opener = _Opener(path, writes=writes)
+        self._opener = _CacheFile(path, writes=writes)
         self._queue: deque[_Job[Any]] = deque()
         self._gate = threading.Lock()  # for the queue and the thread
         self._turn = threading.Lock()  # held by whoever uses the file
@@ -425,10 +268,10 @@ class _Lane:
             try:
                 with self._opener.use() as db:
                     return self._write(db, jobs) if self._writes else self._read(db, jobs)
-            except (sqlite3.Error, OSError, _Refused, _Damaged) as error:
+            except (sqlite3.Error, OSError, _Refused, Damaged) as error:
                 failure = error
             try:
-                if _is_damage(failure) and not set_aside:
+                if is_damage(failure) and not set_aside:
                     self._opener.set_aside(str(failure))
                     set_aside = True
                     continue
@@ -474,19 +317,9 @@ class _Lane:
         applied: Applied = "no"
         if isinstance(error, _Refused):
             text = f"the cache {self._opener.path} {error}"
-        elif isinstance(error, OSError) and not isinstance(error, BlockingIOError):
-            why = _ADVICE_OF_ERRNO.get(error.errno or 0, f"the system says: {error.strerror}")
-            text = f"the cache {self._opener.path} cannot be used: {why}"
         else:
-            code = _code(error)
-            if isinstance(error, BlockingIOError):
-                code = sqlite3.SQLITE_BUSY
-            elif isinstance(error, _Damaged):
-                code = sqlite3.SQLITE_CORRUPT
-            name = getattr(error, "sqlite_errorname", type(error).__name__)
-            why = _ADVICE.get(code, f"SQLite failed ({name})").format(timeout=self._timeout)
-            text = f"the cache {self._opener.path} cannot be used: {why}"
-            if self._writes and code == sqlite3.SQLITE_IOERR:
+            text = f"the cache {self._opener.path} cannot be used: {advice(error, timeout=self._timeout)}"
+            if self._writes and primary_code(error) == sqlite3.SQLITE_IOERR:
                 applied = "maybe"  # it may be in the log, and what failed was to see it through to the disk
         text += "; nothing was done" if applied == "no" else ""
         explained = SqliteUnavailable(text, answered=not _is_busy(error), applied=applied)

@@ -224,9 +224,9 @@ def test_a_new_file_is_for_its_user_alone_before_it_is_opened(path: Path) -> Non
     file = outbox._OutboxFile(str(path), time.time)
     before = os.umask(0)
     try:
-        file._create()
+        file.make()
         identity = path.stat().st_ino
-        file._create()
+        file.make()
     finally:
         os.umask(before)
         file.close()
@@ -969,7 +969,7 @@ async def test_a_held_lock_is_an_error_that_passes(path: Path, monkeypatch: pyte
     store = OutboxStore(Outbox(path=path))
     await store.open()
     other = outbox._OutboxFile(str(path), time.time)
-    with other._holding(fcntl.LOCK_EX):
+    with other.holding(fcntl.LOCK_EX):
         with pytest.raises(OutboxError, match=r"another process kept .*outbox.db.lock"):
             await store.counts()
     other.close()
@@ -1000,7 +1000,7 @@ async def test_a_full_disk_is_an_error_and_each_put_fails_for_itself(path: Path)
     assert stored
     assert len(stored) + len(failed) == 9
     assert failed
-    assert "no room is left on its disk; make some (SQLITE_FULL). Nothing was changed" in str(failed[0])
+    assert "its disk is full; make room there (SQLITE_FULL). Nothing was changed" in str(failed[0])
     assert "xxx" not in str(failed[0])
     assert len(await store.rows()) == len(stored)
     store._file.db.execute("PRAGMA max_page_count = 100000")
@@ -1326,7 +1326,7 @@ async def test_what_another_has_set_aside_is_not_set_aside_again(path: Path) -> 
         pytest.fail("noise was opened")
     store = OutboxStore(Outbox(path=path))
     await store.put(bust(), sent=False)
-    file.set_aside(caught.value)
+    file.set_aside(str(caught.value))
     assert file.events == []
     with file.use() as db:
         assert outbox._tally(db) == [1, 0, 0, 0]
@@ -1339,7 +1339,7 @@ async def test_damage_that_returns_at_once_is_an_error(path: Path, monkeypatch: 
     """The disk is to blame; the store does not go round in circles."""
     monkeypatch.setattr(outbox, "_OBJECTS", {"no such table"})
     store = OutboxStore(Outbox(path=path))
-    with pytest.raises(OutboxError, match="the file is damaged, and so is the new one that was begun"):
+    with pytest.raises(OutboxError, match="it is damaged, and so is the new one that was begun"):
         await store.put(bust(), sent=False)
     assert len([name for name in asides(path) if not name.endswith(("-wal", "-shm"))]) == 1
     await store.aclose()
@@ -1479,7 +1479,7 @@ async def test_a_file_system_without_wal_is_refused(path: Path, monkeypatch: pyt
     connect = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", lambda *args, **kwargs: connect(*args, factory=Connection, **kwargs))
     store = OutboxStore(Outbox(path=path))
-    with pytest.raises(OutboxError, match="name a path on a local disk"):
+    with pytest.raises(OutboxError, match="choose a path on a local disk"):
         await store.rows()
     await store.aclose()
 
@@ -1487,13 +1487,13 @@ async def test_a_file_system_without_wal_is_refused(path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("link", "it is a symbolic link; name a path of its own"),
-        ("directory", "it is a directory or a special file; name a path of its own"),
-        ("fifo", "it is a directory or a special file; name a path of its own"),
-        ("missing/outbox.db", "its directory does not exist; create it"),
-        ("file/outbox.db", "its directory is no directory; name another path"),
-        ("locked-by-link", "its lock file is a symbolic link; name another path"),
-        ("locked-by-directory", "a directory is where its lock file should be; name another path"),
+        ("link", "it is a symbolic link; choose another path"),
+        ("directory", "it is a directory or a special file; choose another path"),
+        ("fifo", "it is a directory or a special file; choose another path"),
+        ("missing/outbox.db", "its directory does not exist; make it"),
+        ("file/outbox.db", "its directory is no directory; choose another path"),
+        ("locked-by-link", "its lock file is a link; choose another path"),
+        ("locked-by-directory", "a directory is where its lock file should be; choose another path"),
         ("n" * 250, "cannot be used: the system says: File name too long"),
     ],
 )

@@ -304,7 +304,7 @@ async def test_a_new_file_that_is_damaged_at_once_is_told_of(
 
 def test_only_the_first_who_finds_a_damage_sets_the_file_aside(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """And only the first who finds none makes one: others take the new one for what it is."""
-    first, second = sqlite_file._Opener(str(path), writes=True), sqlite_file._Opener(str(path), writes=True)
+    first, second = sqlite_file._CacheFile(str(path), writes=True), sqlite_file._CacheFile(str(path), writes=True)
     with first.use() as one, second.use() as two:
         assert one.execute("SELECT epoch FROM meta").fetchone() == two.execute("SELECT epoch FROM meta").fetchone()
     damaged = content(path)
@@ -312,7 +312,7 @@ def test_only_the_first_who_finds_a_damage_sets_the_file_aside(path: Path, caplo
         opener.set_aside("as it seems")
         with opener.use() as db:
             (epoch,) = db.execute("SELECT epoch FROM meta").fetchone()
-    second._make()
+    second.make()
     with first.use() as db:
         assert db.execute("SELECT epoch FROM meta").fetchone() == (epoch,)
     assert content(path, ".corrupt") == damaged
@@ -379,7 +379,7 @@ async def test_an_error_that_nobody_thought_of_is_told_to_those_who_wait(
 @pytest.mark.parametrize(
     ("code", "text", "applied"),
     [
-        (sqlite3.SQLITE_FULL, "its disk is full; make room there; nothing was done", "no"),
+        (sqlite3.SQLITE_FULL, "its disk is full; make room there (OperationalError); nothing was done", "no"),
         (sqlite3.SQLITE_READONLY, "it is read-only", "no"),
         (sqlite3.SQLITE_IOERR, "its disk failed, is full or over a limit; look at the disk", "maybe"),
         (sqlite3.SQLITE_MISMATCH, "SQLite failed (OperationalError)", "no"),
