@@ -5,75 +5,41 @@ All share one server, which is started for the first and emptied for each.
 
 from __future__ import annotations
 
-import os
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 from pybustcall import memcached_layout as items
-from pybustcall.daemon.backends import Backend
 from pybustcall.daemon.backends.memcached import MemcachedBackend
 from pybustcall.integrations.memcached import MemcachedCache
 from pybustcall.memcached_connection import MemcachedServer
 from pybustcall.memcached_layout import DEFAULT_PREFIX, Layout
-from tests.backend_conformance import Fill, Harness, Seen
+from tests.backend_conformance import Harness
 from tests.memcached_process import shared_memcached
+from tests.readers_harness import ReadersHarness, opened
 
 __all__ = ["MemcachedHarness", "opened_memcached"]
 
 
-class MemcachedHarness:
+class MemcachedHarness(ReadersHarness):
     """An application that stores through `MemcachedCache`."""
 
-    tags = True
-
     def __init__(self, url: str) -> None:
+        super().__init__(MemcachedBackend(url))
         self.url = url
-        self.backend: Backend = MemcachedBackend(url)
         self.server = MemcachedServer(url)
-        self.caches: dict[str, MemcachedCache] = {}
 
-    def cache(self, namespace: str) -> MemcachedCache:
-        """Tell the tenant's own cache."""
-        if namespace not in self.caches:
-            self.caches[namespace] = MemcachedCache(self.url, namespace=namespace)
-        return self.caches[namespace]
-
-    async def put(self, namespace: str, key: str, *, tags: Sequence[str] = (), size: int = 10) -> bool:
-        return await self.cache(namespace).set(key, b"x" * size, tags=tags, ttl=60.0)
+    def make(self, namespace: str) -> MemcachedCache:
+        return MemcachedCache(self.url, namespace=namespace)
 
     async def drop(self, namespace: str, key: str) -> None:
         await self.server.run([items.delete(Layout(DEFAULT_PREFIX, namespace).entry(key))])
 
-    async def look(self, namespace: str, key: str) -> Seen:
-        found = await self.cache(namespace).get(key)
-        return "missing" if found is None else "stale" if found.stale else "fresh"
-
-    async def miss(self, namespace: str, key: str, *, tags: Sequence[str] = ()) -> Fill | None:
-        looked = await self.cache(namespace).lookup(key)
-        assert looked.found is None
-
-        async def fill() -> bool:
-            return await self.cache(namespace).store(key, b"late", token=looked.token, tags=tags, ttl=60.0)
-
-        return fill
-
     async def aclose(self) -> None:
-        for cache in self.caches.values():
-            await cache.aclose()
+        await super().aclose()
         await self.server.aclose()
 
 
-@asynccontextmanager
-async def opened_memcached(_: Path) -> AsyncIterator[Harness]:
-    """Open a harness, and close it, with no descriptor left open."""
+def opened_memcached(_: Path) -> AbstractAsyncContextManager[Harness]:
+    """Open a harness, and close it."""
     shared_memcached().ask("flush_all")
-    before = len(os.listdir("/proc/self/fd"))
-    harness = MemcachedHarness(shared_memcached().url)
-    await harness.backend.open()
-    try:
-        yield harness
-    finally:
-        await harness.backend.close()
-        await harness.aclose()
-    assert len(os.listdir("/proc/self/fd")) == before
+    return opened(MemcachedHarness(shared_memcached().url))

@@ -6,21 +6,20 @@ All share one server, which is started for the first and emptied for each.
 from __future__ import annotations
 
 import atexit
-import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import cache
 from pathlib import Path
 
-from pybustcall.daemon.backends import Backend
 from pybustcall.daemon.backends.redis import RedisBackend
 from pybustcall.integrations.redis import RedisCache
 from pybustcall.models import DEFAULT_NAMESPACE
 from pybustcall.redis_connection import RedisServer
 from tests.backend_conformance import Fill, Harness, Seen
 from tests.engines import RedisProcess
+from tests.readers_harness import ReadersHarness, opened
 
 __all__ = ["ForeignHarness", "RedisHarness", "opened_foreign", "opened_redis", "shared_redis"]
 
@@ -33,45 +32,22 @@ def shared_redis() -> RedisProcess:
     return RedisProcess(directory)
 
 
-class RedisHarness:
+class RedisHarness(ReadersHarness):
     """An application that stores through `RedisCache`."""
 
-    tags = True
-
     def __init__(self, url: str) -> None:
+        super().__init__(RedisBackend(url))
         self.url = url
-        self.backend: Backend = RedisBackend(url)
         self.server = RedisServer(url)
-        self.caches: dict[str, RedisCache] = {}
 
-    def cache(self, namespace: str) -> RedisCache:
-        """Tell the tenant's own cache."""
-        if namespace not in self.caches:
-            self.caches[namespace] = RedisCache(self.url, namespace=namespace)
-        return self.caches[namespace]
-
-    async def put(self, namespace: str, key: str, *, tags: Sequence[str] = (), size: int = 10) -> bool:
-        return await self.cache(namespace).set(key, b"x" * size, tags=tags, ttl=60.0)
+    def make(self, namespace: str) -> RedisCache:
+        return RedisCache(self.url, namespace=namespace)
 
     async def drop(self, namespace: str, key: str) -> None:
         await self.server.execute("DEL", f"bustcall:{{{namespace}}}:e:{key}")
 
-    async def look(self, namespace: str, key: str) -> Seen:
-        found = await self.cache(namespace).get(key)
-        return "missing" if found is None else "stale" if found.stale else "fresh"
-
-    async def miss(self, namespace: str, key: str, *, tags: Sequence[str] = ()) -> Fill | None:
-        looked = await self.cache(namespace).lookup(key)
-        assert looked.found is None
-
-        async def fill() -> bool:
-            return await self.cache(namespace).store(key, b"late", token=looked.token, tags=tags, ttl=60.0)
-
-        return fill
-
     async def aclose(self) -> None:
-        for cache_ in self.caches.values():
-            await cache_.aclose()
+        await super().aclose()
         await self.server.aclose()
 
 
@@ -111,24 +87,17 @@ class ForeignHarness(RedisHarness):
         return None
 
 
-@asynccontextmanager
-async def _opened(harness: RedisHarness) -> AsyncIterator[Harness]:
-    shared_redis().ask("FLUSHALL")
-    before = len(os.listdir("/proc/self/fd"))
-    await harness.backend.open()
-    try:
-        yield harness
-    finally:
-        await harness.backend.close()
-        await harness.aclose()
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
 def opened_redis(_: Path) -> AbstractAsyncContextManager[Harness]:
-    """Open a harness, and close it, with no descriptor left open."""
-    return _opened(RedisHarness(shared_redis().url))
+    """Open a harness, and close it."""
+    shared_redis().ask("FLUSHALL")
+    return opened(RedisHarness(shared_redis().url))
 
 
 def opened_foreign(foreign: str) -> Callable[[Path], AbstractAsyncContextManager[Harness]]:
     """Tell how to open a harness with keys of others that look like this."""
-    return lambda _: _opened(ForeignHarness(shared_redis().url, foreign))
+
+    def open_(_: Path) -> AbstractAsyncContextManager[Harness]:
+        shared_redis().ask("FLUSHALL")
+        return opened(ForeignHarness(shared_redis().url, foreign))
+
+    return open_

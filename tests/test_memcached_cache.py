@@ -17,7 +17,6 @@ from pybustcall.errors import ConfigurationError, InvalidRequest
 from pybustcall.integrations.memcached import Found, MemcachedCache, MemcachedUnavailable, Token
 from pybustcall.memcached_connection import MemcachedServer
 from pybustcall.memcached_layout import Answer, Command, Layout
-from pybustcall.testing.proxy import FaultyProxy, Trouble
 from tests.conftest import PATIENCE, eventually
 from tests.engines import free_port
 from tests.memcached_process import MemcachedProcess, shared_memcached
@@ -341,46 +340,6 @@ async def test_a_server_without_cas_is_refused(caplog: pytest.LogCaptureFixture)
 # A server that does not answer
 
 
-class Clock:
-    """A clock that goes on when the test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-async def proxy(engine: MemcachedProcess) -> AsyncIterator[FaultyProxy]:
-    """A way to the server that can be a black hole."""
-    async with FaultyProxy(f"http://127.0.0.1:{engine.port}") as proxy:
-        yield proxy
-
-
-@pytest.fixture
-async def guarded(proxy: FaultyProxy) -> AsyncIterator[MemcachedCache]:
-    """A cache that goes this way, with an entry. Its breaker has a clock of its own."""
-    url = f"memcached://127.0.0.1:{proxy.url.rpartition(':')[2]}"
-    async with MemcachedCache(url, namespace=SHOP) as guarded:
-        guarded._guards.clock = Clock()
-        speak(guarded, proxy)
-        await guarded.set("k", b"old", ttl=None)
-        yield guarded
-
-
-def fall_silent(cache: MemcachedCache, proxy: FaultyProxy) -> None:
-    """Let nothing pass, and give up soon, since it is not slowness that keeps the answer back."""
-    proxy.trouble = Trouble(stall=True)
-    cache._server._limit = cache._server._connect_timeout = 0.05
-
-
-def speak(cache: MemcachedCache, proxy: FaultyProxy) -> None:
-    """Let all pass, and have patience with a slow machine."""
-    proxy.heal()
-    cache._server._limit = cache._server._connect_timeout = PATIENCE
-
-
 async def tried(calls: Iterable[Awaitable[Any]]) -> list[str]:
     """Tell of each call "no" if nobody tried to ask, "in vain" if there was no answer to it, "yes" if there was."""
 
@@ -392,71 +351,6 @@ async def tried(calls: Iterable[Awaitable[Any]]) -> list[str]:
         return "yes"
 
     return list(await asyncio.gather(*map(told, calls)))
-
-
-def later(cache: MemcachedCache) -> None:
-    """Let the pause of the breaker be over."""
-    clock = cache._guards.clock
-    assert isinstance(clock, Clock)
-    clock.now += 10.0
-
-
-async def test_a_black_hole_is_asked_no_more_after_a_few_calls(
-    guarded: MemcachedCache, proxy: FaultyProxy, cache: MemcachedCache, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Values are made at once, nothing that the server holds is served, and nothing is stored."""
-    fall_silent(guarded, proxy)
-    assert await tried(guarded.get("k") for _ in range(3)) == ["in vain"] * 3
-    before = proxy.connections
-    looked = await cache.lookup("other")
-    with caplog.at_level(logging.WARNING):
-        for number in range(20):
-            assert await guarded.get_or_set("k", str(number).encode, ttl=None) == b"%d" % number
-    for call in (
-        guarded.get("k"),
-        guarded.lookup("k"),
-        guarded.store("other", b"v", token=looked.token, ttl=None),
-        guarded.set("other", b"v", ttl=None),
-    ):
-        with pytest.raises(MemcachedUnavailable, match=r"not answered, and is tried again in \d\.\d s; nothing") as it:
-            await call
-        assert (it.value.applied, it.value.whole, it.value.answered) == ("no", True, False)
-    assert proxy.connections == before, "nobody has asked"
-    assert len(caplog.records) == 1
-    assert await cache.get("k") == Found(b"old", stale=False)
-    assert await cache.get("other") is None
-
-
-async def test_one_call_tries_again_after_a_pause(guarded: MemcachedCache, proxy: FaultyProxy) -> None:
-    """While the others fail at once; if it fails, there is another pause, and else all goes on."""
-    fall_silent(guarded, proxy)
-    await tried(guarded.get("k") for _ in range(3))
-    for _ in range(3):
-        later(guarded)
-        before = proxy.connections
-        assert sorted(await tried(guarded.get("k") for _ in range(10))) == ["in vain", *["no"] * 9]
-        assert await tried(guarded.get("k") for _ in range(10)) == ["no"] * 10
-        assert proxy.connections == before + 1
-    speak(guarded, proxy)
-    later(guarded)
-    assert sorted(await tried(guarded.get("k") for _ in range(10))) == [*["no"] * 9, "yes"]
-    assert await tried(guarded.get("k") for _ in range(10)) == ["yes"] * 10
-    assert await guarded.get("k") == Found(b"old", stale=False)
-
-
-async def test_a_trial_that_is_cancelled_lets_the_next_call_try(guarded: MemcachedCache, proxy: FaultyProxy) -> None:
-    """It says nothing of the server."""
-    fall_silent(guarded, proxy)
-    await tried(guarded.get("k") for _ in range(3))
-    later(guarded)
-    task = asyncio.create_task(guarded.get("k"))
-    await asyncio.sleep(0)
-    with pytest.raises(MemcachedUnavailable, match="by another call just now"):
-        await guarded.get("k")
-    task.cancel()
-    await asyncio.wait({task})
-    assert task.cancelled()
-    assert await tried([guarded.get("k")]) == ["in vain"]
 
 
 async def test_who_waits_in_vain_for_a_connection_has_not_met_a_silent_server(engine: MemcachedProcess) -> None:

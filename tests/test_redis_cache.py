@@ -21,9 +21,7 @@ import uvloop
 
 from pybustcall.daemon.backends.redis import RedisBackend
 from pybustcall.errors import ConfigurationError, InvalidRequest
-from pybustcall.integrations.guard import Guard
-from pybustcall.integrations.redis import Breaker, Found, RedisCache, RedisUnavailable
-from pybustcall.testing.proxy import FaultyProxy, Trouble
+from pybustcall.integrations.redis import Found, RedisCache, RedisUnavailable
 from tests.conftest import PATIENCE, eventually
 from tests.engines import RedisProcess, free_port
 from tests.readers import SHOP, Maker, bust, never, quick, start
@@ -187,45 +185,6 @@ async def test_a_full_server_does_not_keep_values_from_being_made(tmp_path: Path
 # A server that does not answer
 
 
-class Clock:
-    """A clock that goes on when the test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-async def proxy(engine: RedisProcess) -> AsyncIterator[FaultyProxy]:
-    """A way to the server that can be a black hole."""
-    async with FaultyProxy(f"http://127.0.0.1:{engine.port}") as proxy:
-        yield proxy
-
-
-@pytest.fixture
-async def guarded(proxy: FaultyProxy) -> AsyncIterator[RedisCache]:
-    """A cache that goes this way, with an entry. Its breaker has a clock of its own."""
-    url = f"redis://127.0.0.1:{proxy.url.rpartition(':')[2]}/0"
-    async with RedisCache(url, namespace=SHOP, timeout=PATIENCE) as guarded:
-        guarded._guards.clock = Clock()
-        await guarded.set("k", b"old", ttl=None)
-        yield guarded
-
-
-def fall_silent(cache: RedisCache, proxy: FaultyProxy) -> None:
-    """Let nothing pass, and give up soon, since it is not slowness that keeps the answer back."""
-    proxy.trouble = Trouble(stall=True)
-    cache._server._limit = 0.05
-
-
-def speak(cache: RedisCache, proxy: FaultyProxy) -> None:
-    """Let all pass, and have patience with a slow machine."""
-    proxy.heal()
-    cache._server._limit = PATIENCE
-
-
 async def refusals(calls: Iterable[Awaitable[Any]]) -> list[str]:
     """Tell of each call "no" if it was not sent, "maybe" if there was no answer to it, "yes" if there was."""
 
@@ -239,96 +198,6 @@ async def refusals(calls: Iterable[Awaitable[Any]]) -> list[str]:
     return list(await asyncio.gather(*map(applied, calls)))
 
 
-def later(cache: RedisCache) -> None:
-    """Let the pause of the breaker be over."""
-    clock = cache._guards.clock
-    assert isinstance(clock, Clock)
-    clock.now += 10.0
-
-
-async def test_a_black_hole_is_asked_no_more_after_a_few_calls(
-    guarded: RedisCache, proxy: FaultyProxy, cache: RedisCache, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Values are made at once, nothing that the server holds is served, and nothing is stored."""
-    fall_silent(guarded, proxy)
-    assert await refusals(guarded.get("k") for _ in range(3)) == ["maybe"] * 3
-    tried = proxy.connections
-    looked = await cache.lookup("other")
-    with caplog.at_level(logging.WARNING):
-        for number in range(20):
-            assert await guarded.get_or_set("k", str(number).encode, ttl=None) == b"%d" % number
-    for call in (
-        guarded.get("k"),
-        guarded.lookup("k"),
-        guarded.store("other", b"v", token=looked.token, ttl=None),
-        guarded.set("other", b"v", ttl=None),
-    ):
-        with pytest.raises(RedisUnavailable, match=r"not answered, and is tried again in \d\.\d s; nothing") as caught:
-            await call
-        assert (caught.value.applied, caught.value.whole, caught.value.answered) == ("no", True, False)
-    assert proxy.connections == tried, "nobody has asked"
-    assert len(caplog.records) == 1
-    assert await cache.get("k") == Found(b"old", stale=False)
-    assert await cache.get("other") is None
-
-
-async def test_a_value_that_was_being_made_when_the_server_fell_silent_is_not_stored(
-    guarded: RedisCache, proxy: FaultyProxy, cache: RedisCache
-) -> None:
-    """Whoever waits for it gets it."""
-    make = Maker()
-    task = start(guarded, "other", make)
-    await eventually(lambda: make.calls)
-    fall_silent(guarded, proxy)
-    await refusals(guarded.get("k") for _ in range(3))
-    tried = proxy.connections
-    make.go.set()
-    assert await task == b"v"
-    assert proxy.connections == tried
-    assert await cache.get("other") is None
-
-
-async def test_one_call_tries_again_after_a_pause(guarded: RedisCache, proxy: FaultyProxy) -> None:
-    """While the others fail at once; if it fails, there is another pause, and else all goes on."""
-    fall_silent(guarded, proxy)
-    await refusals(guarded.get("k") for _ in range(3))
-    for _ in range(3):
-        later(guarded)
-        tried = proxy.connections
-        assert sorted(await refusals(guarded.get("k") for _ in range(10))) == ["maybe", *["no"] * 9]
-        assert await refusals(guarded.get("k") for _ in range(10)) == ["no"] * 10
-        assert proxy.connections == tried + 1
-    speak(guarded, proxy)
-    later(guarded)
-    assert sorted(await refusals(guarded.get("k") for _ in range(10))) == [*["no"] * 9, "yes"]
-    assert await refusals(guarded.get("k") for _ in range(10)) == ["yes"] * 10
-    assert await guarded.get("k") == Found(b"old", stale=False)
-
-
-async def test_a_trial_that_is_cancelled_lets_the_next_call_try(guarded: RedisCache, proxy: FaultyProxy) -> None:
-    """It says nothing of the server."""
-    fall_silent(guarded, proxy)
-    await refusals(guarded.get("k") for _ in range(3))
-    later(guarded)
-    task = asyncio.create_task(guarded.get("k"))
-    await asyncio.sleep(0)
-    with pytest.raises(RedisUnavailable, match="by another call just now"):
-        await guarded.get("k")
-    task.cancel()
-    await asyncio.wait({task})
-    assert task.cancelled()
-    assert await refusals([guarded.get("k")]) == ["maybe"]
-
-
-async def test_a_breaker_can_be_left_out(proxy: FaultyProxy) -> None:
-    """Then each call waits for itself."""
-    url = f"redis://127.0.0.1:{proxy.url.rpartition(':')[2]}/0"
-    async with RedisCache(url, timeout=0.02, connect_timeout=0.02, breaker=None) as cache:
-        proxy.trouble = Trouble(stall=True)
-        assert await refusals(cache.get("k") for _ in range(20)) == ["maybe"] * 20
-        assert await refusals([cache.get("k")]) == ["maybe"]
-
-
 async def test_a_server_that_says_no_goes_on_being_asked(tmp_path: Path) -> None:
     """It keeps nobody waiting, and what it has can be read while it is full."""
     with RedisProcess(tmp_path) as server:
@@ -337,55 +206,6 @@ async def test_a_server_that_says_no_goes_on_being_asked(tmp_path: Path) -> None
             server.ask("CONFIG", "SET", "maxmemory", "1")
             assert await refusals(cache.set(f"{number}", b"v", ttl=None) for number in range(10)) == ["maybe"] * 10
             assert await cache.get("k") == Found(b"v", stale=False)
-
-
-def test_calls_from_before_the_breaker_opened_do_not_open_it_again() -> None:
-    """They may end long after the server has come back."""
-    guard = Guard(Breaker(incidents=2, open=1.0, cap=1.0, proofs=1), "redis://h", RuntimeError)
-    old = [guard.begin(0.0) for _ in range(9)]
-    for trial in old[:3]:
-        guard.silent(0.0, 2.0, trial=trial)
-    with pytest.raises(RuntimeError):
-        guard.begin(2.0)
-    trial = guard.begin(4.0)
-    assert trial
-    guard.silent(0.0, 4.5, trial=old[3])
-    guard.answered(5.0, trial=trial)
-    for late in old[4:]:
-        guard.silent(0.0, 6.0, trial=late)
-    new = guard.begin(7.0)
-    assert not new
-    guard.silent(7.0, 9.0, trial=new)
-    guard.answered(9.0, trial=guard.begin(9.0))
-    guard.silent(9.0, 10.0, trial=guard.begin(9.0))
-    guard.silent(9.0, 10.0, trial=guard.begin(9.0))
-    with pytest.raises(RuntimeError):
-        guard.begin(10.0)
-
-
-def test_each_loop_finds_out_for_itself(dead: Iterator[str]) -> None:
-    """What one has found out, or has left open when it ended, is in no other's way."""
-    cache = RedisCache(next(dead), breaker=Breaker(incidents=3, open=60.0))
-
-    async def use() -> list[str]:
-        return [(await refusals([cache.get("k")]))[0] for _ in range(4)]
-
-    for _ in range(2):
-        assert asyncio.run(use()) == ["maybe", "maybe", "maybe", "no"]
-
-
-def test_calls_half_of_which_get_no_answer_open_the_breaker() -> None:
-    """By default, and if there are at least 20 within 10 seconds; also where never three in a row did."""
-    cache = RedisCache("redis://h")
-    guard = Guard(cache._guards.policy, "redis://h", RuntimeError)
-    for number in range(20):
-        trial = guard.begin(float(number) / 4)
-        if number % 2:
-            guard.silent(number / 4, number / 4 + 0.1, trial=trial)
-        else:
-            guard.answered(number / 4 + 0.1, trial=trial)
-    with pytest.raises(RuntimeError):
-        guard.begin(5.1)
 
 
 async def test_few_connections_serve_many_readers(engine: RedisProcess) -> None:

@@ -64,7 +64,7 @@ async def application(path: Path) -> AsyncIterator[SqliteHarness]:
         yield harness
     finally:
         await harness.backend.close()
-        await harness.file.aclose()
+        await harness.aclose()
 
 
 @contextmanager
@@ -197,7 +197,7 @@ async def test_a_file_that_is_damaged_is_begun_anew_and_the_bust_done(path: Path
     """Of the old one nothing is served any more."""
     async with opened(path) as backend, application(path) as app:
         await app.put(HERE, "a")
-        await app.file.aclose()
+        await app.aclose()
         await backend.check_ready()
         with closing(sqlite3.connect(path, isolation_level=None)) as db:
             db.execute("PRAGMA writable_schema = ON")
@@ -218,7 +218,7 @@ async def test_a_file_that_was_put_back_is_noticed_by_the_next_bust(path: Path) 
         backup = Path(path).read_bytes()  # noqa: ASYNC240
         assert await bust(backend, "key", "b") == 0
         await backend.close()
-        await app.file.aclose()
+        await app.aclose()
         Path(path).write_bytes(backup)  # noqa: ASYNC240 - in place, so that nothing else tells it
         assert await app.look(HERE, "a") == "fresh"
         assert await bust(backend, "key", "b") == 0
@@ -450,7 +450,7 @@ ON_A_FULL_DISK = """
                 told = [None, str(error)]
             print(json.dumps(told), flush=True)
         await app.backend.close()
-        await app.file.aclose()
+        await app.aclose()
 
     asyncio.run(main())
 """
