@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Protocol, final
 
-from pybustcall.keys import covers
-from pybustcall.models import KINDS, Kind, redact
+from pybustcall.errors import InvalidRequest
+from pybustcall.keys import check_marks, covers
+from pybustcall.models import KINDS, Kind, check_target, redact
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping, Sequence
 
-__all__ = ["NO_KEYS", "Backend", "BackendFailure", "RefusedKey", "Scope", "Traits"]
+__all__ = ["NO_KEYS", "Backend", "BackendFailure", "RefusedKey", "Scope", "Traits", "check_for_readers"]
 
 NO_KEYS: Final[Mapping[str, int]] = MappingProxyType({})
 """What a bust has fenced that nothing depends on."""
@@ -29,6 +30,15 @@ NO_KEYS: Final[Mapping[str, int]] = MappingProxyType({})
 
 class RefusedKey(ValueError):
     """This backend could never hold such a key. The text is the reason without the key: "has an empty segment"."""
+
+
+def check_for_readers(key: str) -> None:
+    """Raise `RefusedKey` if no reader could store under `key`."""
+    try:
+        check_target(key, "key")
+        check_marks(key)
+    except InvalidRequest as error:
+        raise RefusedKey(str(error).removeprefix("key ").removesuffix("; nothing was sent")) from None
 
 
 class BackendFailure(Exception):

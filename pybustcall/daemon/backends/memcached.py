@@ -21,12 +21,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, TypeVar, final
 
 from pybustcall import memcached_layout as items
-from pybustcall.daemon.backends import NO_KEYS, BackendFailure, RefusedKey, Traits
-from pybustcall.errors import InvalidRequest
-from pybustcall.keys import check_marks
+from pybustcall.daemon.backends import NO_KEYS, BackendFailure, RefusedKey, Traits, check_for_readers
 from pybustcall.memcached_connection import MemcachedServer, MemcachedUnavailable
 from pybustcall.memcached_layout import DEFAULT_PREFIX, Command, Layout, check_prefix
-from pybustcall.models import DEFAULT_NAMESPACE, check_target
+from pybustcall.models import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
@@ -81,11 +79,7 @@ class MemcachedBackend:
 
     def check(self, namespace: str, key: str) -> None:  # noqa: ARG002 - all hold the same
         """Raise `RefusedKey` if no reader could store under `key`."""
-        try:
-            check_target(key, "key")
-            check_marks(key)
-        except InvalidRequest as error:
-            raise RefusedKey(str(error).removeprefix("key ").removesuffix("; nothing was sent")) from None
+        check_for_readers(key)
 
     async def open(self) -> None:
         """Do nothing: connections are opened when they are needed."""

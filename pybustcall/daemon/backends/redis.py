@@ -22,10 +22,10 @@ import secrets
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, final
 
-from pybustcall.daemon.backends import NO_KEYS, BackendFailure, RefusedKey, Traits
-from pybustcall.errors import ConfigurationError, InvalidRequest
-from pybustcall.keys import check_marks, is_variant
-from pybustcall.models import DEFAULT_NAMESPACE, check_target
+from pybustcall.daemon.backends import NO_KEYS, BackendFailure, RefusedKey, Traits, check_for_readers
+from pybustcall.errors import ConfigurationError
+from pybustcall.keys import is_variant
+from pybustcall.models import DEFAULT_NAMESPACE
 from pybustcall.redis_connection import RedisServer, RedisUnavailable
 from pybustcall.redis_layout import (
     DEFAULT_PREFIX,
@@ -106,12 +106,8 @@ class RedisBackend:
 
     def check(self, namespace: str, key: str) -> None:  # noqa: ARG002 - all hold the same
         """Raise `RefusedKey` if no reader could store under `key`; other programs can under any that is UTF-8."""
-        try:
-            check_target(key, "key")
-            check_marks(key)
-        except InvalidRequest as error:
-            if self._foreign is None or not key or not _is_utf8(key):
-                raise RefusedKey(str(error).removeprefix("key ").removesuffix("; nothing was sent")) from None
+        if self._foreign is None or not key or not _is_utf8(key):
+            check_for_readers(key)
 
     async def open(self) -> None:
         """Do nothing: connections are opened when they are needed."""

@@ -22,10 +22,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, final
 
 from pybustcall import sqlite_layout as layout
-from pybustcall.daemon.backends import NO_KEYS, BackendFailure, RefusedKey, Traits
-from pybustcall.errors import InvalidRequest
-from pybustcall.keys import check_marks
-from pybustcall.models import check_target
+from pybustcall.daemon.backends import NO_KEYS, BackendFailure, RefusedKey, Traits, check_for_readers
 from pybustcall.sqlite_file import SqliteFile, SqliteUnavailable
 from pybustcall.sqlite_layout import EVERY, MAX_FENCES, ranges_of_prefix
 
@@ -81,11 +78,7 @@ class SqliteBackend:
 
     def check(self, namespace: str, key: str) -> None:  # noqa: ARG002 - all hold the same
         """Raise `RefusedKey` if no reader could store under `key`."""
-        try:
-            check_target(key, "key")
-            check_marks(key)
-        except InvalidRequest as error:
-            raise RefusedKey(str(error).removeprefix("key ").removesuffix("; nothing was sent")) from None
+        check_for_readers(key)
 
     async def open(self) -> None:
         """Begin to drop what is over, now and then; the file is opened when it is needed."""
