@@ -11,10 +11,15 @@ daemon tells what was missed, or "reset", and then "live". A follower that begin
 to a daemon that broke the rules, owes its listeners a reset, which they get when it is live: from there on they are
 told everything.
 
-A stream is heard of at least every heartbeat. So what was heard last, while live, tells up to when its listeners know
-all that was busted, but for what is on its way. That is kept by a clock that goes on while the machine sleeps, and
-looked at when bytes come: those that come after too long a silence may be as old as that, since the process was stopped
-or the network held them back, and are thrown away with their connection.
+A stream is heard of at least every heartbeat, and the daemon dates what it writes when nothing more is due. So the last
+date tells up to when its listeners know all that was busted, however long it was on its way. Dates are by the daemon's
+clock, which need not be set like ours: the first of a connection was written after its request was begun, and the
+others so much later than that as their dates say. Clocks do not run alike for ever, and a request can take long; so
+connections are renewed now and then. Ours goes on while the machine sleeps.
+
+A daemon may not date what it writes. Then what comes is taken to be as new as it seems, unless it comes after too long
+a silence: it may be as old as that, since the process was stopped or the network held it back, and is thrown away with
+its connection.
 """
 
 from __future__ import annotations
@@ -24,7 +29,6 @@ import contextvars
 import logging
 import math
 import re
-import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable
@@ -34,6 +38,7 @@ from urllib.parse import urlencode
 
 from pydantic import ValidationError
 
+from pybustcall.clock import clock
 from pybustcall.dispatcher import reap
 from pybustcall.errors import ClientClosed, InvalidRequest
 from pybustcall.faults import AttemptFailed, Fault, FaultKind
@@ -86,6 +91,9 @@ _CAP: Final = 5.0
 _CAP_REFUSED: Final = 60.0
 """Seconds: the first ceiling of the pauses before a daemon is asked again, and the last; the last where it said no."""
 _MOST_FAILURES_LIVE: Final = 3  # how far the pauses grow if each connection becomes live, and ends soon
+_RENEWED: Final = 600.0  # seconds after which a connection is, so that clocks that do not run alike differ by little
+_RENEWED_BEATS: Final = 10.0  # heartbeats after which it is where it took long to open, by which the dates seem older
+_LONG_TO_OPEN: Final = 0.25  # heartbeats
 _STEADY: Final = 1.0  # seconds that a stream must have been live, so that it is opened again without a pause
 _MOST_WAITING: Final = 1000  # events that may wait for one slow reader
 _MOST_WANTED: Final = 100  # prefixes, and again tags, that a daemon lets one reader name
@@ -106,14 +114,6 @@ _REFUSALS: Final = frozenset(
 """What no waiting mends, but somebody may."""
 
 _log: Final = logging.getLogger("pybustcall")
-
-_BOOT_CLOCK: Final[int | None] = getattr(time, "CLOCK_BOOTTIME", None)
-
-
-def clock() -> float:
-    """Tell seconds that never go back, and go on while the machine sleeps, where the system has such a clock."""
-    return time.monotonic() if _BOOT_CLOCK is None else time.clock_gettime(_BOOT_CLOCK)
-
 
 # What is told
 
@@ -282,7 +282,7 @@ class Follower:
 
     - `place`: up to where everything was told, or None
     - `is_live`: whether the daemon has told by now all that was missed
-    - `opened`: when the request of the connection was begun; `sound`: when something was heard last while it was live
+    - `opened`: when the request of the connection was begun; `sound`: up to when everything was told, while it was live
     - `fault`: why it is not live; `refusal`: the same, if the daemon said no and never was live
     """
 
@@ -301,6 +301,8 @@ class Follower:
         self._owes_reset = True
         self._was_live = False
         self._failures = 0
+        self._skew: float | None = None  # of the daemon's clock to ours, in this connection, if it dates what it writes
+        self._renewal = math.inf
         self._is_told = False  # whether the log says that it cannot be followed
 
     def __repr__(self) -> str:
@@ -326,6 +328,7 @@ class Follower:
         loop = asyncio.get_running_loop()
         parser = StreamParser()
         heard = self.opened = self._feed.clock()
+        self._skew, self._renewal = None, math.inf
         limit = self._feed.limit(self.heartbeat)
         after = None if self.place is None else str(self.place)
         async with self._open(self._feed.wanted.path, after=after, until=loop.time() + limit) as read:
@@ -336,7 +339,7 @@ class Follower:
                 except TimeoutError:
                     return self._broken(FaultKind.TIMED_OUT, f"its stream was silent for {limit:g} s")
                 now = self._feed.clock()
-                if now - heard > _LEAST_BEATS * self.heartbeat:  # these bytes may have waited somewhere for so long
+                if not self._is_dated and now - heard > _LEAST_BEATS * self.heartbeat:  # it may be as old as that
                     return self._broken(FaultKind.TIMED_OUT, f"its stream was not read for {now - heard:.1f} s")
                 heard = now
                 if not chunk:
@@ -344,13 +347,34 @@ class Follower:
                 try:
                     for block in parser.feed(chunk):
                         self._take(block)
+                        if block.at is not None:
+                            self._date(block.at, now)
                 except BrokenStream as error:
                     self._lose()
                     return self._broken(FaultKind.MALFORMED, f"its stream is none: {error}")
-                if self.is_live:
+                if self.is_live and not self._is_dated:
                     self.sound = now
                 self._feed.changed()
+                if now >= self._renewal:
+                    return self._broken(FaultKind.DISCONNECTED, "its stream is opened anew, as it is now and then")
                 limit = self._feed.limit(self.heartbeat)
+
+    @property
+    def _is_dated(self) -> bool:
+        """Whether the daemon dates what it writes."""
+        return self._skew is not None
+
+    def _date(self, at: float, now: float) -> None:
+        """Take in that by `at` of the daemon's clock everything had been told."""
+        if self._skew is None:
+            self._skew = self.opened - at
+            slow = now - self.opened > _LONG_TO_OPEN * self.heartbeat
+            self._renewal = now + (
+                _RENEWED_BEATS * self.heartbeat if slow else _RENEWED * (0.9 + self._feed.random() / 5)
+            )
+        self._skew = min(self._skew, now - at)  # it was written before now
+        if self.is_live:
+            self.sound = max(self.sound, at + self._skew)
 
     def _broken(self, kind: FaultKind, message: str) -> Fault:
         return Fault(kind, self.url, message, "no")

@@ -17,6 +17,7 @@ MAX_EVENT_BYTES: Final = 2 * 1024 * 1024
 
 _LINE_END: Final = re.compile(rb"\r\n?|\n")
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+_TIME: Final = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?")
 
 
 class BrokenStream(Exception):
@@ -26,11 +27,16 @@ class BrokenStream(Exception):
 @final
 @dataclass(frozen=True, slots=True)
 class Block:
-    """An event as it came: its name, its data, and the last id until then. Without data it says only the id."""
+    """An event as it came: its name, its data, and the last id until then. Without data it says only the id.
+
+    `at`: when it was written, by the writer's clock, in seconds; None if that is not said. It is a field of ours, which
+    other readers ignore, as they must.
+    """
 
     name: str
     data: str | None
     id: str
+    at: float | None = None
 
 
 @final
@@ -49,6 +55,7 @@ class StreamParser:
         self._name = ""
         self._data: list[str] = []
         self._id = ""
+        self._at: float | None = None
 
     def feed(self, chunk: bytes) -> list[Block]:
         """Take in what came; tell the events that are complete by that. Raises `BrokenStream`."""
@@ -95,11 +102,14 @@ class StreamParser:
             self._data.append(value)
         elif field == "id" and "\0" not in value:
             self._id = value
+        elif field == "at" and _TIME.fullmatch(value):
+            self._at = float(value)
         return None
 
     def _end_event(self) -> Block:
         name, data = self._name, "\n".join(self._data) if self._data else None
+        at, self._at = self._at, None
         self._name = ""
         self._data.clear()
         self._size = 0
-        return Block(name, data, self._id)
+        return Block(name, data, self._id, at)

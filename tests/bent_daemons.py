@@ -43,6 +43,7 @@ __all__ = [
     "conflicting",
     "counts_for_each",
     "counts_what_is_gone",
+    "dating",
     "deaf_to_the_query",
     "denies_its_status",
     "dropping",
@@ -536,6 +537,12 @@ def in_place_of(name: str, *told: bytes) -> Telling:
 def numbered(number: Callable[[int], int]) -> Telling:
     """Make a defect in the numbers of busts."""
     return Telling(lambda heard: [heard.at(number(heard.number)) if heard.name == "bust" else heard])
+
+
+def dating(date: Callable[[int], float]) -> Telling:
+    """Make a defect in when things are said to be written."""
+    number = count()
+    return Telling(lambda heard: [heard.text().removesuffix(b"\n") + f"at: {date(next(number)):.3f}\n\n".encode()])
 
 
 def unfiltered(*names: str, instead: Callable[[Heard], bool] = lambda _: True) -> Telling:

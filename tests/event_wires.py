@@ -10,7 +10,7 @@ from typing import Final
 from pybustcall.events import BustEvent, silence
 from pybustcall.faults import AttemptFailed, Fault, FaultKind
 
-__all__ = ["BEGUN", "Heard", "Line", "Wire", "live", "told"]
+__all__ = ["BEGUN", "Heard", "Line", "Wire", "dated", "live", "told"]
 
 LONG: Final = 1e6  # seconds
 
@@ -21,6 +21,11 @@ def told(number: int, epoch: str = "e") -> bytes:
     """Write an event of a stream."""
     said = f'{{"namespace": "default", "kind": "key", "target": "{epoch}{number}"}}'
     return f"id: {epoch}-{number}\nevent: bust\ndata: {said}\n\n".encode()
+
+
+def dated(block: bytes, at: float) -> bytes:
+    """Date what a daemon writes."""
+    return block.removesuffix(b"\n") + f"at: {at:.3f}\n\n".encode()
 
 
 class Wire:

@@ -19,11 +19,13 @@ from aiohttp.test_utils import TestClient, TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pybustcall.clock import clock
 from pybustcall.daemon import DaemonSettings, Engine, Indexes, Layer, MemoryBackend, create_app
 from pybustcall.daemon.app import DAEMON
 from pybustcall.daemon.events import (
     LEAP,
     MOST_ALSO,
+    MOST_PENDING_BYTES,
     BustEvent,
     Events,
     Interest,
@@ -34,6 +36,7 @@ from pybustcall.daemon.journal import Entry, Journal, Wish
 from pybustcall.errors import ConfigurationError
 from pybustcall.keys import covers, is_variant
 from pybustcall.models import DEFAULT_NAMESPACE
+from pybustcall.sse import StreamParser
 from tests.conftest import PATIENCE, eventually, virtual_time
 from tests.test_daemon_jobs import AWAY, house
 from tests.test_daemon_journal import in_thread, spoil_in_use
@@ -194,7 +197,7 @@ async def test_who_comes_back_is_told_what_was_missed_before_being_live() -> Non
     reader = events.follow(Interest(DEFAULT_NAMESPACE, frozenset({"a"})), after=f"{events.epoch}-1")
     assert parsed(await anext(reader))[0][2]["target"] == "a/400"
     events.tell(event("a/new"))
-    assert await due(reader) == [("bust", "a/800"), ("live", ""), ("bust", "a/new")]
+    assert await due(reader) == [("bust", "a/800"), ("bust", "a/new"), ("live", "")]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +214,7 @@ async def test_who_asks_for_what_is_not_kept_must_forget(after: str) -> None:
     assert (name, place) == ("reset", f"{events.epoch}-13")
     assert set(said) == {"reason"}
     events.tell(event("next"))
-    assert await due(reader) == [("live", ""), ("bust", "next")]
+    assert await due(reader) == [("bust", "next"), ("live", "")]
     kept = events.follow(EVERYTHING, after=f"{events.epoch}-3")
     assert (await due(kept))[0] == ("reset", "")  # by now 4 is gone, too
     assert (await due(events.follow(EVERYTHING, after=f"{events.epoch}-4")))[0] == ("bust", "4")
@@ -232,6 +235,54 @@ async def test_a_reader_that_falls_behind_is_dropped_to_a_reset() -> None:
     assert (name, place) == ("reset", f"{events.epoch}-8")
     events.tell(event("next"))
     assert await due(reader) == [("bust", "next")]
+
+
+async def test_what_nothing_is_due_after_says_what_time_it_is() -> None:
+    """So that a reader knows how old it is, however long it was on its way; what more is due after says nothing."""
+    events = Events(heartbeat=0.01)
+    reader = events.follow(EVERYTHING)
+    blocks = StreamParser()
+    begun = clock()
+
+    async def dates() -> list[float | None]:
+        return [block.at for block in blocks.feed(await anext(reader))]
+
+    (live,) = await dates()
+    for number in range(3):
+        events.tell(event(str(number)))
+    first, second, last = await dates()
+    (beat,) = await dates()
+    assert (first, second) == (None, None)
+    assert live is not None
+    assert last is not None
+    assert beat is not None
+    assert begun - 0.001 <= live <= last <= beat <= clock() + 0.001
+    for number in range(20):
+        events.tell(event(f"{number}/" + "x" * 8000))
+    told = [await dates() for _ in range(3)]
+    assert [len(dates) for dates in told] == [9, 9, 2]
+    assert [date for dates in told for date in dates][:-1] == [None] * 19
+    assert told[-1][-1] is not None
+
+
+async def test_a_reader_is_owed_no_more_than_so_many_bytes() -> None:
+    """They are told in pieces, also to whoever comes back; beyond that it must forget. One event is always told."""
+    events = Events()
+    reader = events.follow(EVERYTHING)
+    assert await due(reader) == [("live", "")]
+    also = tuple(f"{number}/" + "é" * 300 for number in range(100))
+    for number in range(12):
+        events.tell(event(f"{number}", also=also))
+    back = events.follow(EVERYTHING, after=f"{events.epoch}-0")
+    assert reader._pending_bytes < MOST_PENDING_BYTES
+    for who in (reader, back):
+        assert [len(parsed(await anext(who))) for _ in range(6)] == [2] * 6
+    for number in range(17):
+        events.tell(event(f"{number}", also=also))
+    assert (reader._pending_bytes, len(reader._pending)) == (0, 0)
+    assert await due(reader) == [("reset", "")]
+    events.tell(event("x" * (MOST_PENDING_BYTES + 1)))
+    assert [name for name, _ in await due(reader)] == ["bust"]
 
 
 async def test_what_is_dropped_while_somebody_catches_up_is_a_reset() -> None:

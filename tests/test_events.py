@@ -27,7 +27,7 @@ from pybustcall.events import BustEvent, Concern, EventStream, Feed, Reset, Want
 from pybustcall.faults import Fault, FaultKind
 from pybustcall.testing import Answer, FakeDaemon, FaultyProxy, Trouble
 from tests.conftest import eventually, virtual_time
-from tests.event_wires import BEGUN, Heard, Wire, told
+from tests.event_wires import BEGUN, Heard, Wire, dated, told
 
 STREAM = ["events.stream", "cache.bust.tag", "cache.bust.prefix", "cache.bust.all", "cache.bust.namespace"]
 
@@ -207,6 +207,48 @@ async def test_what_waited_while_the_process_did_not_run_is_not_trusted(later: f
     assert heard.notes == ["first", "e1"]
     assert feed.trusted_until(1, None) == later + 3
     await feed.aclose()
+
+
+@virtual_time
+async def test_what_is_dated_is_as_old_as_it_says() -> None:
+    """However long it was on its way, and however the daemon's clock is set; nothing of it is thrown away."""
+    wire = Wire(
+        [0.2, dated(BEGUN, 1000.1), 0.8, dated(told(1), 1000.3), 2.0, told(2), 0.5, dated(told(3), 1001.3), 1e6]
+    )
+    async with following(wire) as (feed, heard):
+        seen = {}
+        for now in (0.5, 1.5, 3.25, 4.0):
+            await asyncio.sleep(now - asyncio.get_running_loop().time())
+            seen[now] = round(feed.trusted_until(1, None), 3)
+    # The first was written after the request was begun at 0, as far as is known, and the others so much later.
+    assert seen == {0.5: 3.0, 1.5: 3.2, 3.25: 3.2, 4.0: 4.2}
+    assert (len(wire.opened), heard.notes) == (1, ["first", "e1", "e2", "e3"])
+
+
+@virtual_time
+async def test_what_is_dated_is_never_newer_than_it_can_be() -> None:
+    """A daemon's clock that runs ahead makes nothing new; one that was set back makes nothing old again."""
+    wire = Wire([dated(BEGUN, 5.0), 1.0, dated(told(1), 9.0), 1.0, dated(told(2), 9.5), 1.0, dated(told(3), 8.0), 1e6])
+    async with following(wire) as (feed, _):
+        until = []
+        for _ in range(4):
+            await asyncio.sleep(0.5)
+            until.append(feed.trusted_until(1, None))
+            await asyncio.sleep(0.5)
+    assert until == [3.0, 4.0, 4.5, 4.5]
+
+
+@virtual_time
+async def test_a_stream_that_is_dated_is_opened_anew_now_and_then() -> None:
+    """Every ten minutes, since clocks differ in how they run; soon, if it took long to open. Nobody notices."""
+    beats: list[object] = [part for second in range(1, 700) for part in (1.0, dated(b"id: e-0\n\n", float(second)))]
+    slow: list[object] = [part for second in range(1, 20) for part in (1.0, dated(b"id: e-0\n\n", float(second)))]
+    wire = Wire([dated(BEGUN, 0.0), *beats], [1.5, dated(BEGUN, 0.0), *slow], [dated(BEGUN, 0.0), *beats])
+    async with following(wire, random=0.5) as (feed, heard):
+        await asyncio.sleep(630)
+        assert feed.is_live
+    assert wire.opened == [(0.0, None), (600.0, "e-0"), (611.5, "e-0")]
+    assert heard.notes == ["first"]
 
 
 RESET = b'id: e-9\nevent: reset\ndata: {"reason": "gone"}\n\n'

@@ -16,7 +16,7 @@ import pytest
 from pybustcall.events import BustEvent, Feed, Wanted
 from pybustcall.faults import AttemptFailed, Fault, FaultKind
 from pybustcall.near_cache import NearCache
-from tests.event_wires import live
+from tests.event_wires import dated, live
 from tests.staleness import Bust, Read, stale_reads
 
 KEYS: Final = ("a", "b/c")
@@ -27,10 +27,15 @@ KEPT: Final = 4  # events that the daemon keeps
 
 
 class World:
-    """A database, a daemon that tells of busts, and streams that break."""
+    """A database, a daemon that tells of busts, and streams that break.
 
-    def __init__(self, chance: random.Random) -> None:
+    `slow`: seconds that bytes may be on their way over a stream; if that is long, the daemon dates what it writes, by a
+    clock that is set otherwise.
+    """
+
+    def __init__(self, chance: random.Random, slow: float) -> None:
         self.chance = chance
+        self.slow = slow
         self.now: Callable[[], float] = asyncio.get_running_loop().time
         self.versions = dict.fromkeys(KEYS, 1)
         self.log: list[tuple[str, str]] = []
@@ -49,37 +54,52 @@ class World:
         if not self.is_up:
             raise AttemptFailed(Fault(FaultKind.UNREACHABLE, "http://0", "down", "no"))
         seen = len(self.log) if after is None else int(after.rpartition("-")[2])
-        cut, wake, first = asyncio.Event(), asyncio.Event(), True
+        cut, wake = asyncio.Event(), asyncio.Event()
         self.cuts.add(cut)
         self.wakes.add(wake)
+        sent: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+        text = b""
+        if seen < len(self.log) - KEPT:
+            seen = len(self.log)
+            text = f'id: e-{seen}\nevent: reset\ndata: {{"reason": "gone"}}\n\n'.encode()
+
+        due = 0.0
+
+        def send(text: bytes) -> None:
+            nonlocal due
+            due = max(due, self.now()) + self.chance.random() * self.slow
+            sent.put_nowait((due, self.dated(text)))
+
+        async def write() -> None:
+            nonlocal seen
+            send(text + self.told(seen) + live(len(self.log)))
+            seen = len(self.log)
+            while not cut.is_set():
+                wake.clear()
+                try:
+                    async with asyncio.timeout(1.0):
+                        await wake.wait()
+                except TimeoutError:
+                    pass
+                send(self.told(seen) or f"id: e-{seen}\n\n".encode())
+                seen = len(self.log)
 
         async def read() -> bytes:
-            nonlocal seen, first
-            if first:
-                first = False
-                text = b""
-                if seen < len(self.log) - KEPT:
-                    seen = len(self.log)
-                    text = f'id: e-{seen}\nevent: reset\ndata: {{"reason": "gone"}}\n\n'.encode()
-                text, seen = text + self.told(seen) + live(len(self.log)), len(self.log)
-                await asyncio.sleep(self.chance.random() * LATE)
-                return b"" if cut.is_set() else text
-            try:
-                async with asyncio.timeout(1.0):
-                    while seen == len(self.log) and not cut.is_set():
-                        wake.clear()
-                        await wake.wait()
-            except TimeoutError:
-                pass
-            text, seen = self.told(seen) or f"id: e-{seen}\n\n".encode(), len(self.log)
-            await asyncio.sleep(self.chance.random() * LATE)
+            until, text = await sent.get()
+            await asyncio.sleep(until - self.now())
             return b"" if cut.is_set() else text
 
+        writing = asyncio.create_task(write())
         try:
             yield read
         finally:
+            writing.cancel()
             self.cuts.discard(cut)
             self.wakes.discard(wake)
+
+    def dated(self, text: bytes) -> bytes:
+        """Say when it was written, where it may be long on its way."""
+        return text if self.slow <= LATE else dated(text, self.now() + 1000.0)
 
     def told(self, seen: int) -> bytes:
         """Write the events after one of them."""
@@ -96,7 +116,7 @@ class World:
     async def spoil(self) -> None:
         """Cut streams, and let the daemon be down for a while."""
         while True:
-            await asyncio.sleep(self.chance.expovariate(1.0))
+            await asyncio.sleep(self.chance.expovariate(1.0 if self.slow <= LATE else 0.1))
             self.is_up = self.chance.random() < 0.5
             for cut in list(self.cuts):
                 if not self.is_up or self.chance.random() < 0.5:
@@ -144,9 +164,9 @@ class World:
 Plant = Callable[[NearCache], None]
 
 
-async def history(seed: int, plant: Plant) -> tuple[int, int]:
+async def history(seed: int, plant: Plant, slow: float) -> tuple[int, int]:
     """Let two near caches be used for a minute; tell how many reads were hits, and how many were stale."""
-    world = World(random.Random(seed))
+    world = World(random.Random(seed), slow)
     tasks, feeds, hits = [], [], 0
     caches = []
     for who in ("first", "second"):
@@ -167,8 +187,8 @@ async def history(seed: int, plant: Plant) -> tuple[int, int]:
     await asyncio.gather(*tasks, return_exceptions=True)
     for feed in feeds:
         await feed.aclose()
-    # A healthy stream may have been silent for a heartbeat, and what it says next be on its way.
-    return hits, len(stale_reads(world.reads, world.busts, max(GRACE, 1.5) + 2 * LATE))
+    # Where nothing is dated, what a healthy stream says next may be on its way.
+    return hits, len(stale_reads(world.reads, world.busts, GRACE + (2 * LATE if slow <= LATE else 0.001)))
 
 
 def _join(feed: Feed) -> Any:
@@ -178,9 +198,9 @@ def _join(feed: Feed) -> Any:
     return join
 
 
-def run(seed: int, plant: Plant) -> tuple[int, int]:
+def run(seed: int, plant: Plant, slow: float = LATE) -> tuple[int, int]:
     with asyncio.Runner(loop_factory=looptime.new_event_loop) as runner:
-        return runner.run(history(seed, plant))
+        return runner.run(history(seed, plant, slow))
 
 
 def nothing(cache: NearCache) -> None:
@@ -224,11 +244,23 @@ def keep_what_was_busted_here(cache: NearCache) -> None:
     cache.bust_here = lambda event: None  # type: ignore[method-assign] # noqa: ARG005
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_no_near_cache_returns_what_was_busted_before(seed: int) -> None:
-    """Whatever is cut, slow or busted at random; and most reads are hits, or nothing would be shown by that."""
-    hits, stale = run(seed, nothing)
-    assert (hits > 100, stale) == (True, 0)
+def take_what_comes_for_new(cache: NearCache) -> None:
+    assert cache._feed is not None
+    for follower in cache._feed.followers:
+        follower._date = lambda at, now, follower=follower: setattr(follower, "sound", now)  # type: ignore[misc, method-assign] # noqa: ARG005
+
+
+@pytest.mark.parametrize("slow", [LATE, 0.3, 1.4])
+def test_no_near_cache_returns_what_was_busted_before(slow: float) -> None:
+    """Whatever is cut, slow or busted at random; and many reads are hits, or nothing would be shown by that."""
+    found = [run(seed, nothing, slow) for seed in range(20)]
+    assert [stale for _, stale in found] == [0] * 20
+    assert sum(hits for hits, _ in found) > 20 * (100 if slow < 1 else 30)
+
+
+def test_what_is_old_when_it_comes_is_found_if_it_is_taken_for_new() -> None:
+    """By the same checker."""
+    assert any(run(seed, take_what_comes_for_new, 1.4)[1] for seed in range(40))
 
 
 @pytest.mark.parametrize(

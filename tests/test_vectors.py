@@ -404,6 +404,7 @@ def test_a_stream_is_read_as_the_vectors_say_wherever_it_is_cut(entry: Entry) ->
         expected = [(told["event"], filled(entry, told["data"]), told["id"]) for told in entry["events"]]
         found = [(block.name or "message", block.data, block.id) for block in blocks if block.data is not None]
         assert (found, blocks[-1].id if blocks else "") == (expected, entry["last_id"]), pieces
+        assert [block.at for block in blocks if block.at is not None] == entry.get("dates", []), pieces
 
 
 @pytest.mark.parametrize("entry", STREAMS)

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar, final
 
 from sortedcontainers import SortedDict
 
+from pybustcall.clock import clock
 from pybustcall.keys import ENCODINGS, covers, prefixes_of, ranges_of
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ MOST_ALSO: Final = 1000
 """How many further keys an event can name; one that would have more is told as if everything had been busted."""
 MOST_PENDING: Final = 1000
 """How many events may wait for one reader."""
+MOST_PENDING_BYTES: Final = 1_000_000
+"""How many bytes of events may wait for one reader, unless a single one has more."""
 HEARTBEAT: Final = 5.0
 """Seconds after which a stream that has nothing to say says so."""
 LEAP: Final = 2**32
@@ -65,6 +68,7 @@ LEAP: Final = 2**32
 
 _ALSO_BYTES: Final = 65536
 _STRIDE: Final = 250  # events looked through between two turns of the event loop
+_CHUNK: Final = 65536  # bytes handed to a connection at a time, and one event more
 
 
 @final
@@ -87,11 +91,11 @@ class BustEvent:
     @property
     def size(self) -> int:
         """About how many bytes it takes."""
-        return 200 + len(self.target) + sum(map(len, self.also))
+        return 200 + _bytes_of(self.target) + sum(map(_bytes_of, self.also))
 
     def bounded(self) -> BustEvent:
         """Make it short enough to tell: one that names very many keys is told as everything in its namespace."""
-        if len(self.also) <= MOST_ALSO and sum(map(len, self.also)) <= _ALSO_BYTES:
+        if len(self.also) <= MOST_ALSO and sum(map(_bytes_of, self.also)) <= _ALSO_BYTES:
             return self
         return replace(self, kind="all", target="*", also=())
 
@@ -109,9 +113,24 @@ class BustEvent:
         return block("bust", f"{epoch}-{self.seq}", said)
 
 
-def block(name: str, place: str, said: dict[str, object]) -> bytes:
-    """Write an event of a stream; JSON has no line ends outside of its escapes."""
-    return f"id: {place}\nevent: {name}\ndata: {json.dumps(said, separators=(',', ':'))}\n\n".encode()
+def block(name: str, place: str, said: dict[str, object], *, at: str = "") -> bytes:
+    """Write an event of a stream; JSON has no line ends outside of its escapes. `at`: its date, if it has one."""
+    data = json.dumps(said, separators=(",", ":"), ensure_ascii=False)
+    return f"id: {place}\n{at}event: {name}\ndata: {data}\n\n".encode()
+
+
+def _bytes_of(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _dated(events: bytes) -> bytes:
+    """Put the date into the last of several events."""
+    return events.removesuffix(b"\n") + f"{_at()}\n".encode()
+
+
+def _at() -> str:
+    """Write what time it is, so that a reader knows how old is what it reads."""
+    return f"at: {clock():.3f}\n"
 
 
 # Whom an event concerns
@@ -404,6 +423,7 @@ class Reader:
         self._is_live = False
         self._has_ended = False
         self._pending: deque[bytes] = deque()
+        self._pending_bytes = 0
         self._wake = asyncio.Event()
         self._closing: Callable[[], None] = lambda: None
 
@@ -418,11 +438,13 @@ class Reader:
         """Hand in an event. If there are too many already, all are dropped for a reset."""
         if self._is_lost:
             return  # the reset will have the number of the newest event
-        if len(self._pending) >= self._events.most_pending:
+        full = len(self._pending) >= self._events.most_pending
+        if full or (self._pending and self._pending_bytes + len(text) > MOST_PENDING_BYTES):
             self._is_lost = True
-            self._pending.clear()
+            self._drop()
         else:
             self._pending.append(text)
+            self._pending_bytes += len(text)
         self._wake.set()
 
     def end(self) -> None:
@@ -447,12 +469,12 @@ class Reader:
                     return text
                 await asyncio.sleep(0)
                 continue
-            if not self._is_live:
+            if self._pending or not self._is_live:
+                text = self._due()
+                if self._pending:
+                    return text
+                text = _dated(text) if self._is_live else text + self._live()
                 self._is_live = True
-                return self._live()
-            if self._pending:
-                text = b"".join(self._pending)
-                self._pending.clear()
                 return text
             self._wake.clear()
             try:
@@ -464,21 +486,43 @@ class Reader:
 
     def _reset(self) -> bytes:
         self._is_lost = False
-        self._pending.clear()
+        self._drop()
         self._seen = self._until = self._events.newest
         return block("reset", self._events.place, {"reason": "events were missed that are no longer kept"})
 
     def _catch_up(self) -> bytes:
         """Look on through the log; what comes meanwhile is pushed."""
         found = self._events.between(self._seen, self._until, _STRIDE)
-        self._seen = found[-1].seq if len(found) == _STRIDE else self._until
-        return b"".join(event.encoded(self._events.epoch) for event in found if self.interest.concerns(event))
+        taken, size = [], 0
+        for event in found:
+            self._seen = event.seq
+            if self.interest.concerns(event):
+                taken.append(event.encoded(self._events.epoch))
+                size += len(taken[-1])
+                if size >= _CHUNK:
+                    return b"".join(taken)
+        if len(found) < _STRIDE:
+            self._seen = self._until
+        return b"".join(taken)
+
+    def _drop(self) -> None:
+        self._pending.clear()
+        self._pending_bytes = 0
+
+    def _due(self) -> bytes:
+        """Take what is due, or the first of it if that is much: whoever is slow takes up no more than so much."""
+        taken, size = [], 0
+        while self._pending and size < _CHUNK:
+            taken.append(self._pending.popleft())
+            size += len(taken[-1])
+        self._pending_bytes -= size
+        return b"".join(taken)
+
+    # Each of these is written when nothing more is due: all that was busted by then has been told.
 
     def _live(self) -> bytes:
         """Tell that all that was missed has been told, and how far that is."""
-        place = f"{self._events.epoch}-{self._until}"
-        return block("live", place, {"heartbeat": self._events.heartbeat})
+        return block("live", self._events.place, {"heartbeat": self._events.heartbeat}, at=_at())
 
     def _beat(self) -> bytes:
-        # Nothing is due, so that all that this reader is to know up to the newest event has been told.
-        return f": heartbeat\nid: {self._events.place}\n\n".encode()
+        return f": heartbeat\nid: {self._events.place}\n{_at()}\n".encode()

@@ -298,7 +298,7 @@ _JOB: Final[dict[str, Any]] = {
     "layers": [{"name": "redis", "ok": False, "removed": 0, "error": "it cannot be reached"}],
 }
 _STREAM: Final = (
-    'id: 7f3a9c0d5b1e2f48-1041\nevent: live\ndata: {"heartbeat":5.0}\n\n'
+    'id: 7f3a9c0d5b1e2f48-1041\nat: 81204.118\nevent: live\ndata: {"heartbeat":5.0}\n\n'
     "id: 7f3a9c0d5b1e2f48-1042\nevent: bust\n"
     'data: {"namespace":"default","kind":"tag","target":"product:7","soft":false,"strategy":"dimensional"}\n\n'
 )
@@ -415,7 +415,8 @@ def _operations() -> tuple[_Operation, ...]:
                 "description": (
                     "Events with an id, a name and data in JSON, whose schemas `x-bustcall-events` tells by the name."
                     " First comes what was missed, or `reset`; then `live`; then each `bust` as it is applied. A"
-                    " comment and the newest id come when there was nothing to say for `heartbeat` seconds."
+                    " comment and the newest id come when there was nothing to say for `heartbeat` seconds. `at` says"
+                    " when the daemon had nothing more to tell, in seconds of a clock that is never set."
                 ),
             },
             answer=_STREAM,

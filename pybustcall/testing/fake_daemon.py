@@ -22,6 +22,7 @@ from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
 from pybustcall.capabilities import SEMVERX, VERSION, check_requirements, digest_of, unmet
+from pybustcall.clock import clock
 from pybustcall.errors import ConfigurationError, InvalidVersion
 from pybustcall.jobs import MAX_JOBS
 from pybustcall.keys import ENCODINGS, covers
@@ -845,14 +846,14 @@ class FakeDaemon:
             reset = {"reason": "events were missed that are no longer kept"}
             await response.write(_event("reset", f"{self.epoch}-{seen}", reset))
         missed, seen = told(seen), self._last_told
-        await response.write(missed + _event("live", f"{self.epoch}-{seen}", {"heartbeat": self.heartbeat}))
+        await response.write(_dated(missed + _event("live", f"{self.epoch}-{seen}", {"heartbeat": self.heartbeat})))
         while not released.is_set():
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.heartbeat):
                     await wake.wait()
             wake.clear()
             fresh, seen = told(seen), self._last_told
-            await response.write(fresh or f": heartbeat\nid: {self.epoch}-{seen}\n\n".encode())
+            await response.write(_dated(fresh or f": heartbeat\nid: {self.epoch}-{seen}\n\n".encode()))
 
     # Status and capabilities
 
@@ -1076,6 +1077,11 @@ def _is_wanted(query: MultiMapping[str], said: Mapping[str, Any]) -> bool:
         or (kind == "prefix" and covers(target, prefix))
         for prefix in prefixes
     )
+
+
+def _dated(text: bytes) -> bytes:
+    """Put into the last event when it was written."""
+    return text.removesuffix(b"\n") + f"at: {clock():.3f}\n\n".encode()
 
 
 def _event(name: str, place: str, said: Mapping[str, object]) -> bytes:

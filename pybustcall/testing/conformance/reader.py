@@ -55,6 +55,8 @@ class Stream:
         self.epoch = ""
         self.number = self.reset_at = -1
         self.beats = 0
+        self._dates: list[float] = []
+        self._begun = _now()
         self._content = content
         self._whose = whose
         self._namespaces = namespaces
@@ -109,6 +111,8 @@ class Stream:
             raise Unmet(f"its stream of events is none: {broken}") from broken
 
     def _take(self, block: Block) -> None:
+        if block.at is not None:
+            self._date(block.at)
         known = block.data is not None and block.name in {"bust", "reset", "live"}
         if known or block.id:
             self._move(block.name if known else "", block.id)
@@ -128,6 +132,15 @@ class Stream:
         else:
             self.live = _understood(StreamedLive, block.name, data)
             self.missed = tuple(self.told)
+
+    def _date(self, at: float) -> None:
+        """Take in a date, which must be of a clock that goes on as ours does, however it is set."""
+        self._dates.append(at)
+        first, last = self._dates[0], self._dates[-2:][0]
+        if at < last:
+            raise Unmet("its dates go back")
+        if at - first > _now() - self._begun + _SOON:
+            raise Unmet(f"its dates went on by {at - first:.0f} s in {_now() - self._begun:.0f} s")
 
     def _move(self, name: str, place: str) -> None:
         found = _PLACE.fullmatch(place)

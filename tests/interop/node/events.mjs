@@ -24,6 +24,9 @@ export function concerns({ namespace, kind, target, strategy, also = [] }, { nam
 
 const block = (event, id, data) => `id: ${id}\nevent: ${event}\ndata: ${JSON.stringify(data)}\n\n`;
 
+/** Put into the last of these when it was written, by a clock that is never set: all that was busted by then is told. */
+const dated = (text) => `${text.slice(0, -1)}at: ${(performance.now() / 1000).toFixed(3)}\n\n`;
+
 /** The events of one process. `kept`: how many are kept for readers that come back; `heartbeat`: in seconds. */
 export class Log {
   #epoch = randomBytes(8).toString("hex");
@@ -51,7 +54,7 @@ export class Log {
     const text = block("bust", this.#place, event);
     this.#events.push({ number: this.#number, event, text });
     if (this.#events.length > this.kept) this.#events.shift();
-    for (const reader of this.#readers) if (concerns(event, reader.interest)) this.#send(reader, text);
+    for (const reader of this.#readers) if (concerns(event, reader.interest)) this.#send(reader, dated(text));
   }
 
   /** Tell a reader what it has missed since the event with an id, or to forget; that it is live; and what comes. */
@@ -64,11 +67,12 @@ export class Log {
     told.push(block("live", this.#place, { heartbeat: this.heartbeat }));
     const reader = { response, interest };
     // Nothing is due, so that all that this reader is to know up to the newest event has been told.
-    reader.timer = setInterval(() => this.#send(reader, `: heartbeat\nid: ${this.#place}\n\n`), this.heartbeat * 1000);
+    const beat = () => this.#send(reader, dated(`: heartbeat\nid: ${this.#place}\n\n`));
+    reader.timer = setInterval(beat, this.heartbeat * 1000);
     this.#readers.add(reader);
     response.on("close", () => this.#leave(reader));
     response.on("error", () => {}); // it has gone, and is closed
-    response.write(told.join(""));
+    response.write(dated(told.join("")));
   }
 
   /** Tell up to which event somebody has read; null if that cannot be told from here. */
