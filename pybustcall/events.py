@@ -795,12 +795,12 @@ class EventStream:
         """End. What waits is dropped, and whoever waits for an event comes to the end. Repeating it is harmless."""
         self._has_ended = True
         self._waiting.clear()
+        if self._wake is not None:
+            self._wake.set()
         feed = self._feed
         if feed is not None:
             feed.leave(self)
             await feed.aclose()
-        if self._wake is not None:
-            self._wake.set()
 
     async def __aenter__(self) -> Self:
         await self._start()
@@ -829,17 +829,24 @@ class EventStream:
         return self._waiting.popleft()
 
     async def _start(self) -> Feed:
-        if self._feed is None:
+        if self._feed is None and not self._has_ended:
             self._wake = asyncio.Event()
             feed = await self._begin()
-            if self._feed is None:  # it may be begun by two at once
-                self._feed = feed
-                feed.join(self)
-            else:
+            if not self._take(feed):
                 await feed.aclose()
+        if self._feed is None:
+            raise ClientClosed("this stream of events was closed; begin another one")
         if self._feed.loop is not asyncio.get_running_loop():
             raise RuntimeError("this stream of events belongs to another event loop; begin one in each")
         return self._feed
+
+    def _take(self, feed: Feed) -> bool:
+        """Take a feed that was begun, unless another has come first, or the end."""
+        if self._feed is not None or self._has_ended:
+            return False
+        self._feed = feed
+        feed.join(self)
+        return True
 
     def _check(self, feed: Feed) -> None:
         if (refusal := feed.refusal) is not None:

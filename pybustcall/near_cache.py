@@ -50,7 +50,8 @@ __all__ = ["Join", "NearCache", "NearCacheStatistics", "Shelf"]
 
 _COLLECTIONS: Final = (list, tuple, set, frozenset)
 _MOST_TAGS: Final = 256
-_MOST_MARKS: Final = 64  # prefixes by which one key is found; longer ones are looked through
+_MOST_MARKS: Final = 64  # prefixes by which one key is found
+_LONG: Final = 1024  # characters; keys that have more than that, or more prefixes, are looked through
 
 _log: Final = logging.getLogger("pybustcall")
 
@@ -82,7 +83,7 @@ class Shelf:
         self._tagged: dict[str, set[str]] = {}
         self._below: dict[str, set[str]] = {}
         self._variants: dict[str, set[str]] = {}
-        self._deep: set[str] = set()  # keys of very many segments
+        self._deep: set[str] = set()  # keys that are long, or have very many segments
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -167,7 +168,7 @@ class Shelf:
 
 
 def _is_deep(key: str) -> bool:
-    return sum(map(key.count, "/:?#")) > _MOST_MARKS
+    return len(key) > _LONG or sum(map(key.count, "/:?#")) > _MOST_MARKS
 
 
 # Who loads
@@ -458,16 +459,18 @@ class NearCache:
             self._counts["expired"] += 1
             self._shelf.drop(key)
             entry = None
-        if entry is not None and tags and not entry.tags.issuperset(tags):
+        if entry is not None and tags and not _has_all(entry.tags, tags):
             entry = self._tag(key, entry, tags)
         self._counts["misses" if entry is None else "hits"] += 1
         return entry
 
     def _tag(self, key: str, entry: _Entry, tags: Collection[str]) -> _Entry | None:
         """Have an entry found by the tags that this call names; None if one of them may have been busted already."""
+        wanted = _checked_tags(tags)
         if self._tag_busted > entry.begun:
             return None
-        self._shelf.tag(key, _checked_tags(tags))
+        _checked_tags(entry.tags | wanted)
+        self._shelf.tag(key, wanted)
         return entry
 
     def _check_hub(self) -> None:
@@ -514,7 +517,10 @@ class NearCache:
         if flight is None or (flight.begun < asked and self._is_spent(flight, tags)):
             return self._take_off(key, loader, tags)
         _check_circle(flight)
-        flight.tags |= tags
+        if not tags <= flight.tags:
+            # One of these may have been busted since it began, when it did not bear it yet.
+            flight.refused = flight.refused or self._tag_busted > flight.begun
+            flight.tags |= _checked_tags(flight.tags | tags)
         return flight
 
     def _is_spent(self, flight: _Flight, tags: frozenset[str]) -> bool:
@@ -550,7 +556,9 @@ class NearCache:
             return  # of a loop that is left
         flight.is_sound = not flight.refused and self.is_trusted
         self._counts["refused"] += flight.refused
-        if flight.is_sound:
+        if (
+            flight.is_sound and self._flights.get(flight.key) is flight
+        ):  # else a later one has brought, or will, a newer
             expires = flight.started + self._ttl
             tags = frozenset(flight.tags)
             self._counts["evicted"] += self._shelf.put(flight.key, value, tags, expires, flight.begun)
@@ -643,6 +651,13 @@ def _several(tags: Iterable[str]) -> Collection[str]:
     if isinstance(tags, str) or not isinstance(tags, Iterable):
         raise InvalidRequest("tags must be several texts, such as a list, not one", field="tags")
     return tuple(tags)
+
+
+def _has_all(held: frozenset[str], tags: Collection[str]) -> bool:
+    try:
+        return held.issuperset(tags)
+    except TypeError:  # what cannot be hashed is no tag, which is told when they are checked
+        return False
 
 
 def _checked_tags(tags: Collection[str]) -> frozenset[str]:

@@ -26,7 +26,7 @@ from pybustcall.errors import ClientClosed, IncompatibleDaemon, InvalidRequest, 
 from pybustcall.events import BustEvent, Concern, EventStream, Feed, Reset, Wanted, clock
 from pybustcall.faults import Fault, FaultKind
 from pybustcall.testing import Answer, FakeDaemon, FaultyProxy, Trouble
-from tests.conftest import eventually, virtual_time
+from tests.conftest import PATIENCE, eventually, virtual_time
 from tests.event_wires import BEGUN, Heard, Wire, dated, told
 
 STREAM = ["events.stream", "cache.bust.tag", "cache.bust.prefix", "cache.bust.all", "cache.bust.namespace"]
@@ -414,6 +414,35 @@ async def test_whoever_listens_is_held_weakly() -> None:
 
 
 # A client's events
+
+
+async def test_closing_that_is_cancelled_ends_whoever_waits_all_the_same() -> None:
+    """Also if that happens before anything was ended."""
+    async with fake() as daemon, BustcallClient(daemon.url) as client:
+        events = client.events()
+        await events.wait_live(5)
+        waiting = asyncio.create_task(anext(events))
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(events.aclose())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(StopAsyncIteration):
+            async with asyncio.timeout(PATIENCE):
+                await waiting
+        await asyncio.wait({closing})
+
+
+async def test_a_stream_that_was_closed_before_it_began_does_not_begin() -> None:
+    """Nobody would end it."""
+    async with fake() as daemon, BustcallClient(daemon.url) as client:
+        events = client.events()
+        await events.aclose()
+        for begin in (events.wait_live(), events.__aenter__()):
+            with pytest.raises(ClientClosed, match="this stream of events was closed"):
+                await begin
+        with pytest.raises(StopAsyncIteration):
+            await anext(events)
+        assert not daemon.followed
 
 
 async def test_what_is_busted_is_told() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import tracemalloc
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -57,6 +58,18 @@ def test_an_event_finds_exactly_what_it_concerns(
     for key in model:
         shelf.drop(key)
     assert [shelf._entries, shelf._tagged, shelf._below, shelf._variants, shelf._deep] == [{}, {}, {}, {}, set()]
+
+
+def test_long_keys_take_no_more_memory_than_they_have() -> None:
+    """They are found by their prefixes, of which each would be as long as they are."""
+    shelf = Shelf(1000)
+    tracemalloc.start()
+    for number in range(100):
+        shelf.put(f"{number}" + f"/{'x' * 120}" * 60, None, frozenset(), 0.0)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 100 * 2 * 7300
+    assert shelf.concerned(BustEvent(target=f"7/{'x' * 120}", kind="prefix")) == {"7" + f"/{'x' * 120}" * 60}
 
 
 def test_what_was_not_asked_for_longest_goes() -> None:
@@ -288,6 +301,64 @@ async def test_who_joins_with_a_tag_that_was_busted_before_gets_another_value() 
         line.say(bust(2, "u", "tag"))
         await asyncio.sleep(0.1)
         assert len(cache) == 0
+
+
+@virtual_time
+async def test_who_goes_over_to_another_loading_brings_no_tag_to_it_that_was_busted_since() -> None:
+    """What he asked for before is refused, and the next was begun by somebody who knew of no tag: it is not held."""
+    line, first, second = Line(), Source(1.0), Source(2.0)
+    async with near(line, beats=True) as cache:
+        asked = [asyncio.create_task(cache.get_or_load("k", first.load)) for _ in range(1)]
+        await asyncio.sleep(0.1)
+        joins = asyncio.create_task(cache.get_or_load("k", first.load, tags=["t"]))
+        await asyncio.sleep(0.1)
+        line.say(bust(1, "k"))
+        await asyncio.sleep(0.1)
+        asked.append(asyncio.create_task(cache.get_or_load("k", second.load)))
+        await asyncio.sleep(0.1)
+        second.version = 2
+        line.say(bust(2, "t", "tag"))
+        assert await joins == 1
+        assert await asyncio.gather(*asked) == [1, 1]
+        assert len(cache) == 0
+        assert await cache.get_or_load("k", second.load, tags=["t"]) == 2
+
+
+@virtual_time
+async def test_an_older_loading_takes_the_place_of_no_newer_value() -> None:
+    """Whoever began it knew of no tag; the tag was busted, and another who knew it has loaded since."""
+    line, slow, quick = Line(), Source(1.0), Source()
+    async with near(line, beats=True) as cache:
+        asked = asyncio.create_task(cache.get_or_load("k", slow.load))
+        await asyncio.sleep(0.1)
+        line.say(bust(1, "t", "tag"))
+        await asyncio.sleep(0.1)
+        quick.version = 2
+        assert await cache.get_or_load("k", quick.load, tags=["t"]) == 2
+        assert await asked == 1
+        for tags in ([], ["t"]):
+            assert await cache.get_or_load("k", quick.load, tags=tags) == 2
+        assert len(quick.loads) == 1
+
+
+@virtual_time
+async def test_tags_that_add_up_to_too_many_are_refused() -> None:
+    """Of what is held, and of what is being loaded."""
+    line, source = Line(), Source(1.0)
+    tags = [f"{number}" for number in range(300)]
+    async with near(line, beats=True) as cache:
+        await cache.get_or_load("held", source.load, tags=tags[:200])
+        loading = asyncio.create_task(cache.get_or_load("k", source.load, tags=tags[:200]))
+        await asyncio.sleep(0.1)
+        for key in ("held", "k"):
+            with pytest.raises(InvalidRequest, match="at most 256 tags"):
+                await cache.get_or_load(key, source.load, tags=tags[100:])
+            assert await cache.get_or_load(key, source.load, tags=tags[150:250]) == 1
+        assert await loading == 1
+        unhashable: Any = [["x"]]
+        for key in ("held", "other"):
+            with pytest.raises(InvalidRequest, match="tag"):
+                await cache.get_or_load(key, source.load, tags=unhashable)
 
 
 @virtual_time
