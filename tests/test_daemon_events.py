@@ -362,20 +362,23 @@ async def killed(path: Path, *told: BustEvent, flush: bool = True) -> Events:
 
 
 async def test_a_log_that_was_closed_goes_on_where_it_ended(tmp_path: Path) -> None:
-    """With what it had kept, and no number left out, so that nobody is told to forget."""
+    """With what it had kept, and far beyond its numbers; nobody is told to forget."""
     async with kept(tmp_path / "j") as (_, events):
         for number in range(30):
             events.tell(event(str(number), also=("x", "ü"), soft=True, kind="prefix"))
         before, place = list(events._kept.values()), events.place
     async with kept(tmp_path / "j") as (_, events):
-        assert (list(events._kept.values()), events.place) == (before, place)
+        assert list(events._kept.values()) == before
+        assert 30 + LEAP <= events.newest < 30 + 2 * LEAP
+        assert await due(events.follow(EVERYTHING, after=place)) == [("live", "")]
         assert (await due(events.follow(EVERYTHING, after=f"{events.epoch}-28")))[:2] == [
             ("bust", "28"),
             ("bust", "29"),
         ]
         assert (await due(events.follow(EVERYTHING, after=f"{events.epoch}-9")))[0] == ("reset", "")
         events.tell(event("next"))
-        assert events.place == f"{events.epoch}-31"
+        assert (await due(events.follow(EVERYTHING, after=place))) == [("bust", "next"), ("live", "")]
+        assert (await due(events.follow(EVERYTHING, after=f"{events.epoch}-31")))[0] == ("reset", "")
 
 
 async def test_numbers_that_a_killed_process_may_have_given_are_given_to_nothing_else(tmp_path: Path) -> None:
@@ -386,9 +389,62 @@ async def test_numbers_that_a_killed_process_may_have_given_are_given_to_nothing
     async with kept(tmp_path / "j") as (_, events):
         assert events.epoch == before.epoch
         events.tell(event("again"))
-        assert events.newest == 1 + 2 * LEAP + 1
+        assert events.newest > 1 + 2 * LEAP
         assert await due(events.follow(EVERYTHING, after=lost.place)) == [("bust", "again"), ("live", "")]
         assert await due(events.follow(EVERYTHING, after=before.place)) == [("bust", "again"), ("live", "")]
+
+
+async def test_who_read_on_in_a_journal_that_was_lost_must_forget(tmp_path: Path) -> None:
+    """A copy from before was put back. Whatever is told since then has numbers that nobody has read."""
+    async with kept(tmp_path / "j") as (_, events):
+        events.tell(event("old"))
+        old = events.place
+    copy = (tmp_path / "j").read_bytes()
+    async with kept(tmp_path / "j") as (_, events):
+        for number in range(3):
+            events.tell(event(f"lost {number}"))
+        lost = [f"{events.epoch}-{events.newest - number}" for number in range(4)]
+    (tmp_path / "j").write_bytes(copy)
+    for told in (["new 0"], ["new 0", "new 1"], ["new 0", "new 1", "new 2"]):
+        async with kept(tmp_path / "j") as (_, events):
+            events.tell(event(told[-1]))
+            for place in lost:
+                assert (await due(events.follow(EVERYTHING, after=place)))[0] == ("reset", "")
+            found = await due(events.follow(EVERYTHING, after=old))
+            assert found == [*(("bust", target) for target in told), ("live", "")]
+
+
+@pytest.mark.parametrize("what", ["inode", "boot"])
+async def test_a_copy_of_a_journal_that_is_used_elsewhere_is_another_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Beside its original, or on another machine: two daemons with one epoch would vouch for each other."""
+    async with kept(tmp_path / "j") as (_, events):
+        events.tell(event())
+        place = events.place
+    there = tmp_path / ("copy" if what == "inode" else "j")
+    if what == "inode":
+        there.write_bytes((tmp_path / "j").read_bytes())
+    else:
+        monkeypatch.setattr("pybustcall.daemon.journal._boot", lambda: "another")
+    async with kept(there) as (_, events):
+        assert events.place.rpartition("-")[0] != place.rpartition("-")[0]
+        assert (await due(events.follow(EVERYTHING, after=place)))[0] == ("reset", "")
+        events.tell(event("b"))
+        place = events.place
+    async with kept(there) as (_, events):
+        assert await due(events.follow(EVERYTHING, after=place)) == [("live", "")]
+        assert [kept.target for kept in events._kept.values()] == ["b"]
+
+
+async def test_who_followed_a_process_that_told_nothing_need_not_forget(tmp_path: Path) -> None:
+    """However it ended."""
+    async with kept(tmp_path / "j") as (_, events):
+        places = [events.place]
+    places += [(await killed(tmp_path / "j")).place for _ in range(3)]
+    async with kept(tmp_path / "j") as (_, events):
+        for place in places:
+            assert await due(events.follow(EVERYTHING, after=place)) == [("live", "")]
 
 
 async def test_a_deleted_journal_is_another_epoch(tmp_path: Path) -> None:
@@ -418,10 +474,11 @@ async def test_a_file_damaged_in_the_midst_of_the_work_is_replaced_by_one_with_a
         assert (tmp_path / "j.corrupt-1").exists()
         events.tell(event("new"))
         await journal.flush()
-        before, place, base = list(events._kept.values()), events.place, events.newest
-    assert base > LEAP
+        before, place = list(events._kept.values()), events.place
+        assert events.newest > LEAP
     async with kept(tmp_path / "j") as (_, events):
-        assert (list(events._kept.values()), events.place) == (before, place)
+        assert list(events._kept.values()) == before
+        assert await due(events.follow(EVERYTHING, after=place)) == [("live", "")]
 
 
 async def test_where_nothing_can_be_noted_at_the_start_another_epoch_begins(
@@ -436,13 +493,13 @@ async def test_where_nothing_can_be_noted_at_the_start_another_epoch_begins(
         raise sqlite3.OperationalError("database or disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr("pybustcall.daemon.journal._Store._note_stream", refuse)
+        patched.setattr("pybustcall.daemon.journal._Store._note_start", refuse)
         async with kept(tmp_path / "j") as (_, events):
             assert (await due(events.follow(EVERYTHING, after=place)))[0] == ("reset", "")
             other = events.epoch
     async with kept(tmp_path / "j") as (_, events):
         assert events.epoch != other
-        assert events.place == place
+        assert await due(events.follow(EVERYTHING, after=place)) == [("live", "")]
 
 
 async def test_a_damage_that_is_found_at_the_start_is_no_full_disk(
@@ -460,19 +517,25 @@ async def test_a_damage_that_is_found_at_the_start_is_no_full_disk(
     assert "an event has no such kind" in caplog.text
 
 
-async def test_a_journal_without_events_is_brought_up_to_date(tmp_path: Path) -> None:
-    """One of the version before keeps its busts."""
+@pytest.mark.parametrize("version", [1, 2])
+async def test_a_journal_of_a_version_before_is_brought_up_to_date(tmp_path: Path, version: int) -> None:
+    """It keeps its busts, and its epoch, if it had one."""
     journal = Journal(tmp_path / "j")
     await journal.open()
     wish = Wish(namespace=DEFAULT_NAMESPACE, kind="key", target="a", strategy="direct")
     await journal.begin(Entry(job="1" * 32, wish=wish, at=1))
+    epoch = journal.epoch
     await journal.close()
     with sqlite3.connect(tmp_path / "j") as db:
-        db.executescript("DROP TABLE events; DROP TABLE stream; PRAGMA user_version = 1;")
+        db.executescript("DROP TABLE spans; DROP TABLE origin")
+        if version == 1:
+            db.executescript("DROP TABLE events; DROP TABLE stream")
+        db.execute(f"PRAGMA user_version = {version}")
     db.close()
     journal = Journal(tmp_path / "j")
     [entry] = await journal.open()
-    assert (entry.wish.target, journal.last_event, len(journal.epoch)) == ("a", 0, 16)
+    assert (entry.wish.target, len(journal.epoch), journal.epoch == epoch) == ("a", 16, version == 2)
+    assert journal.spans == (() if version == 1 else ((0, 0),))
     await journal.close()
 
 

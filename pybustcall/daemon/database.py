@@ -94,7 +94,7 @@ class Database:
 
     def __init__(self, kind: Kind, path: Path | None, prepare: Callable[[sqlite3.Connection], None]) -> None:
         self._kind = kind
-        self._path = path
+        self.path = self._path = path
         self._prepare = prepare
         self._db: sqlite3.Connection | None = None
 

@@ -11,8 +11,9 @@ because its list is full or because what it asks for is no longer kept, has its 
 number is that of the newest event: it must forget all that it holds, and is up to date by that.
 
 Numbers outlive the process with the journal. What was told and not yet written when a process was killed belongs to
-busts that are not over in the journal either, so that the next process does them, and tells of them, again. Only their
-numbers could be given twice; therefore a log that was not closed goes on far beyond those.
+busts that are not over in the journal either, so that the next process does them, and tells of them, again. Each
+process begins far beyond the numbers of the one before, by a leap that is chosen at random. So a number that some
+process gave whose journal was lost, since a copy was put back, is none of this log: who comes back with it must forget.
 """
 
 from __future__ import annotations
@@ -63,8 +64,10 @@ MOST_PENDING_BYTES: Final = 1_000_000
 """How many bytes of events may wait for one reader, unless a single one has more."""
 HEARTBEAT: Final = 5.0
 """Seconds after which a stream that has nothing to say says so."""
-LEAP: Final = 2**32
-"""How far numbers go on beyond the last one known of a log that was not closed."""
+LEAP: Final = 2**36
+"""How far numbers go on in the next process, at least; at most it is twice as far."""
+UNWRITTEN: Final = 2**14
+"""How many numbers a process that was killed may have given beyond the last one that is written."""
 
 _ALSO_BYTES: Final = 65536
 _STRIDE: Final = 250  # events looked through between two turns of the event loop
@@ -254,7 +257,11 @@ class EventShelf(Protocol):
 
     @property
     def last_event(self) -> int:
-        """The last number that may have been given."""
+        """The number after which events get theirs."""
+
+    @property
+    def spans(self) -> Sequence[tuple[int, int]]:
+        """The numbers that events may have had before, each span from and up to, in their order."""
 
     @property
     def events(self) -> Sequence[BustEvent]:
@@ -303,6 +310,7 @@ class Events:
         self._most_readers = most_readers
         self._last = 0
         self._floor = 0  # up to this number nothing is kept
+        self._spans: list[tuple[int, int]] = [(0, 0)]  # of processes before, and the number after which these begin
         self._kept: SortedDict[int, BustEvent] = SortedDict()
         self._bytes = 0
         self._shelf: EventShelf | None = None
@@ -329,7 +337,8 @@ class Events:
         self.epoch, self._last = shelf.epoch, shelf.last_event
         self._kept = SortedDict({event.seq: event for event in shelf.events})
         self._bytes = sum(event.size for event in self._kept.values())
-        self._floor = self._kept.peekitem(0)[0] - 1 if self._kept else self._last
+        self._spans = [*shelf.spans, (self._last, self._last)]
+        self._floor = self._kept.peekitem(0)[0] - 1 if self._kept else self._spans[0][0]
         self._trim()
 
     def tell(self, event: BustEvent) -> None:
@@ -384,7 +393,9 @@ class Events:
         if epoch != self.epoch or not (number.isascii() and number.isdigit()) or len(number) > 19:
             return None
         seen = int(number)
-        return seen if self._floor <= seen <= self._last else None
+        *before, (base, _) = self._spans
+        was_given = base <= seen <= self._last or any(begin <= seen <= until for begin, until in before)
+        return seen if was_given and seen >= self._floor else None
 
     @property
     def newest(self) -> int:

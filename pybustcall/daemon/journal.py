@@ -23,8 +23,10 @@ unwritten, and nobody sees it. A daemon that is killed between these two commits
 and applies it: a miss again. The same is so if the disk failed (not: was full) in the very moment of a commit.
 
 An event goes with the next commit, and never later than what is put after it: a bust whose end is written has its event
-written. The numbers of events have an epoch, which is the file's. A file in use says that it was not closed; who finds
-it so goes on far beyond the last number written, for others may have been told.
+written. The numbers of events have an epoch, which is the file's. Each process goes on far beyond the numbers of the
+one before, by a leap that is chosen at random, and the file says which numbers each had: so a file that was put back
+from a copy has none of those that were given since. A file in use says that it was not closed: then some more may have
+been given than are written. A copy that is used beside the file, or on another machine, has another epoch.
 
 Without a file the same is done in a database in memory, on the event loop, a few hundred rows at a time; there is no
 thread, and nothing is waited for.
@@ -57,7 +59,7 @@ from pybustcall.daemon.database import (
     open_in,
     transaction,
 )
-from pybustcall.daemon.events import LEAP, BustEvent
+from pybustcall.daemon.events import LEAP, UNWRITTEN, BustEvent
 from pybustcall.daemon.history import Fault
 from pybustcall.errors import ConfigurationError
 from pybustcall.models import KINDS, OVER, JobState, LayerReply
@@ -87,6 +89,7 @@ _RETRY: Final = 2.0  # seconds after which what could not be written is tried ag
 _MOST_WAITING: Final = 10_000  # begins that wait for their commit; more would only fill this process
 _MOST_AT_ONCE: Final = 1000  # begins in one commit: who waits for it goes on in one turn of the event loop
 _FEWEST_TRIMMED: Final = 500  # rows that one commit deletes or dates back at most, each; twice its new ones if more
+_MOST_SPANS: Final = 1000  # processes whose numbers are known; a reader from before them must forget
 _QUIET: Final = 10.0  # seconds between two lines of the log about a journal that fails
 
 _EVENTS: Final = (
@@ -99,11 +102,17 @@ _EVENTS: Final = (
         place INTEGER PRIMARY KEY CHECK (place = 0), epoch TEXT NOT NULL, base INTEGER NOT NULL, closed INTEGER NOT NULL
     )""",
 )
+_ORIGIN: Final = (
+    # The numbers that each process before this one may have given, from the one after which it began.
+    "CREATE TABLE spans (begin INTEGER PRIMARY KEY, until INTEGER NOT NULL)",
+    # One row: of which file, since which start of which machine, the numbers are.
+    "CREATE TABLE origin (place INTEGER PRIMARY KEY CHECK (place = 0), inode INTEGER NOT NULL, boot TEXT NOT NULL)",
+)
 
 _KIND: Final = Kind(
     setting="journal",
     application=0x7062_4A6E,  # "pbJn"
-    version=2,
+    version=3,
     schema=(
         # `over` is None while a bust is not over, and else the time from which it is kept, by the journal's clock.
         """CREATE TABLE busts (
@@ -121,8 +130,9 @@ _KIND: Final = Kind(
             at INTEGER NOT NULL, first INTEGER NOT NULL, times INTEGER NOT NULL, denial INTEGER NOT NULL
         )""",
         *_EVENTS,
+        *_ORIGIN,
     ),
-    upgrades={1: _EVENTS},
+    upgrades={1: _EVENTS, 2: _ORIGIN},
     loss="what was busted is no longer shown, and busts that a killed daemon had not applied yet never will be",
 )
 
@@ -334,6 +344,14 @@ def _rows(db: sqlite3.Connection, statement: str, values: tuple[object, ...] = (
         cursor.close()  # or the file would stay open as long as the error is at hand
 
 
+def _boot() -> str:
+    """Tell since which start of the machine it runs, where the system says that."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
 # In the thread
 
 
@@ -355,7 +373,8 @@ class _Batch:
 class _Known:
     """What a file held when it was opened.
 
-    - `last`: the highest number that a bust of it has ever had; `last_event`: that an event may have had
+    - `last`: the highest number that a bust of it has ever had; `last_event`: after which events get theirs
+    - `spans`: the numbers that events before may have had, from and up to
     """
 
     last: int = 0
@@ -363,6 +382,7 @@ class _Known:
     faults: tuple[Fault, ...] = ()
     events: tuple[BustEvent, ...] = ()
     last_event: int = 0
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 @final
@@ -386,48 +406,70 @@ class _Store:
             faults = tuple(map(_fault, rows))
         found = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'busts'").fetchone()
         self._over = db.execute("SELECT count(*) FROM busts WHERE over IS NOT NULL").fetchone()[0]
-        events, last_event = self._take_up_events(db)
+        events, last_event, spans = self._take_up_events(db)
         self.known = _Known(
             last=found[0] if found else 0,
             unfinished=unfinished,
             faults=faults,
             events=events,
             last_event=last_event,
+            spans=spans,
         )
 
-    def _take_up_events(self, db: sqlite3.Connection) -> tuple[tuple[BustEvent, ...], int]:
-        """Tell the events, and the last number that may have been given; note that more may be given from now on.
+    def _take_up_events(self, db: sqlite3.Connection) -> tuple[tuple[BustEvent, ...], int, tuple[tuple[int, int], ...]]:
+        """Tell the events, after which number they go on, and which were given before; note that more may be given.
 
         Where that cannot be noted, another epoch begins, which only this process knows: nobody finds its numbers again.
         """
         with _rows(db, "SELECT * FROM events ORDER BY seq") as rows:
             events = tuple(map(_event, rows))
-        last = events[-1].seq if events else 0
+        with _rows(db, "SELECT begin, until FROM spans ORDER BY begin") as rows:
+            spans = [(begin, until) for begin, until in (_typed(row, ((int,), (int,))) for row in rows)]
         found = db.execute("SELECT epoch, base, closed FROM stream").fetchone()
         if self.epoch:  # the file is new in the midst of the work
             epoch, last = self.epoch, self._base
-        elif found is None:
-            epoch = secrets.token_hex(8)
+        elif found is None or not self._is_same_file(db):
+            epoch, last, events, spans = secrets.token_hex(8), 0, (), []
         else:
             epoch, base, closed = _typed(found, ((str,), (int,), (int,)))
-            last = max(last, base) + (0 if closed else LEAP)
+            last = max(events[-1].seq if events else 0, base)
+            spans.append((base, last if closed else last + UNWRITTEN))
+            last += LEAP + secrets.randbelow(LEAP)
+        spans = [(begin, until) for begin, until in spans if not events or until >= events[0].seq - 1][-_MOST_SPANS:]
         try:
-            self._note_stream(db, epoch, last, closed=False)
+            self._note_start(db, epoch, last, spans)
         except sqlite3.Error as error:
             if is_damage(error):
                 raise
-            epoch, events, last = secrets.token_hex(8), (), 0
+            epoch, events, last, spans = secrets.token_hex(8), (), 0, []
         self.epoch, self._base = epoch, last
-        return events, last
+        return events, last, tuple(spans)
 
-    def _note_stream(self, db: sqlite3.Connection, epoch: str, base: int, *, closed: bool) -> None:
+    def _is_same_file(self, db: sqlite3.Connection) -> bool:
+        """Tell whether the numbers are of this file, and not of one that it is a copy of."""
+        found = db.execute("SELECT inode, boot FROM origin").fetchone()
+        return found is None or found == self._origin()  # one of before that was noted
+
+    def _origin(self) -> tuple[int, str]:
+        path = self.database.path
+        return (0 if path is None else path.stat().st_ino), _boot()
+
+    def _note_start(self, db: sqlite3.Connection, epoch: str, base: int, spans: Iterable[tuple[int, int]]) -> None:
         db.execute("PRAGMA synchronous = FULL")
         with transaction(db):
-            db.execute("INSERT OR REPLACE INTO stream VALUES (0, ?, ?, ?)", (epoch, base, closed))
+            known = db.execute("SELECT epoch FROM stream").fetchone()
+            if known is not None and known[0] != epoch:
+                db.execute("DELETE FROM events")
+            db.execute("INSERT OR REPLACE INTO stream VALUES (0, ?, ?, 0)", (epoch, base))
+            db.execute("INSERT OR REPLACE INTO origin VALUES (0, ?, ?)", self._origin())
+            db.execute("DELETE FROM spans")
+            db.executemany("INSERT INTO spans VALUES (?, ?)", spans)
 
     def close_stream(self, db: sqlite3.Connection) -> None:
         """Note that all numbers given are written."""
-        self._note_stream(db, self.epoch, 0, closed=True)
+        db.execute("PRAGMA synchronous = FULL")
+        with transaction(db):
+            db.execute("UPDATE stream SET closed = 1")
 
     def write(self, batch: _Batch, db: sqlite3.Connection) -> bool:
         """Write a batch, and trim what is over; tell whether there is more to trim than one commit should."""
@@ -564,6 +606,7 @@ class Journal:
         self._fault_changes: dict[int, Fault | None] = {}
         self._events: dict[int, BustEvent] = {}  # by number, in order
         self._last_event = 0
+        self._spans: tuple[tuple[int, int], ...] = ()
         self._new_events: dict[int, BustEvent] = {}  # those that are not written yet
         self._dropped = self._dropping = 0  # up to which number events are gone from the file, and are to be
         self._using = asyncio.Lock()
@@ -617,6 +660,7 @@ class Journal:
         self._fault_changes = {}
         self._events = {event.seq: event for event in known.events}
         self._last_event = known.last_event
+        self._spans = known.spans
         self._new_events = {}
         self._dropped = self._dropping = 0
         self._is_open = self._is_usable = True
@@ -780,8 +824,13 @@ class Journal:
 
     @property
     def last_event(self) -> int:
-        """The last number that may have been given to an event before this was opened."""
+        """The number after which events get theirs."""
         return self._last_event
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """The numbers that events may have had before this was opened, each span from and up to, in their order."""
+        return self._spans
 
     @property
     def events(self) -> tuple[BustEvent, ...]:
