@@ -89,7 +89,8 @@ _LONGEST_BEAT: Final = 3600.0
 _BASE: Final = 0.1
 _CAP: Final = 5.0
 _CAP_REFUSED: Final = 60.0
-"""Seconds: the first ceiling of the pauses before a daemon is asked again, and the last; the last where it said no."""
+"""Seconds: the first ceiling of the pauses before a daemon is asked again, and the last; the last where it said no, or
+when to come back."""
 _MOST_FAILURES_LIVE: Final = 3  # how far the pauses grow if each connection becomes live, and ends soon
 _RENEWED: Final = 600.0  # seconds after which a connection is, so that clocks that do not run alike differ by little
 _RENEWED_BEATS: Final = 10.0  # heartbeats after which it is where it took long to open, by which the dates seem older
@@ -394,7 +395,7 @@ class Follower:
             return 0.0
         self._failures = min(self._failures + 1, _MOST_FAILURES_LIVE) if was_live else self._failures + 1
         pause = full_jitter(self._failures, _BASE, _CAP_REFUSED if refused else _CAP, self._feed.random)
-        return pause + (fault.retry_after or 0.0)
+        return pause + min(fault.retry_after or 0.0, _CAP_REFUSED)
 
     def _lose(self) -> None:
         """Begin anew: it cannot be told what was missed."""
@@ -531,7 +532,9 @@ class Feed:
             # It inherits nothing of the call which happens to be the first: no span, no place in a queue.
             work = follower.run()
             context = contextvars.Context()
-            self.tasks.append(self.loop.create_task(work, name="pybustcall-events", context=context))
+            task = self.loop.create_task(work, name="pybustcall-events", context=context)
+            task.add_done_callback(self._ended)
+            self.tasks.append(task)
 
     def cancel(self) -> None:
         """End, without waiting."""
@@ -541,6 +544,11 @@ class Feed:
         for task in self.guests:
             task.cancel()
         self.changed()
+
+    def _ended(self, _: asyncio.Task[None]) -> None:
+        """End with any of its tasks: one that somebody else has cancelled would be missed by nobody."""
+        if not self.is_closed:
+            self.cancel()
 
     async def aclose(self) -> None:
         """End, and wait for that. Repeating it is harmless."""

@@ -157,6 +157,17 @@ async def test_pauses_grow_while_a_daemon_does_not_answer() -> None:
 
 
 @virtual_time
+async def test_a_daemon_that_asks_for_an_hour_is_asked_again_in_a_minute() -> None:
+    """It may have said so while it was being deployed, and nobody would be told of anything for all that time."""
+    busy = Fault(FaultKind.THROTTLED, "http://0", "busy", "no", retry_after=3600.0)
+    wire = Wire([busy], [BEGUN, 1e6])
+    async with following(wire, random=0.0) as (feed, _):
+        await asyncio.sleep(61)
+        assert feed.is_live
+    assert pauses(wire, 1) == [60.0]
+
+
+@virtual_time
 async def test_a_stream_that_ends_as_soon_as_it_is_live_is_not_opened_again_and_again_at_once() -> None:
     """The pauses grow to 0.4 s, and no further, since it answers."""
     wire = Wire(*([BEGUN] for _ in range(5)), [BEGUN, 1.5])
@@ -772,6 +783,24 @@ async def test_a_session_that_was_passed_in_is_used_and_left_open() -> None:
 
 
 # The end
+
+
+async def test_following_that_somebody_else_cancels_ends_for_all_to_see() -> None:
+    """Who iterates comes to the end; a near cache follows anew when it is asked the next time."""
+    async with fake() as daemon, BustcallClient(daemon.url) as client:
+        events, cache = client.events(), client.near_cache(ttl=None)
+        await events.wait_live(PATIENCE)
+        await cache.wait_trusted(PATIENCE)
+        waiting = asyncio.create_task(anext(events))
+        await asyncio.sleep(0)
+        for task in asyncio.all_tasks():
+            if task.get_name() == "pybustcall-events":
+                task.cancel()
+        with pytest.raises(StopAsyncIteration):
+            async with asyncio.timeout(PATIENCE):
+                await waiting
+        assert (events.is_live, cache.is_trusted) == (False, False)
+        await cache.wait_trusted(PATIENCE)
 
 
 async def test_iterating_ends_when_the_client_is_closed() -> None:
