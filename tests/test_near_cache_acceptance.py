@@ -75,18 +75,21 @@ async def workers(url: str, database: Path) -> AsyncIterator[list[Process]]:
 
 
 async def cut_at_random(proxy: FaultyProxy, chance: random.Random) -> None:
-    """Cut connections, one or all; now and then let nothing pass for a while."""
-    for number in range(CUTS):
+    """Cut so many connections, one by one or all at once; now and then let nothing pass for a while."""
+    done = rounds = 0
+    while done < CUTS:
         await asyncio.sleep(chance.expovariate(40.0))
-        links = list(proxy._links)
-        if number % 100 == 50:
+        links, rounds = list(proxy._links), rounds + 1
+        if rounds % 100 == 50:
             proxy.trouble = Trouble(stall=True)
             await asyncio.sleep(chance.choice([0.3, 1.0, 2.5]))
             proxy.heal()
         elif chance.random() < 0.1:
             proxy.drop_connections()
+            done += len(links)
         elif links:
             chance.choice(links).end(abrupt=chance.random() < 0.5)
+            done += 1
 
 
 async def kill_at_random(daemons: ConfiguredDaemons, daemon: DaemonProcess, chance: random.Random) -> None:
