@@ -10,8 +10,9 @@ the writing lane, and told together. Whoever finds the file locked tries again e
 `timeout`: SQLite itself would wait longer and longer, and never get its turn beside somebody who writes much.
 
 Nobody works in a file that is no longer at the path (`locked_file`). One that is damaged is renamed, and a new one
-begun, which is what may be done to a cache. It is empty, and refuses what was read before it was there. Only what is
-ours is ever renamed: a file of another program, or of a later version of ours, is refused and left as it is.
+begun, which is what may be done to a cache. It is empty, and refuses what was read before it was there. A file of zero
+bytes that somebody made beforehand is replaced without a word. Only what is ours is ever renamed: a file of another
+program, or of a later version of ours, is refused and left as it is.
 
 A commit is safe from kills. It is also on the disk, should the machine stop, if the work is called `safe`; what was
 committed before it is so, too.
@@ -44,17 +45,19 @@ if TYPE_CHECKING:
 
     from pybustcall.errors import Applied
 
-__all__ = ["LONGEST_TIMEOUT", "SqliteFile", "SqliteUnavailable"]
+__all__ = ["HEAD_BYTES", "LONGEST_TIMEOUT", "SqliteFile", "SqliteUnavailable", "refuse_content"]
 
 T = TypeVar("T")
 
 LONGEST_TIMEOUT: Final = 60.0
 """Seconds for which a busy file may be waited for."""
 
+HEAD_BYTES: Final = 4096
+"""Bytes of a file by which it is judged whose it is."""
+
 _BATCH: Final = 128  # what is done at once, at most, and in one transaction; a work says what part of that it is
 _PAUSES: Final = (0.0005, 0.003)  # seconds between two attempts at a file that is busy
 _LOG_LIMIT: Final = 16 << 20  # bytes beyond which the write-ahead log is emptied
-_HEAD: Final = 4096  # bytes by which a file is judged that SQLite cannot read
 _MAGIC: Final = b"SQLite format 3\0"
 
 _log = logging.getLogger("pybustcall.sqlite")
@@ -75,6 +78,26 @@ class SqliteUnavailable(BustcallError):
 @final
 class _Refused(Exception):
     """The file cannot be used, and is not to be touched. The text goes on after the path."""
+
+
+_NO_CACHE: Final = "is not a cache"
+_OF_OTHERS: Final = "is a database of another program"
+_LATER: Final = "was made by a later pybustcall (format {version}, known is {known})"
+
+
+def refuse_content(head: bytes) -> str | None:
+    """Tell why a file that begins so is none of ours, or of a later version; None if a cache may be there.
+
+    `head` are its first `HEAD_BYTES` bytes. What is ours may be damaged.
+    """
+    if not head.strip(b"\0"):
+        return None
+    if not head.startswith(_MAGIC):
+        return _NO_CACHE
+    if int.from_bytes(head[68:72]) != APPLICATION:
+        return _OF_OTHERS
+    version = int.from_bytes(head[60:64])
+    return _LATER.format(version=version, known=VERSION) if version > VERSION else None
 
 
 _Outcome = tuple[Any, Exception | None]
@@ -102,29 +125,26 @@ class _CacheFile(LockedFile):
         try:
             self._prepare(db)
         except sqlite3.Error as error:
-            if is_damage(error) and not self._is_ours():
-                raise self._refused("is not a cache, and was left as it is") from error
+            if is_damage(error) and (why := self._refuse_content()) is not None:
+                raise self._refused(f"{why}, and was left as it is") from error
             raise
 
-    def _is_ours(self) -> bool:
-        """Tell of a file that SQLite cannot read whether its head says that it is one of ours, or nothing any more.
+    def _refuse_content(self) -> str | None:
+        """Tell of a file that SQLite cannot read why it is none of ours; None if it is, or is nothing any more.
 
         It is opened here, which would drop the locks of this process on it; nobody can be using such a file.
         """
         with Path(self.path).open("rb") as file:
-            head = file.read(_HEAD)
-        return not head.strip(b"\0") or (head.startswith(_MAGIC) and int.from_bytes(head[68:72]) == APPLICATION)
+            return refuse_content(file.read(HEAD_BYTES))
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         (application,) = db.execute("PRAGMA application_id").fetchone()
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if application != APPLICATION:
-            raise self._refused("is a database of another program, and was left as it is")
+            raise self._refused(f"{_OF_OTHERS}, and was left as it is")
         if version > VERSION:
-            raise _Refused(
-                f"was made by a later pybustcall (format {version}, known is {VERSION}), and was left as it is;"
-                " upgrade, or choose another path"
-            )
+            later = _LATER.format(version=version, known=VERSION)
+            raise _Refused(f"{later}, and was left as it is; upgrade, or choose another path")
         if version < VERSION:
             raise Damaged(f"its format is {version}, and {VERSION} is needed")
         for setting in ("cell_size_check = ON", "cache_size = -8192", f"journal_size_limit = {_LOG_LIMIT // 4}"):
@@ -149,11 +169,21 @@ class _CacheFile(LockedFile):
         db.execute("PRAGMA journal_mode = WAL")
 
     def _put_aside(self, why: str) -> None:
+        if not any(map(_size_of, (self.path, *(f"{self.path}{end}" for end in WITH_IT)))):
+            Path(self.path).unlink()  # nothing was ever in it: the new one takes its place
+            return
         self._rename(f"{self.path}.corrupt")
         _log.warning(
             "the cache %s cannot be used (%s); it was set aside as %s.corrupt and a new one begun: all entries are"
             " forgotten", self.path, why, self.path,
         )  # fmt: skip
+
+
+def _size_of(path: str) -> int:
+    try:
+        return os.lstat(path).st_size
+    except FileNotFoundError:
+        return 0
 
 
 @final

@@ -30,7 +30,7 @@ import pytest
 from pybustcall import sqlite_file
 from pybustcall import sqlite_layout as layout
 from pybustcall.errors import ConfigurationError
-from pybustcall.sqlite_file import SqliteFile, SqliteUnavailable
+from pybustcall.sqlite_file import HEAD_BYTES, SqliteFile, SqliteUnavailable, refuse_content
 from tests.conftest import PATIENCE, eventually
 
 HERE = "default"
@@ -170,9 +170,32 @@ async def test_a_database_of_another_program_is_left_as_it_is(file: SqliteFile, 
 async def test_a_file_that_is_no_cache_is_left_as_it_is(file: SqliteFile, path: Path, others: bytes) -> None:
     """A text, a picture, the damaged database of another program: none is renamed."""
     write(path, others)
-    assert "is not a cache, and was left as it is" in await refused(file)
+    assert f"{refuse_content(others)}, and was left as it is" in await refused(file)
     assert content(path) == others
     assert content(path, ".corrupt") is None
+
+
+@pytest.mark.parametrize(
+    ("others", "why"),
+    [
+        (b"", None),
+        (bytes(8192), None),
+        (b"notes, which somebody wrote", "is not a cache"),
+        (b"SQLite format 3\0", "is a database of another program"),
+    ],
+)
+def test_a_file_is_judged_by_what_it_begins_with(others: bytes, why: str | None) -> None:
+    """Without being opened: what is empty may be taken."""
+    assert refuse_content(others) == why
+
+
+async def test_a_file_of_ours_is_known_by_what_it_begins_with(file: SqliteFile, path: Path) -> None:
+    """From its first moment, and whether it is of a later version."""
+    await put(file, "a")
+    head = (content(path) or b"")[:HEAD_BYTES]
+    assert refuse_content(head) is None
+    later = head[:60] + (99).to_bytes(4) + head[64:]
+    assert refuse_content(later) == "was made by a later pybustcall (format 99, known is 1)"
 
 
 async def test_what_is_no_file_is_refused(file: SqliteFile, path: Path, tmp_path: Path) -> None:
@@ -267,13 +290,26 @@ async def test_a_damage_is_met_in_the_midst_of_the_work(file: SqliteFile, path: 
         unlink(path, ".corrupt")
 
 
-@pytest.mark.parametrize("empty", [b"", bytes(8192)])
-async def test_an_empty_file_is_replaced(file: SqliteFile, path: Path, empty: bytes) -> None:
-    """So is one of zeros, which a machine that stopped may leave."""
-    write(path, empty)
+async def test_an_empty_file_is_begun_in(file: SqliteFile, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Somebody made it for the cache; nothing is lost with it, so that nothing is kept or told."""
+    for ask in (partial(get, file, "a"), partial(put, file, "a")):
+        write(path, b"")
+        await ask()
+        assert content(path, ".corrupt") is None
+        await file.aclose()
+    assert await get(file, "a") == b"x"
+    assert stat.S_IMODE(os.lstat(path).st_mode) == 0o600
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("rest", [{"": bytes(8192)}, {"": b"", "-wal": b"log"}])
+async def test_what_a_crash_left_of_a_file_is_replaced(file: SqliteFile, path: Path, rest: dict[str, bytes]) -> None:
+    """Zeros, or nothing but the log beside it: it can be looked at."""
+    for end, its in rest.items():
+        write(Path(f"{path}{end}"), its)
     await put(file, "a")
     assert await get(file, "a") == b"x"
-    assert content(path, ".corrupt") == empty
+    assert content(path, ".corrupt") == rest[""]
 
 
 @pytest.mark.parametrize("statement", ["PRAGMA user_version = 0", "DROP TABLE tags", "DELETE FROM meta"])

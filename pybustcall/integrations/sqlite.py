@@ -58,8 +58,8 @@ class SqliteCache(ReadersCache[Token]):
     ```
 
     - `path`: a file on a local disk; all processes of this machine, and the daemon, name the same. It is made if it is
-      missing, its directory is not. It is for this user only, and PATH.lock lies beside it. One that is damaged is
-      renamed to PATH.corrupt, and a new one begun
+      missing or empty, its directory is not. It is for this user only, and PATH.lock lies beside it. One that is
+      damaged is renamed to PATH.corrupt, and a new one begun
     - `namespace`: whose entries; the daemon is asked to bust the same
     - `max_bytes`: how large the file may become, about; beyond it what was stored longest ago goes. It counts for what
       this cache stores: let all processes say the same
