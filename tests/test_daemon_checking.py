@@ -8,13 +8,16 @@ import os
 import re
 import socket
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pybustcall.daemon import idempotency, journal, registry
-from pybustcall.daemon.checking import Checked, check, look_at_database, look_at_socket
+from pybustcall.daemon.backends import BackendFailure
+from pybustcall.daemon.backends.sqlite import SqliteBackend
+from pybustcall.daemon.checking import Checked, check, look_at_cache, look_at_database, look_at_socket
 from pybustcall.daemon.configuration import Configuration, load, read
 from pybustcall.daemon.database import Database, Kind, transaction
 from pybustcall.errors import ConfigurationError
@@ -367,6 +370,88 @@ def test_a_file_of_another_user_must_be_private_already(monkeypatch: pytest.Monk
     assert look_at_database("state.db", "state") == (
         "belongs to another user, so that its mode cannot be made 0600; choose another path"
     )
+
+
+CACHE = "[[layers]]\nbackend = 'sqlite'\npath = {!r}\n"
+
+
+async def use_cache(path: Path) -> None:
+    """Open a cache's file as the daemon does, or raise that it cannot be."""
+    backend = SqliteBackend(path)
+    try:
+        await backend.check_ready()
+    finally:
+        await backend.close()
+
+
+def cache_with(change: bytes, at: int) -> None:
+    """Make a cache at `cache.db` and change its head there."""
+    path = Path("cache.db")
+    asyncio.run(use_cache(path))
+    path.write_bytes(path.read_bytes()[:at] + change + path.read_bytes()[at + len(change) :])
+
+
+def other_database() -> None:
+    with sqlite3.connect("cache.db") as db:
+        db.execute("CREATE TABLE theirs (x)")
+    db.close()
+
+
+@pytest.mark.parametrize(
+    ("arrange", "why"),
+    [
+        (lambda: None, None),
+        (lambda: Path("cache.db").touch(), None),
+        (lambda: Path("cache.db").write_bytes(bytes(5000)), None),
+        (lambda: asyncio.run(use_cache(Path("cache.db"))), None),
+        (lambda: cache_with(b"\xff" * 20, 100), None),
+        (lambda: cache_with((99).to_bytes(4), 60), "was made by a later pybustcall (format 99, known is 1)"),
+        (lambda: Path("cache.db").write_text("2026-01-01 started"), "is not a cache"),
+        (other_database, "is a database of another program"),
+        (lambda: make(KINDS["journal"], Path("cache.db")), "is a database of another program"),
+        (lambda: Path("cache.db").mkdir(), "is not a regular file"),
+        (lambda: Path("cache.db").symlink_to("elsewhere"), "is a symbolic link"),
+        (lambda: Path("cache.db.lock").mkdir(), "has no regular file beside it as cache.db.lock"),
+    ],
+    ids=[
+        "missing", "empty", "zeros", "cache", "damaged", "later", "text", "database", "journal", "directory", "link",
+        "lock",
+    ],
+)  # fmt: skip
+def test_the_file_of_a_cache_is_looked_at_and_nothing_made_or_changed(
+    arrange: Callable[[], None], why: str | None
+) -> None:
+    """Neither it nor a lock beside it; what is refused the daemon cannot use either, and it can what is not."""
+    arrange()
+    configuration = written(CACHE.format("cache.db"))
+    before = seen()
+    checked = run_check(configuration, {})
+    assert seen() == before
+    path = Path("cache.db").absolute()
+    if why is None:
+        assert checked.findings == ()
+        asyncio.run(use_cache(path))
+        return
+    (finding,) = checked.findings
+    assert finding.key == "layers.0"
+    assert finding.text == (f"the layer sqlite cannot be used now: the file {str(path)!r} {why}; choose another path")
+    with pytest.raises(BackendFailure):
+        asyncio.run(use_cache(path))
+
+
+def test_where_no_cache_can_be_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that is missing, a name that is too long, what this user may not write to."""
+    assert look_at_cache("missing/cache.db") == "is in a directory that does not exist; make it first"
+    assert look_at_cache("x" * 300) == "cannot be used: File name too long"
+    for name in ("cache.db", "cache.db-wal", "cache.db.lock"):
+        Path(name).touch()
+    for refused, why in {
+        "cache.db": "may not be read and written by this user; choose another path, or change its mode",
+        "cache.db-wal": "may not be read and written by this user; choose another path, or change its mode",
+        "cache.db.lock": "has cache.db.lock beside it, which this user may not read and write; change its mode",
+    }.items():
+        monkeypatch.setattr(os, "access", lambda path, _mode, no=refused: Path(path).name != no)
+        assert look_at_cache("cache.db") == why
 
 
 def test_a_socket_may_be_in_use_but_nothing_else_may_be_there() -> None:

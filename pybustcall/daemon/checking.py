@@ -9,8 +9,8 @@ What a daemon would serve with all the same is a warning. Those of a cache are h
 check and a daemon that starts say the same.
 
 Files are looked at from outside, by their first bytes; which of them are texts, or databases at all, is `database`'s
-to say, as it is when the daemon opens them. To open one with SQLite would make files beside it, and would
-wait for the daemon that has it locked.
+to say, and which are caches `sqlite_file`'s, as it is when the daemon opens them. To open one with SQLite would make
+files beside it, and would wait for whoever has it locked.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
 from pybustcall.daemon.backends import BackendFailure
+from pybustcall.daemon.backends.sqlite import SqliteBackend
 from pybustcall.daemon.database import HEAD_BYTES, is_header, refuse_text
 from pybustcall.daemon.engine import Engine, Layer, read_registrations
 from pybustcall.daemon.index import Indexes
 from pybustcall.errors import ConfigurationError
+from pybustcall.locked_file import WITH_IT
 from pybustcall.models import DEFAULT_NAMESPACE
+from pybustcall.sqlite_file import HEAD_BYTES as CACHE_HEAD_BYTES
+from pybustcall.sqlite_file import refuse_content
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -38,7 +42,7 @@ if TYPE_CHECKING:
     from pybustcall.daemon.configuration import Configuration, Finding
     from pybustcall.daemon.settings import DaemonSettings
 
-__all__ = ["Checked", "check", "look_at_database", "look_at_socket"]
+__all__ = ["Checked", "check", "look_at_cache", "look_at_database", "look_at_socket"]
 
 _COOKIE: Final = slice(40, 44)  # changes with the schema, 0 where there never was one
 _APPLICATION: Final = slice(68, 72)
@@ -105,7 +109,7 @@ async def check(
     warnings = [*_doubt_namespaces(configuration, settings, made)]
     with _Ear() as ear:
         async with asyncio.TaskGroup() as group:
-            asked = {key: group.create_task(_ask(layer.backend, patience, ear)) for key, layer in made.items()}
+            asked = {key: group.create_task(_find_out(layer.backend, patience, ear)) for key, layer in made.items()}
     for key, layer in made.items():
         answer, warned = asked[key].result()
         if answer is not None:
@@ -113,6 +117,14 @@ async def check(
         warnings += [configuration.finding(key, f"the layer {layer.name}: {text}") for text in warned]
     layers = sorted(made.values(), key=lambda layer: layer.number)
     return Checked(tuple(findings), tuple(warnings), tuple(layers))
+
+
+async def _find_out(backend: Backend, patience: float, ear: _Ear) -> tuple[str | None, list[str]]:
+    """Find out why a cache cannot be used, None if it can, and what is warned of; nothing of it is changed."""
+    if isinstance(backend, SqliteBackend):
+        why = await asyncio.to_thread(look_at_cache, backend.path)
+        return None if why is None else f"the file {backend.path!r} {why}", []
+    return await _ask(backend, patience, ear)
 
 
 async def _ask(backend: Backend, patience: float, ear: _Ear) -> tuple[str | None, list[str]]:
@@ -226,6 +238,41 @@ def _judge(head: bytes, setting: str, *, is_settled: bool) -> str | None:
         return None  # nothing is in it yet, or not in this file
     other = next((name for name, mark in _OURS.items() if mark == application), None)
     return f"is a database of {'something else' if other is None else f'the {other}'}; choose another path"
+
+
+def look_at_cache(path: str | os.PathLike[str]) -> str | None:
+    """Tell why a layer could not have its entries in an SQLite file there; None if it can.
+
+    Nothing is made or changed. A file of ours that is damaged is none of this: whoever opens it sets it aside.
+    """
+    file = Path(path)
+    try:
+        if (why := _look_at_directory(file) or _look_at_lock(Path(f"{file}.lock"))) is not None:
+            return why
+        found = file.lstat().st_mode
+        if not stat.S_ISREG(found):
+            return f"is {'a symbolic link' if stat.S_ISLNK(found) else 'not a regular file'}; choose another path"
+        if not all(os.access(it, os.R_OK | os.W_OK) for end in ("", *WITH_IT) if (it := Path(f"{file}{end}")).exists()):
+            return "may not be read and written by this user; choose another path, or change its mode"
+        with file.open("rb") as opened:
+            why = refuse_content(opened.read(CACHE_HEAD_BYTES))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"cannot be used: {error.strerror}"
+    return None if why is None else f"{why}; choose another path"
+
+
+def _look_at_lock(lock: Path) -> str | None:
+    try:
+        found = lock.lstat().st_mode
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(found):
+        return f"has no regular file beside it as {lock.name}; choose another path"
+    if not os.access(lock, os.R_OK | os.W_OK):
+        return f"has {lock.name} beside it, which this user may not read and write; change its mode"
+    return None
 
 
 def look_at_socket(path: str | os.PathLike[str]) -> str | None:

@@ -101,9 +101,9 @@ file.
 
 `pybustcall daemon --config bustcall.toml --check` tells all that is wrong, one finding a line (with `--json` an object
 a line), and changes nothing: what stands in the file, whether roots and tokens are there, whether the daemon could keep
-its files where it should, and whether each cache answers. What cannot be read of the file is left out of the rest. It
-ends with 0 if all is in order, with 4 otherwise. That the address is free is not asked, since the daemon that runs now
-has it.
+its files where it should, and whether each cache answers; the file of an `sqlite` layer is looked at, and not opened.
+What cannot be read of the file is left out of the rest. It ends with 0 if all is in order, with 4 otherwise. That the
+address is free is not asked, since the daemon that runs now has it.
 
 ```text
 bustcall.toml: listen.port: expected a whole number, found "8989"

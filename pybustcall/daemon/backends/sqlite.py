@@ -76,6 +76,11 @@ class SqliteBackend:
     def __repr__(self) -> str:
         return f"SqliteBackend({self._file.path!r})"
 
+    @property
+    def path(self) -> str:
+        """Where the file is, as an absolute path."""
+        return self._file.path
+
     def check(self, namespace: str, key: str) -> None:  # noqa: ARG002 - all hold the same
         """Raise `RefusedKey` if no reader could store under `key`."""
         check_for_readers(key)
