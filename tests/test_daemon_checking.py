@@ -439,6 +439,15 @@ def test_the_file_of_a_cache_is_looked_at_and_nothing_made_or_changed(
         asyncio.run(use_cache(path))
 
 
+def test_a_file_that_is_named_twice_is_told_once() -> None:
+    """By the keys that name it, and not by what is found there."""
+    make(KINDS["journal"], Path("bust.db"))
+    checked = run_check(written("[journal]\npath = 'bust.db'\n" + CACHE.format("bust.db")), {})
+    (finding,) = checked.findings
+    assert finding.key == "layers.0.path"
+    assert finding.text.startswith("the journal (journal.path) and the layer sqlite (layers.0.path) cannot both be")
+
+
 def test_where_no_cache_can_be_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """A directory that is missing, a name that is too long, what this user may not write to."""
     assert look_at_cache("missing/cache.db") == "is in a directory that does not exist; make it first"

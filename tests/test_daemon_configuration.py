@@ -198,6 +198,45 @@ def test_a_redis_url_is_said_or_named(key: str) -> None:
     assert not layer.backend.traits.soft  # as of a server with foreign keys
 
 
+CACHES = (
+    "[[layers]]\nbackend = 'sqlite'\npath = {!r}\nname = 'a'\n[[layers]]\nbackend = 'sqlite'\npath = {!r}\nname = 'b'\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "key", "says"),
+    [
+        ("", {}, "layers.1.path", "the layer a (layers.0.path) and the layer b (layers.1.path)"),
+        (
+            "[journal]\npath = 'b.db'\n",
+            {},
+            "layers.1.path",
+            "the journal (journal.path) and the layer b (layers.1.path)",
+        ),
+        ("[files]\nstate = 'b.db'\n", {}, "layers.1.path", "the state (files.state) and the layer b (layers.1.path)"),
+        ("[files]\nregistry = 'b.db'\n", {}, "layers.1.path", "the registry (files.registry) and the layer b"),
+        ("", {"journal": "b.db"}, "layers.1.path", "the journal and the layer b (layers.1.path)"),
+        ("[journal]\npath = 'b.db.lock'\n", {}, "layers.1.path", "the journal (journal.path) and the layer b"),
+    ],
+)
+def test_a_layer_has_a_file_of_its_own(text: str, options: dict[str, str], key: str, says: str) -> None:
+    """By whatever name; both are named, by their keys where the file says them."""
+    Path("link.db").symlink_to("b.db")
+    layers = CACHES.format("link.db" if not text and not options else "a.db", "b.db")
+    with pytest.raises(InvalidConfiguration) as caught:
+        written(text + layers).settings({}, **options)
+    (finding,) = caught.value.findings
+    assert finding.key == key
+    assert finding.text.startswith(says)
+    assert finding.text.endswith(f" cannot both be kept in '{Path('b.db').absolute()}'; give each a file of its own")
+
+
+def test_a_layer_may_not_lie_where_the_registry_comes_beside_the_journal() -> None:
+    """Though no key says it."""
+    with pytest.raises(InvalidConfiguration, match=r"layers.0.path: the registry and the layer a \(layers.0.path\)"):
+        written("[journal]\npath = 'a'\n" + CACHES.format("a.registry", "b.db")).settings({})
+
+
 def test_a_sqlite_layer_names_its_file() -> None:
     """Beside the configuration, unless the path is whole; it is made when it is needed."""
     (layer,) = layers_of(written('[[layers]]\nbackend = "sqlite"\npath = "cache.db"\ntimeout = 2.5\nfences = 100\n'))

@@ -107,10 +107,12 @@ async def check(
         except ConfigurationError as error:
             findings.append(configuration.finding(error.setting, str(error), () if register is None else {"entries"}))
     warnings = [*_doubt_namespaces(configuration, settings, made)]
+    wrong_already = {finding.key for finding in findings}
+    sound = {key: layer for key, layer in made.items() if f"{key}.path" not in wrong_already}
     with _Ear() as ear:
         async with asyncio.TaskGroup() as group:
-            asked = {key: group.create_task(_find_out(layer.backend, patience, ear)) for key, layer in made.items()}
-    for key, layer in made.items():
+            asked = {key: group.create_task(_find_out(layer.backend, patience, ear)) for key, layer in sound.items()}
+    for key, layer in sound.items():
         answer, warned = asked[key].result()
         if answer is not None:
             findings.append(configuration.finding(key, f"the layer {layer.name} cannot be used now: {answer}"))

@@ -42,7 +42,7 @@ from pybustcall.daemon.backends.memory import MemoryBackend
 from pybustcall.daemon.backends.sqlite import SqliteBackend
 from pybustcall.daemon.engine import Layer
 from pybustcall.daemon.events import HEARTBEAT, MOST_EVENTS
-from pybustcall.daemon.settings import DaemonSettings
+from pybustcall.daemon.settings import BESIDE, DaemonSettings, files_of, refuse_sharing, shared_files
 from pybustcall.errors import ConfigurationError, InvalidRequest
 from pybustcall.models import MAX_SETTLE, Access, Requirements, check_namespace
 from pybustcall.redis_layout import DEFAULT_PREFIX, MAX_FENCES
@@ -79,6 +79,7 @@ _LAYER_NAME: Final = re.compile(r"[a-z0-9._-]{1,64}")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _URLS: Final = frozenset({"url", "url_file", "url_env"})  # what stands there by mistake may be a secret
 _SCHEMES: Final = ("redis", "rediss", "unix")
+_BESIDE_CACHE: Final = (*BESIDE, ".lock", ".new", ".corrupt")
 _MAX_SHOWN: Final = 60  # characters of a value that is not as expected
 
 
@@ -581,7 +582,21 @@ class Configuration:
                 findings.append(self.finding("tenants", str(error)))
                 tenants[namespace] = f"unread-{namespace}"
         settings = DaemonSettings(**(said | given))
-        return settings, findings + [self.finding(error.setting, str(error), given) for error in _all_wrong(settings)]
+        findings += [self.finding(error.setting, str(error), given) for error in _all_wrong(settings)]
+        return settings, findings + list(self._shared_files(settings, given))
+
+    def _shared_files(self, settings: DaemonSettings, given: Collection[str]) -> Iterable[Finding]:
+        """Tell of layers whose file is that of another layer, or one of the daemon's own."""
+        caches = {f"{key}.path": it for key, it in self.tables_of_layers().items() if isinstance(it, SqliteLayer)}
+        told = {key: f"the layer {it.name or it.backend} ({key})" for key, it in caches.items()}
+        files = files_of(settings)
+        for setting in files:
+            is_written = self.file and setting not in given and (setting != "registry" or settings.registry is not None)
+            told[setting] = f"the {setting} ({_PLACES[setting]})" if is_written else f"the {setting}"
+        own = [(setting, path, BESIDE) for setting, path in files.items()]
+        for whose, other, path in shared_files([*own, *((key, it.path, _BESIDE_CACHE) for key, it in caches.items())]):
+            if whose in caches:
+                yield self.finding(whose, refuse_sharing(told[other], told[whose], path))
 
     def settings(self, environ: Mapping[str, str], **given: Any) -> DaemonSettings:
         """Make the daemon's settings: what options have `given` (None is not given), or else the file, or the defaults.

@@ -19,11 +19,12 @@ from pybustcall.errors import ConfigurationError, InvalidRequest
 from pybustcall.models import Access, Requirements, check_namespace
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
-__all__ = ["DaemonSettings", "check_values"]
+__all__ = ["BESIDE", "DaemonSettings", "check_values", "files_of", "refuse_sharing", "shared_files"]
 
-_BESIDE: Final = ("-wal", "-shm", "-journal")
+BESIDE: Final = ("-wal", "-shm", "-journal")
+"""What the names of the files end in that SQLite has beside a database."""
 _MAX_SOCKET_PATH: Final = 107  # bytes: sun_path of Linux is 108 with its closing NUL
 _HOST_NAME: Final = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
 
@@ -193,19 +194,38 @@ def _check_place(settings: DaemonSettings) -> None:
 
 def _check_files(settings: DaemonSettings) -> None:
     """Raise `ConfigurationError` if two databases would share a file."""
+    own = [(setting, path, BESIDE) for setting, path in files_of(settings).items()]
+    for setting, other, path in shared_files(own):
+        raise ConfigurationError(
+            refuse_sharing(f"the {other}", f"the {setting}", path),
+            setting=setting,
+        )
+
+
+def files_of(settings: DaemonSettings) -> dict[str, str | os.PathLike[str]]:
+    """Tell where the daemon keeps what lasts, by the names of the settings."""
+    files = {"state": settings.state, "registry": settings.registry_file, "journal": settings.journal}
+    return {setting: path for setting, path in files.items() if path is not None}
+
+
+def shared_files(
+    files: Iterable[tuple[str, str | os.PathLike[str], tuple[str, ...]]],
+) -> Iterator[tuple[str, str, str | os.PathLike[str]]]:
+    """Find the files that another before them in the list lies upon: whose each is, whose the other, and the path.
+
+    `files` are whose they are, the paths, and what the names of those end in that lie beside them.
+    """
     seen: dict[str, str] = {}
-    files = (("state", settings.state), ("registry", settings.registry_file), ("journal", settings.journal))
-    for setting, path in files:
-        if path is None:
-            continue
+    for whose, path, beside in files:
         real = os.path.realpath(path)
-        # SQLite has files of its own beside each database.
-        names = [real, *(real + end for end in _BESIDE)]
-        other = next((seen[name] for name in names if name in seen), setting)
-        seen.update((name, setting) for name in names)
-        if other != setting:
-            raise ConfigurationError(
-                f"the {other} and the {setting} cannot both be kept in {os.fspath(path)!r}; give each a file of"
-                " its own",
-                setting=setting,
-            )
+        names = [real, *(real + end for end in beside)]
+        other = next((seen[name] for name in names if name in seen), None)
+        for name in names:
+            seen.setdefault(name, whose)
+        if other is not None:
+            yield whose, other, path
+
+
+def refuse_sharing(one: str, other: str, path: str | os.PathLike[str]) -> str:
+    """Say that two cannot have one file."""
+    return f"{one} and {other} cannot both be kept in {os.fspath(path)!r}; give each a file of its own"
