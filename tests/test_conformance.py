@@ -17,7 +17,8 @@ from aiohttp.test_utils import TestServer
 
 from pybustcall import ConfigurationError
 from pybustcall.capabilities import advertisement
-from pybustcall.daemon import DaemonSettings, Indexes, MemoryBackend, create_app
+from pybustcall.daemon import DaemonSettings, Engine, Indexes, MemoryBackend, create_app
+from pybustcall.daemon.configuration import load
 from pybustcall.models import DependencyReply, cache_key_of
 from pybustcall.testing import (
     CHECKS,
@@ -73,7 +74,9 @@ from tests.conforming import (
     skipped,
 )
 from tests.conftest import PATIENCE, StartDaemon
+from tests.memcached_process import shared_memcached
 from tests.plain_cache import engine_over
+from tests.redis_harness import shared_redis
 
 pytestmark = [pytest.mark.requirement("RES-12"), pytest.mark.requirement("RES-02"), pytest.mark.requirement("INT-04")]
 
@@ -110,6 +113,45 @@ async def test_the_reference_daemon_passes_with_a_journal(tmp_path: Path) -> Non
     async with in_memory(journal=tmp_path / "journal", state=tmp_path / "state") as url:
         verdicts = await check_daemon(url, strict=True)
     assert {verdict.outcome for verdict in verdicts} == {"passed"}
+
+
+@asynccontextmanager
+async def configured(directory: Path, *layers: str) -> AsyncIterator[str]:
+    """Serve the reference daemon with these layers of a configuration."""
+    file = directory / "bustcall.toml"
+    tables = [f"[[layers]]\n{layer}\n" for layer in layers]
+    await asyncio.to_thread(file.write_text, "\n".join([f"[events]\nheartbeat = {BEAT}", *tables]), encoding="utf-8")
+    configuration = load(file)
+    indexes = Indexes()
+    app = create_app(Engine(configuration.layers(indexes, {}), indexes), configuration.settings({}))
+    async with TestServer(app) as server:
+        yield str(server.make_url("")).rstrip("/")
+
+
+SQLITE = 'backend = "sqlite"\npath = "cache.db"'
+
+
+@pytest.mark.parametrize("among", [(), ("redis", "sqlite")], ids=["alone", "between others"])
+async def test_the_reference_daemon_passes_with_memcached(tmp_path: Path, among: tuple[str, ...]) -> None:
+    """Which cannot list what it holds: no dry run is advertised then."""
+    layers = [f'backend = "memcached"\nurl = "{shared_memcached().url}"']
+    if among:
+        layers = [f'backend = "redis"\nurl = "{shared_redis().url}"', *layers, SQLITE]
+    async with configured(tmp_path, *layers) as url:
+        verdicts = await check_daemon(url, strict=True)
+    assert failed(verdicts) == {}
+    without = {name for name, why in skipped(verdicts).items() if why == "it does not advertise cache.bust.dry_run"}
+    assert without == {check.name for check in CHECKS if "cache.bust.dry_run" in check.needs}
+
+
+@pytest.mark.parametrize("backend", ["redis", "sqlite"])
+async def test_the_reference_daemon_passes_with_entries_of_readers(tmp_path: Path, backend: str) -> None:
+    """Everything is advertised; nothing is held there that is only registered."""
+    layer = SQLITE if backend == "sqlite" else f'backend = "redis"\nurl = "{shared_redis().url}"'
+    async with configured(tmp_path, layer) as url:
+        verdicts = await check_daemon(url, strict=True)
+    assert failed(verdicts) == {}
+    assert all(why.startswith("not decided: ") for why in skipped(verdicts).values())
 
 
 class SlowCache:

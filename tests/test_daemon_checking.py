@@ -22,6 +22,7 @@ from pybustcall.daemon.configuration import Configuration, load, read
 from pybustcall.daemon.database import Database, Kind, transaction
 from pybustcall.errors import ConfigurationError
 from tests.engines import RedisProcess
+from tests.memcached_process import shared_memcached
 from tests.redis_harness import shared_redis
 
 KINDS = {"state": idempotency._KIND, "registry": registry._KIND, "journal": journal._KIND}
@@ -214,6 +215,8 @@ def test_what_a_daemon_cannot_do_is_told_with_the_layers_that_lack_it() -> None:
         "cache.bust.namespace": ("files",), "cache.bust.soft": ("files",)
     }  # fmt: skip
     assert run_check(written(text.format("pages/{namespace}")), {}).lacking == {"cache.bust.soft": ("files",)}
+    memcached = f"[[layers]]\nbackend = 'memcached'\nurl = '{shared_memcached().url}'\n"
+    assert run_check(written(memcached), {}).lacking == {"cache.bust.dry_run": ("memcached",)}
     assert run_check(Configuration(), {}).lacking == {}
 
 

@@ -443,13 +443,14 @@ async def test_a_chain_is_fenced_level_by_level_each_with_a_later_generation() -
 
 
 async def test_where_nobody_can_list_what_is_held_nothing_is_counted() -> None:
-    """A number that is too low would be taken for the truth; of one key it can be told."""
+    """A number that is too low would be taken for the truth, and what is told of a few kinds only is not advertised."""
     engine = engine_over(Fenced([], counts=False))
-    for kind, target in (("prefix", "p"), ("tag", "t"), ("all", "*")):
+    assert not engine.counts
+    for kind, target in (("key", "k"), ("prefix", "p"), ("tag", "t"), ("all", "*")):
         with pytest.raises(Unsupported, match=r"cannot list what it holds") as caught:
             await engine.count(wish(target, kind=kind))
         assert caught.value.field == "dry_run"
-    assert await engine.count(wish("one")) == {"fenced": 0}
+    assert await engine_over(Fenced([])).count(wish("one")) == {"fenced": 0}
 
 
 async def test_what_is_registered_while_one_layer_is_busted_goes_in_the_next(indexes: Indexes) -> None:

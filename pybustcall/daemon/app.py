@@ -722,7 +722,12 @@ def _can(engine: Engine, name: str) -> bool:
     """Tell whether the engine's layers can do what a capability promises."""
     if name in _OF_KINDS:
         return _OF_KINDS[name] in engine.kinds
-    return {"cache.bust.soft": engine.soft, "cache.bust.namespace": engine.namespaces}.get(name, True)
+    of_all_layers = {
+        "cache.bust.dry_run": engine.counts,
+        "cache.bust.namespace": engine.namespaces,
+        "cache.bust.soft": engine.soft,
+    }
+    return of_all_layers.get(name, True)
 
 
 def _within(request: web.Request) -> float | None:

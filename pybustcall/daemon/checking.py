@@ -71,6 +71,7 @@ class Checked:
     def lacking(self) -> dict[str, tuple[str, ...]]:
         """The capabilities that a daemon would not have with these layers, and the names of those that lack each."""
         lacks = {
+            "cache.bust.dry_run": [layer.name for layer in self.layers if not layer.backend.traits.counts],
             "cache.bust.namespace": [layer.name for layer in self.layers if not layer.backend.traits.namespaces],
             "cache.bust.soft": [layer.name for layer in self.layers if not layer.backend.traits.soft],
         }

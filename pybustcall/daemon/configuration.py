@@ -417,7 +417,7 @@ class SqliteLayer(_LayerTable):
 
 @final
 class MemcachedLayer(_LayerTable):
-    """What `MemcachedCache` holds in a memcached server, 1.6.10 or later. Only single keys can be counted there."""
+    """What `MemcachedCache` holds in a memcached server, 1.6.10 or later. Nobody can list it: there are no dry runs."""
 
     backend: Literal["memcached"] = Field(description='"memcached": a memcached server')
     url: _Text = Field(description="the server, as `memcached://HOST`, `memcached://HOST:PORT` or `unix:///PATH`")

@@ -201,6 +201,11 @@ class Engine:
         """Whether every layer keeps tenants apart."""
         return all(layer.backend.traits.namespaces for layer in self.layers)
 
+    @property
+    def counts(self) -> bool:
+        """Whether every layer can list what it holds, so that a dry run can tell what would be removed."""
+        return all(layer.backend.traits.counts for layer in self.layers)
+
     def check(self, wish: Wish) -> None:
         """Raise `Unsupported` or `RefusedKey` if this cannot be done, before anything is removed.
 
@@ -270,7 +275,7 @@ class Engine:
         would.
         """
         for layer in self.layers:
-            if wish.kind != "key" and not layer.backend.traits.counts:
+            if not layer.backend.traits.counts:
                 raise Unsupported(
                     f"the layer {layer.name} ({layer.backend.name}) cannot list what it holds, so that nobody can tell"
                     " what would be removed; bust without dry_run",
