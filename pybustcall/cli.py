@@ -862,6 +862,8 @@ def _job_lines(job: BustJob) -> list[str]:
     told = [_job_line(job), f"{job.strategy}, {who}{_reason(job)}, at {job.at}{ended}, told by {job.daemon}"]
     for layer in job.layers:
         state = "applied" if layer.ok else f"not applied: {layer.error or 'no reason was told'}"
+        if layer.ok and layer.waits:
+            state += ", and again once the layers inside of it are"
         told.append(f"layer {layer.name}: {state}, {layer.removed} removed")
     return told
 

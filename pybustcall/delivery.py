@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pybustcall.dispatcher import Adopt, Ask, Receipt
     from pybustcall.errors import Applied
     from pybustcall.fleet import Fleet
-    from pybustcall.models import BustReply, BustRequest, Kind
+    from pybustcall.models import BustReply, BustRequest, Kind, LayerReply
     from pybustcall.outbox import OutboxStore
     from pybustcall.policies import Retry
     from pybustcall.telemetry import Event
@@ -607,12 +607,7 @@ def _kind(reply: BustReply | None, request: BustRequest) -> Kind:
 
 def _layers(leg: _Leg) -> tuple[LayerResult, ...]:
     said = leg.reply.layers if leg.reply is not None else ()
-    return tuple(
-        LayerResult(
-            daemon=leg.daemon or "", name=it.name, ok=it.ok, removed=it.removed, error=it.error, settle=it.settle
-        )
-        for it in said
-    )
+    return tuple(LayerResult.of(leg.daemon or "", it) for it in said)
 
 
 def _sum(counts: Iterable[int | None]) -> int | None:
@@ -641,11 +636,17 @@ def _note(request: BustRequest, legs: Sequence[_Leg], have: Sequence[_Leg]) -> s
             )
         if leg.reply.accepted:
             told.append(f"{leg.daemon} goes on with it as the job {leg.reply.job}")
-        failed = [layer for layer in leg.reply.layers if not layer.ok]
-        told += [f"its layer {layer.name} failed: {layer.error or 'no reason was told'}" for layer in failed]
+        told += [open_ for layer in leg.reply.layers if (open_ := _open_at(layer))]
     if any(leg.budget_spent for leg in legs if leg.reply is None):
         told.append(_BUDGET_SPENT)
     return "; ".join(told)
+
+
+def _open_at(layer: LayerReply) -> str:
+    """Say what is not done at a layer of a daemon; an empty text if all is."""
+    if layer.ok:
+        return f"its layer {layer.name} is busted again once the layers inside of it are" if layer.waits else ""
+    return f"its layer {layer.name} {'waits' if layer.waits else 'failed'}: {layer.error or 'no reason was told'}"
 
 
 def _ending(lack: Sequence[_Leg]) -> Ending:

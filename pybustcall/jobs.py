@@ -75,7 +75,7 @@ class BustJob:
             via=via,
             done=progress.done,
             total=progress.total,
-            layers=tuple(LayerResult(daemon=daemon, **dict(layer)) for layer in layers),
+            layers=tuple(LayerResult.of(daemon, layer) for layer in layers),
         )
 
     @property

@@ -426,6 +426,7 @@ class LayerReply(_Reply):
     - `ok`: whether it is applied there; one that is not is tried again if the whole answer says "accepted"
     - `removed`: how many entries went, or were marked stale; of a dry run, how many would
     - `settle`: seconds from the answer to its second bust there, if there is one
+    - `waits`: whether it is busted, or again if it is `ok`, once the layers that come before it are; it has not failed
     """
 
     name: str
@@ -433,6 +434,7 @@ class LayerReply(_Reply):
     removed: Annotated[int, Field(ge=0)] = 0
     error: str | None = None
     settle: float | None = None
+    waits: bool | None = None
 
 
 class BustReply(_Reply):

@@ -40,7 +40,7 @@ from pybustcall.needs import remedy_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from pybustcall.models import Kind
+    from pybustcall.models import Kind, LayerReply
 
 __all__ = [
     "Attempt",
@@ -85,6 +85,7 @@ class LayerResult:
     - `ok`: whether it is applied there; where it is not, `error` says why
     - `removed`: how many entries went, or were marked stale; of a dry run, how many would
     - `settle`: seconds from the answer to its second bust there, or None
+    - `waits`: whether it is busted, or again if it is `ok`, once the layers that come before it are; it has not failed
     """
 
     daemon: str
@@ -93,6 +94,20 @@ class LayerResult:
     removed: int = 0
     error: str | None = None
     settle: float | None = None
+    waits: bool = False
+
+    @classmethod
+    def of(cls, daemon: str, told: LayerReply) -> LayerResult:
+        """Take what the daemon told of a layer."""
+        return cls(
+            daemon=daemon,
+            name=told.name,
+            ok=told.ok,
+            removed=told.removed,
+            error=told.error,
+            settle=told.settle,
+            waits=bool(told.waits),
+        )
 
 
 @final

@@ -892,6 +892,7 @@ def test_an_accepted_bust_is_told_with_its_job(whole_fake: FakeDaemon) -> None:
             "removed": 0,
             "error": "it is down",
             "settle": None,
+            "waits": False,
         }
     ]
     assert call("bust", "a", "--fault-tolerance", "3", *at)[0] == 1
@@ -905,7 +906,8 @@ def test_jobs_are_listed_shown_and_cancelled(whole_fake: FakeDaemon) -> None:
     assert call("jobs", "list", *at)[:2] == (0, "no jobs\n")
     ill = LayerReply(name="cdn", ok=False, error="it is down")
     well = LayerReply(name="redis", ok=True, removed=2)
-    whole_fake.plan.extend([Answer.accepted("j1", layers=[well, ill]), Answer.accepted("j2")])
+    again = LayerReply(name="pages", ok=True, waits=True)
+    whole_fake.plan.extend([Answer.accepted("j1", layers=[well, ill, again]), Answer.accepted("j2")])
     call("bust", "sale", "--kind", "tag", "--soft", "--reason", "price", *at)
     call("bust", "b", *at)
     code, out, _ = call("jobs", "list", *at)
@@ -923,7 +925,11 @@ def test_jobs_are_listed_shown_and_cancelled(whole_fake: FakeDaemon) -> None:
     code, out, _ = call("jobs", "show", "j1", *at, "--daemon", whole_fake.url)
     assert (code, out.splitlines()[2:]) == (
         0,
-        ["layer redis: applied, 2 removed", "layer cdn: not applied: it is down, 0 removed"],
+        [
+            "layer redis: applied, 2 removed",
+            "layer cdn: not applied: it is down, 0 removed",
+            "layer pages: applied, and again once the layers inside of it are, 0 removed",
+        ],
     )
     assert "reason: price, at 20" in out
     assert out.count(", at 20") == 1

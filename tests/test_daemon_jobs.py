@@ -293,14 +293,15 @@ async def test_a_layer_that_fails_is_named_retried_and_those_outside_of_it_buste
         assert it.outer.keys == []
         inner, outer = answer.entry.layers
         assert (inner.ok, inner.error) == (False, "no route to the cache")
-        assert (outer.ok, outer.error) == (False, "it will be busted again once the layers inside of it are")
+        assert (inner.waits, outer.waits) == (None, True)
+        assert (outer.ok, outer.error) == (True, None)  # it has not failed, and is busted again
         it.outer.put("a")  # refilled from the stale inner one
         it.inner.failure = None
         await it.over(answer)
         assert (it.inner.keys, it.outer.keys) == ([], [])
         entry, _ = await it.jobs.find(answer.entry.job)
         assert (entry.state, entry.removed) == ("done", 3)
-        assert [layer.ok for layer in entry.layers] == [True, True]
+        assert [(layer.ok, layer.waits) for layer in entry.layers] == [(True, None), (True, None)]
 
 
 async def test_busts_queue_in_order_behind_a_layer_that_is_down(path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -547,9 +548,9 @@ async def test_the_registry_goes_last_and_only_once_the_others_are_done(path: Pa
         it.outer.failure = AWAY
         answer = await it.bust(strategy="hybrid")
         assert answer.accepted
-        assert {layer.name: layer.error for layer in answer.entry.layers}["registry"] == (
-            "it will be busted once the layers inside of it are"
-        )
+        (registry,) = (layer for layer in answer.entry.layers if layer.name == "registry")
+        assert (registry.ok, registry.waits) == (False, True)
+        assert registry.error == "it will be busted once the layers that come before it are"
         assert len(indexes) == 1
     async with with_registry() as it:
         it.outer.put("page")

@@ -182,6 +182,21 @@ async def test_a_job_that_is_not_known_is_told_apart_from_a_route() -> None:
             assert (status, told["type"]) == (404, "urn:bustcall:problem:no-such-job")
 
 
+async def test_a_layer_that_waits_for_another_is_told_so_and_is_no_fault(tmp_path: Path) -> None:
+    """It is busted already, and once more when the inner one is."""
+    inner, outer = Layered("redis", []), Layered("pages", [])
+    inner.failure = BackendFailure("no route to the cache", unreachable=True)
+    layers = [Layer(name=it.name, number=number, backend=it) for number, it in enumerate((inner, outer))]
+    async with serving(Engine(layers, Indexes()), journal=tmp_path / "journal") as client:
+        told = (await ask(client, "POST", "/api/v1/bust", {"target": "a"}))[1]
+        assert told["layers"] == [
+            {"name": "redis", "ok": False, "removed": 0, "error": "no route to the cache"},
+            {"name": "pages", "ok": True, "removed": 0, "waits": True},
+        ]
+        history = (await ask(client, "GET", "/api/v1/status"))[1]["fault_history"]
+        assert [it["message"] for it in history] == ["the layer redis failed: no route to the cache"]
+
+
 async def test_a_job_is_answered_with_202_told_and_cancelled(tmp_path: Path) -> None:
     """A repeat with its key is answered alike; what failed is in the history, with its layer."""
     layer = Layered("redis", [])

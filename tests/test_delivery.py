@@ -142,6 +142,8 @@ ASKED = ("kind", "soft", "namespace", "confirm", "dry_run", "verify", "settle", 
 
 WELL = LayerReply(name="redis", ok=True, removed=1)
 ILL = LayerReply(name="cdn", ok=False, error="it is down")
+AGAIN = LayerReply(name="pages", ok=True, removed=1, waits=True)
+LATER = LayerReply(name="memory", ok=False, error="it will be busted", waits=True)
 ANSWERS: dict[str, dict[str, Any]] = {
     "ok": {},
     "late": {},
@@ -152,6 +154,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "accepted": {"status": "accepted", "job": "j1", "layers": (WELL,)},
     "accepted-bare": {"status": "accepted", "job": "j1"},
     "partial": {"status": "accepted", "job": "j2", "layers": (WELL, ILL)},
+    "partial-waits": {"status": "accepted", "job": "j2", "layers": (ILL, AGAIN, LATER)},
 }
 """What a scripted daemon says in its answer beside the echo."""
 
@@ -687,6 +690,19 @@ async def test_a_layer_that_failed_makes_it_partial_and_is_named() -> None:
         assert (result.status, result.stage, result.applied, result.job) == ("partial", 8, "maybe", "j2")
         assert result.note == "hub goes on with it as the job j2; its layer cdn failed: it is down"
         assert [layer.ok for layer in result.layers] == [True, False]
+
+
+@virtual_time
+async def test_a_layer_that_waits_for_another_has_not_failed() -> None:
+    """One that is done already is done again, and the note says so."""
+    async with bench(daemon("hub", (0.01, "partial-waits"))) as made:
+        result = (await made.bust()).result
+        assert result.status == "partial"
+        assert result.note == (
+            "hub goes on with it as the job j2; its layer cdn failed: it is down; its layer pages is busted again once"
+            " the layers inside of it are; its layer memory waits: it will be busted"
+        )
+        assert [(layer.ok, layer.waits) for layer in result.layers] == [(False, False), (True, True), (False, True)]
 
 
 @pytest.mark.parametrize(("answer", "told"), [("accepted", "as the job j1"), ("partial", "its layer cdn failed")])

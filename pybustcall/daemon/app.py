@@ -391,7 +391,7 @@ class Daemon:
 
     def _record_failures(self, entry: Entry, binding: str) -> None:
         for layer in entry.layers:
-            if not layer.ok:
+            if not layer.ok and not layer.waits:
                 self._history.record(_BROKEN, f"the layer {layer.name} failed: {layer.error}", binding=binding)
 
     async def jobs(self, request: web.Request) -> web.Response:

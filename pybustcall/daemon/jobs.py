@@ -93,7 +93,8 @@ def pause_before(attempt: int) -> float:
 class _Run:
     """A bust that is not over: what of it is owed, and who waits for it.
 
-    - `owed`: the names of the layers at which it is not done
+    - `owed`: the names of the layers at which it is not done, or will be done again
+    - `reached`: those at which all of it was done in the last attempt
     - `settling`: whether it is applied, and what is owed is a second bust
     - `rounds`: the second busts that are still to come: seconds from the first one, and the layers of each
     - `waited`: seconds from the first bust to the round that is due, or was last
@@ -111,6 +112,7 @@ class _Run:
     task: asyncio.Task[None] | None = None
     timer: asyncio.TimerHandle | None = None
     errors: dict[str, str] = field(default_factory=dict)
+    reached: set[str] = field(default_factory=set)
     refusal: RefusedKey | None = None
     was_told: bool = False
 
@@ -418,6 +420,7 @@ class Jobs:
         `down` are the layers that are not tried: by default all that are known to be down.
         """
         run.errors.clear()
+        run.reached.clear()
         await run.bust.prepare()
         known = self._down if down is None else down
         failed_inside = False
@@ -430,8 +433,9 @@ class Jobs:
             visits = [self._visit(run, layer, part, known) for layer in owed]
             refused = await asyncio.gather(*visits) if len(visits) > 1 else [await visit for visit in visits]
             done = {layer.name for layer in owed if layer.name not in run.errors}
-            if part != "first" and not failed_inside:
-                run.owed -= done
+            if part != "first":
+                run.reached |= done
+                run.owed -= set() if failed_inside else done
             failed_inside = failed_inside or bool(owed and len(done) < len(owed))
             if any(refused) and not run.errors and len(self.engine.layers) == 1:
                 raise next(error for error in refused if error is not None)
@@ -476,9 +480,9 @@ class Jobs:
         settles = {} if run.settling else {name: at for at, names in run.rounds for name in names}
         for layer in self.engine.layers:
             error = run.errors.get(layer.name)
-            if error is None and layer.name in run.owed and run.errors and not run.settling:
-                word = "" if layer.backend.traits.registry else "again "
-                error = f"it will be busted {word}once the layers inside of it are"
+            waits = error is None and layer.name in run.owed and bool(run.errors) and not run.settling
+            if waits and layer.name not in run.reached:
+                error = "it will be busted once the layers that come before it are"
             layers.append(
                 LayerReply(
                     name=layer.name,
@@ -486,6 +490,7 @@ class Jobs:
                     removed=run.bust.removed[layer.name],
                     error=error,
                     settle=settles.get(layer.name),
+                    waits=waits or None,
                 )
             )
         removed = sum(run.bust.removed.values())

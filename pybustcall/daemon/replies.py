@@ -55,6 +55,8 @@ def _layer(layer: LayerReply) -> dict[str, object]:
         told["error"] = layer.error
     if layer.settle is not None:
         told["settle"] = layer.settle
+    if layer.waits:
+        told["waits"] = True
     return told
 
 
