@@ -527,7 +527,7 @@ async def test_a_journal_of_a_version_before_is_brought_up_to_date(tmp_path: Pat
     epoch = journal.epoch
     await journal.close()
     with sqlite3.connect(tmp_path / "j") as db:
-        db.executescript("DROP TABLE spans; DROP TABLE origin")
+        db.executescript("DROP TABLE spans; DROP TABLE origin; ALTER TABLE faults DROP COLUMN namespace")
         if version == 1:
             db.executescript("DROP TABLE events; DROP TABLE stream")
         db.execute(f"PRAGMA user_version = {version}")
@@ -884,6 +884,34 @@ async def test_a_tenants_token_opens_its_own_namespace_and_nothing_else() -> Non
         ):
             assert (await ask(method, path, shop, **body))[0] == 403
         assert (await ask("GET", "status", shop))[0] == 200
+
+
+async def test_the_status_tells_a_tenant_nothing_of_others(tmp_path: Path) -> None:
+    """Neither what they were refused, nor how often anybody was, nor how much all hold; an operator sees everything."""
+    tokens = {"shop": "of-shop", "bank": "of-bank"}
+    settings = {"tenants": tokens, "operator_token": "root", "journal": tmp_path / "j"}
+
+    async def status(client: TestClient[Any, Any], token: str) -> Any:
+        async with client.get("/api/v1/status", headers={"Authorization": f"Bearer {token}"}) as response:
+            return await response.json()
+
+    async with serving(**settings) as client:
+        for token in ("of-bank", "of-shop", "of-bank", "wrong"):
+            said = {"Authorization": f"Bearer {token}"}
+            async with client.get("/api/v1/events?namespace=default", headers=said) as response:
+                assert response.status in {401, 403}
+            async with client.post("/api/v1/bust", json={"target": ""}, headers=said) as response:
+                assert response.status in {401, 422}
+        before = await status(client, "root")
+    async with serving(**settings) as client:  # also after a restart
+        everything, ours = await status(client, "root"), await status(client, "of-shop")
+        assert everything["fault_history"] == before["fault_history"]
+        told = [it["message"] for it in ours["fault_history"]]
+        assert told[0] == "this token is for the namespace shop only, which the request must say"
+        assert [it for it in everything["fault_history"] if it["message"] in told[:1]] == ours["fault_history"][:1]
+        assert len(told) == 2
+        assert "bank" not in str(ours)
+        assert ours["cache_size"] == "unknown" != everything["cache_size"]
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,24 @@ def told_by(history: FaultHistory) -> list[tuple[str, str]]:
 # In one process
 
 
+def test_what_concerns_one_namespace_alone_is_told_apart() -> None:
+    """Denials are counted for each by itself, also where they are so many that bindings are no longer told."""
+    history = FaultHistory(3)
+    for namespace in ("shop", "bank", None, "shop"):
+        history.record(4, "denied", binding=f"of {namespace}", denial=True, namespace=namespace)
+        history.record(3, "a fault", namespace=namespace)
+    assert len(history.records()) == 6  # the oldest fault has gone
+    assert [(it.message.partition(" (")[0], it.binding) for it in history.records("shop")] == [
+        ("denied", "of shop"), ("a fault", "unknown")
+    ]  # fmt: skip
+    assert " (2 times since " in history.records("shop")[0].message
+    assert len(history.records("bank")) == 2
+    for number in range(5):
+        history.record(4, "denied", binding=f"other {number}", denial=True, namespace="bank")
+    assert [it.binding for it in history.records("shop")] == ["unknown", "unknown"]
+    assert history.records("none") == ()
+
+
 def test_the_history_keeps_the_newest_faults_with_their_nanoseconds() -> None:
     """It is bounded, oldest first, and stamped by its clock."""
     instants = iter((1, 1_000_000_002, 1_700_000_000_123_456_789))

@@ -148,6 +148,7 @@ _STREAM_HEADERS: Final = {
     "Cache-Control": "no-store",
     "X-Accel-Buffering": "no",  # nginx would gather what it is to hand on
 }
+_UNKNOWN: Final = "unknown"
 _QUIET: Final = 10.0  # seconds between two lines of the log about denials
 
 _REPLAYED_HEADER: Final = "Idempotency-Replayed"
@@ -239,7 +240,7 @@ class Daemon:
         try:
             return await self._answer(request, handler)
         except Refusal as refusal:
-            return self._refuse(refusal, said_binding(request.headers))
+            return self._refuse(refusal, said_binding(request.headers), self._admission.principal(request).namespace)
         finally:
             self._requests -= 1
             if self._requests == 0 and self._stopping.is_set():
@@ -261,11 +262,16 @@ class Daemon:
             _log.exception("unexpected error while answering %s", request.method)
             raise Refusal(500, "the daemon failed; its log says why", stage=_BROKEN) from None
 
-    def _refuse(self, refusal: Refusal, said: str = "unknown") -> web.Response:
-        """Remember a refusal; `said` is the binding that the headers say, which a body may say better."""
+    def _refuse(self, refusal: Refusal, said: str = "unknown", namespace: str | None = None) -> web.Response:
+        """Remember a refusal, of the tenant of a namespace if they asked.
+
+        `said` is the binding that the headers say, which a body may say better.
+        """
         if refusal.stage is not None:
             binding = said if refusal.binding == "unknown" else refusal.binding
-            self._history.record(refusal.stage, str(refusal), binding=binding, denial=refusal.denial)
+            self._history.record(
+                refusal.stage, str(refusal), binding=binding, denial=refusal.denial, namespace=namespace
+            )
             if refusal.denial:
                 self._tell_denial(refusal, binding)
         return refusal.response()
@@ -392,7 +398,8 @@ class Daemon:
     def _record_failures(self, entry: Entry, binding: str) -> None:
         for layer in entry.layers:
             if not layer.ok and not layer.waits:
-                self._history.record(_BROKEN, f"the layer {layer.name} failed: {layer.error}", binding=binding)
+                why = f"the layer {layer.name} failed: {layer.error}"
+                self._history.record(_BROKEN, why, binding=binding, namespace=entry.wish.namespace)
 
     async def jobs(self, request: web.Request) -> web.Response:
         """GET /api/v1/jobs: the busts of the journal, the newest first."""
@@ -576,19 +583,23 @@ class Daemon:
             raise Refusal(500, str(error), stage=_BROKEN, binding=binding) from None
         return _json(answer.reply, {_REPLAYED_HEADER: "true"} if answer.replayed else None)
 
-    async def status(self, _request: web.Request) -> web.Response:
-        """GET /api/v1/status. It answers in trouble too: a size that cannot be told is "unknown"."""
+    async def status(self, request: web.Request) -> web.Response:
+        """GET /api/v1/status. It answers in trouble too: a size that cannot be told is "unknown".
+
+        A tenant is told what concerns them, and not how much all have together.
+        """
+        tenant = self._admission.principal(request).namespace
         try:
-            size = await self._engine.size_text()
+            size = await self._engine.size_text() if tenant is None else _UNKNOWN
         except BackendFailure as error:
             self._history.record(_BROKEN, str(error))
-            size = "unknown"
+            size = _UNKNOWN
         return _json(
             StatusReply(
                 daemon_pid=os.getpid(),
                 bindings={BINDING: BindingStatus(status="active", version=self._version)},
                 cache_size=size,
-                fault_history=self._history.records(),
+                fault_history=self._history.records(tenant),
             )
         )
 

@@ -28,7 +28,8 @@ _UNKNOWN: Final = "unknown"
 class Fault:
     """A fault, and its `place` in the order of all, which no other has. A denial may stand for several.
 
-    `at` and `first` are nanoseconds since the Unix epoch: when the last of the `times` was, and the first.
+    `at` and `first` are nanoseconds since the Unix epoch: when the last of the `times` was, and the first. `namespace`
+    is the only one that it concerns, whose tenant may be told of it; None is told to no tenant.
     """
 
     place: int
@@ -39,6 +40,7 @@ class Fault:
     first: int
     times: int = 1
     denial: bool = False
+    namespace: str | None = None
 
     def joined(self, other: Fault | None) -> Fault:
         """Count this one and another, like it, as one: the newer, as often as both."""
@@ -75,8 +77,8 @@ class FaultHistory:
     """The newest `limit` faults, and beside them the newest `limit` denials, oldest first.
 
     Anybody can have faults recorded, as many as they like. So denials have a room of their own, in which those that are
-    equal in message and binding are one, with a count and the time of the last. If that is too many, the oldest no
-    longer tell their binding: messages are few, so every denial is counted somewhere.
+    equal in message, binding and namespace are one, with a count and the time of the last. If that is too many, the
+    oldest no longer tell their binding: messages are few, so every denial is counted somewhere.
 
     `clock` tells nanoseconds since the Unix epoch. What is kept is forgotten with the process, unless `attach` is
     called.
@@ -87,7 +89,7 @@ class FaultHistory:
             raise ValueError(f"a fault history keeps at least 1 fault, not {limit!r}")
         self._limit = limit
         self._faults: deque[Fault] = deque()
-        self._denials: dict[tuple[str, str], Fault] = {}  # by message and binding
+        self._denials: dict[tuple[str, str, str | None], Fault] = {}  # by message, binding and namespace
         self._next = 0
         self._clock = clock
         self._shelf: Shelf | None = None
@@ -108,12 +110,30 @@ class FaultHistory:
         for fault in own:
             self._keep(replace(fault, place=self._take_place()))
 
-    def record(self, stage: int, message: str, *, binding: str = _UNKNOWN, denial: bool = False) -> None:
+    def record(
+        self,
+        stage: int,
+        message: str,
+        *,
+        binding: str = _UNKNOWN,
+        denial: bool = False,
+        namespace: str | None = None,
+    ) -> None:
         """Keep one fault, as above. Raises ValueError for a stage outside 0..12."""
         check_stage(stage)
         now = self._clock()
-        place = self._take_place()
-        self._keep(Fault(place=place, stage=stage, message=message, binding=binding, at=now, first=now, denial=denial))
+        self._keep(
+            Fault(
+                place=self._take_place(),
+                stage=stage,
+                message=message,
+                binding=binding,
+                at=now,
+                first=now,
+                denial=denial,
+                namespace=namespace,
+            )
+        )
 
     def _take_place(self) -> int:
         place = self._next
@@ -135,7 +155,7 @@ class FaultHistory:
 
     def _count(self, denial: Fault, *, known: bool = False) -> None:
         """Keep a denial; if there are like ones, as one with them, in the newer one's place."""
-        key = (denial.message, denial.binding)
+        key = _key_of(denial)
         like = self._denials.get(key)
         kept = denial.joined(like)
         self._denials[key] = kept
@@ -147,7 +167,7 @@ class FaultHistory:
     def _fold(self) -> None:
         """Count the oldest denial that tells a binding among those like it that tell none."""
         oldest = min(self._denials.values(), key=lambda it: (it.binding == _UNKNOWN, it.place))
-        del self._denials[oldest.message, oldest.binding]
+        del self._denials[_key_of(oldest)]
         if oldest.binding == _UNKNOWN:
             self._drop(oldest)
         else:
@@ -164,12 +184,17 @@ class FaultHistory:
     def _kept(self) -> list[Fault]:
         return sorted((*self._faults, *self._denials.values()), key=lambda it: it.place)
 
-    def records(self) -> tuple[FaultRecord, ...]:
-        """Tell what is kept, in the order in which it happened."""
-        return tuple(it.told() for it in self._kept())
+    def records(self, namespace: str | None = None) -> tuple[FaultRecord, ...]:
+        """Tell what is kept, in the order in which it happened: all of it, or what concerns one tenant alone."""
+        return tuple(it.told() for it in self._kept() if namespace in {None, it.namespace})
 
     def __len__(self) -> int:
         return len(self._faults) + len(self._denials)
 
     def __repr__(self) -> str:
         return f"FaultHistory({len(self._faults)} faults, {len(self._denials)} denials, at most {self._limit} of each)"
+
+
+def _key_of(denial: Fault) -> tuple[str, str, str | None]:
+    """Tell by what a denial is counted with others."""
+    return denial.message, denial.binding, denial.namespace

@@ -127,12 +127,13 @@ _KIND: Final = Kind(
         "CREATE INDEX busts_over ON busts (over)",
         """CREATE TABLE faults (
             place INTEGER PRIMARY KEY, stage INTEGER NOT NULL, message TEXT NOT NULL, binding TEXT NOT NULL,
-            at INTEGER NOT NULL, first INTEGER NOT NULL, times INTEGER NOT NULL, denial INTEGER NOT NULL
+            at INTEGER NOT NULL, first INTEGER NOT NULL, times INTEGER NOT NULL, denial INTEGER NOT NULL,
+            namespace TEXT
         )""",
         *_EVENTS,
         *_ORIGIN,
     ),
-    upgrades={1: _EVENTS, 2: _ORIGIN},
+    upgrades={1: _EVENTS, 2: (*_ORIGIN, "ALTER TABLE faults ADD COLUMN namespace TEXT")},
     loss="what was busted is no longer shown, and busts that a killed daemon had not applied yet never will be",
 )
 
@@ -204,8 +205,8 @@ _INSERT: Final = f"INSERT OR REPLACE INTO busts ({_COLUMNS}, over) VALUES ({', '
 _UPDATE: Final = (
     "UPDATE busts SET state = ?, ended = ?, removed = ?, attempts = ?, layers = ?, over = ? WHERE number = ?"
 )
-_FAULT_COLUMNS: Final = "place, stage, message, binding, at, first, times, denial"
-_FAULT_TYPES: Final = ((int,), (int,), (str,), (str,), (int,), (int,), (int,), (int,))
+_FAULT_COLUMNS: Final = "place, stage, message, binding, at, first, times, denial, namespace"
+_FAULT_TYPES: Final = ((int,), (int,), (str,), (str,), (int,), (int,), (int,), (int,), (str, type(None)))
 _EVENT_TYPES: Final = ((int,), (str,), (str,), (str,), (int,), (str,), (str,))
 _STATES: Final[frozenset[str]] = frozenset(get_args(JobState))
 
@@ -281,12 +282,12 @@ def _entry(row: _Row) -> Entry:
 def _fault_row(fault: Fault) -> _Row:
     return (
         fault.place, fault.stage, _text(fault.message), _text(fault.binding),
-        fault.at, fault.first, fault.times, fault.denial,
+        fault.at, fault.first, fault.times, fault.denial, fault.namespace,
     )  # fmt: skip
 
 
 def _fault(row: _Row) -> Fault:
-    place, stage, message, binding, at, first, times, denial = _typed(row, _FAULT_TYPES)
+    place, stage, message, binding, at, first, times, denial, namespace = _typed(row, _FAULT_TYPES)
     return Fault(
         place=place,
         stage=stage,
@@ -296,6 +297,7 @@ def _fault(row: _Row) -> Fault:
         first=first,
         times=times,
         denial=bool(denial),
+        namespace=namespace,
     )
 
 
@@ -485,7 +487,7 @@ class _Store:
                 if fault is None:
                     db.execute("DELETE FROM faults WHERE place = ?", (place,))
                 else:
-                    db.execute("INSERT OR REPLACE INTO faults VALUES (?, ?, ?, ?, ?, ?, ?, ?)", _fault_row(fault))
+                    db.execute("INSERT OR REPLACE INTO faults VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", _fault_row(fault))
             db.execute("DELETE FROM events WHERE seq <= ?", (batch.through,))
             db.executemany(
                 "INSERT OR REPLACE INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", map(_event_row, batch.events.values())
