@@ -25,6 +25,8 @@ from pybustcall.models import LayerReply
 from pybustcall.testing import Answer, FakeDaemon
 from tests.conftest import PATIENCE, StartDaemon, wait_until
 
+ROOT = Path(__file__).parent.parent
+
 DOWN = "http://127.0.0.1:1"
 
 
@@ -898,6 +900,15 @@ def test_an_accepted_bust_is_told_with_its_job(whole_fake: FakeDaemon) -> None:
     assert call("bust", "a", "--fault-tolerance", "3", *at)[0] == 1
     whole_fake.plan.append(Answer.accepted())
     assert "1 of 2 busted, 1 kept for later" in call("bust", "a", "b", *at)[2]
+
+
+def test_the_page_lists_every_option_of_the_daemon() -> None:
+    """Each in the first column of the table, and none that there is not."""
+    page = (ROOT / "docs/reference/command-line.md").read_text(encoding="utf-8")
+    section = page.partition("\n## The daemon's options\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`--[^|]*) \|", section, re.MULTILINE)
+    told = {name for row in rows for name in re.findall(r"`(--[a-z-]+)", row)}
+    assert told == {name for param in cli.commands["daemon"].params for name in param.opts}
 
 
 def test_jobs_are_listed_shown_and_cancelled(whole_fake: FakeDaemon) -> None:
