@@ -196,7 +196,7 @@ async def test_those_who_come_while_a_commit_is_under_way_share_the_next(tmp_pat
     async with journaling(tmp_path / "j") as journal:
         with held_up(journal):
             first = asyncio.create_task(journal.begin(a_bust("0")))
-            await eventually(lambda: journal._since is not None)
+            await eventually(lambda: journal._watch is not None)
             rest = [asyncio.create_task(journal.begin(a_bust(str(number)))) for number in range(1, 100)]
             await asyncio.sleep(0)
             assert not first.done()
@@ -359,7 +359,7 @@ async def test_a_begin_that_is_cancelled_in_the_queue_is_never_written(tmp_path:
     async with journaling(tmp_path / "j") as journal:
         with held_up(journal):
             first = asyncio.create_task(journal.begin(a_bust("1")))
-            await eventually(lambda: journal._since is not None)
+            await eventually(lambda: journal._watch is not None)
             second = asyncio.create_task(journal.begin(a_bust("2")))
             await eventually(lambda: journal._begins)
             second.cancel()
@@ -376,7 +376,7 @@ async def test_a_begin_that_is_cancelled_during_its_commit_is_deleted_by_the_nex
         asked = a_bust("1")
         with held_up(journal):
             task = asyncio.create_task(journal.begin(asked))
-            await eventually(lambda: journal._since is not None)
+            await eventually(lambda: journal._watch is not None)
             task.cancel()
             await asyncio.wait({task})
         await eventually(lambda: journal._unwritten)
@@ -407,12 +407,12 @@ async def test_a_disk_that_does_not_answer_refuses_begins_after_a_while(tmp_path
         (before,) = await begun(journal, "before")
         with held_up(journal):
             task = asyncio.create_task(journal.begin(a_bust("1")))
-            await eventually(lambda: journal._since is not None)
+            await eventually(lambda: journal._watch is not None)
             journal.put(replace(before, state="running"))
             with pytest.raises(JournalFailure, match=ANSWERED) as caught:
                 await task
             assert not caught.value.full
-            await eventually(lambda: asyncio.get_running_loop().time() - (journal._since or 0.0) > 0.06)
+            await eventually(lambda: journal._is_silent)
             with pytest.raises(JournalFailure, match="has not answered for more than"):
                 await journal.begin(a_bust("2"))
             with pytest.raises(JournalFailure, match=ANSWERED):
@@ -424,12 +424,38 @@ async def test_a_disk_that_does_not_answer_refuses_begins_after_a_while(tmp_path
             found = await journal.find(before.job)  # in memory
             assert found is not None
             assert found.state == "running"
-        await eventually(lambda: journal._since is None)
+        await eventually(lambda: journal._watch is None)
         await journal.flush()
         assert await targets_of(journal) == ["before"]
         assert await in_thread(journal, partial(value_of, "SELECT count(*) FROM busts")) == 1
         await begun(journal, "after")
     assert await unfinished_in(tmp_path / "j") == ["before", "after"]
+
+
+async def test_a_process_that_was_stopped_does_not_blame_its_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it runs again, the disk has its time anew, for what waits and for what is asked then."""
+    loop = asyncio.get_running_loop()
+    clock, stopped = loop.time, 0.0
+    monkeypatch.setattr(loop, "time", lambda: clock() + stopped)
+    async with journaling(tmp_path / "j") as journal:
+        await begun(journal, "before")
+        with held_up(journal):
+            written = asyncio.gather(begun(journal, "a", "b"), journal.flush())
+            await eventually(lambda: journal._watch is not None)
+            asked = asyncio.gather(written, journal.recent())
+            for _ in range(3):
+                stopped += 2 * module.GIVE_UP
+                for _ in range(10):  # of the loop
+                    await asyncio.sleep(0)
+            late = asyncio.create_task(journal.begin(a_bust("late")))
+            await asyncio.sleep(0)
+            assert not late.done()
+            assert not asked.done()
+        await asked
+        await late
+    assert sorted(await unfinished_in(tmp_path / "j")) == ["a", "b", "before", "late"]
 
 
 # A disk that is full or fails
@@ -741,7 +767,7 @@ async def test_a_reader_sees_what_was_put_while_it_waited(tmp_path: Path) -> Non
         (entry,) = await begun(journal, "a")
         with held_up(journal):
             flushing = asyncio.create_task(journal.flush())
-            await eventually(lambda: journal._since is not None)
+            await eventually(lambda: journal._watch is not None)
             looking = asyncio.create_task(journal.recent())
             await asyncio.sleep(0)
             journal.put(replace(entry, state="done"))
@@ -1036,7 +1062,7 @@ async def test_closing_does_not_wait_for_a_disk_for_ever(tmp_path: Path, caplog:
     await journal.open()
     with held_up(journal):
         first = asyncio.create_task(journal.begin(a_bust("1")))
-        await eventually(lambda: journal._since is not None)
+        await eventually(lambda: journal._watch is not None)
         second = asyncio.create_task(journal.begin(a_bust("2")))
         flushing = asyncio.create_task(journal.flush())
         await asyncio.sleep(0)
@@ -1054,7 +1080,7 @@ async def test_closing_that_is_cancelled_still_ends_the_thread(tmp_path: Path) -
     await journal.open()
     with held_up(journal):
         beginning = asyncio.create_task(journal.begin(a_bust("1")))
-        await eventually(lambda: journal._since is not None)
+        await eventually(lambda: journal._watch is not None)
         closing = asyncio.create_task(journal.close())
         await asyncio.sleep(0)
         closing.cancel()

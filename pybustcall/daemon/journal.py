@@ -42,7 +42,7 @@ import secrets
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, takewhile
@@ -66,7 +66,7 @@ from pybustcall.models import KINDS, OVER, JobState, LayerReply
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Iterator, Mapping
 
     from pybustcall.models import Kind as KindOfTarget
 
@@ -80,6 +80,8 @@ MOST: Final = 100_000
 """How many busts that are over are kept; beyond that the oldest go."""
 GIVE_UP: Final = 5.0
 """Seconds that a disk may take; then begins are refused."""
+
+_SLICES: Final = 10  # in which that is measured
 
 _FOR_EVER: Final = 4e9  # seconds; in nanoseconds it still is a number of SQLite's
 _PATIENCE: Final = 1.0  # seconds that closing waits for what is being written
@@ -615,7 +617,8 @@ class Journal:
         self._writer: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._due = False  # whether the writer is to commit once more
-        self._since: float | None = None  # when the commit began that is under way, by the loop's clock
+        self._watch: _Timer | None = None  # of the commit that is under way
+        self._is_silent = False  # whether that takes longer than it may
         self._commits = 0
         self._has_failed = False
         self._warned = float("-inf")
@@ -722,24 +725,23 @@ class Journal:
         """
         if not self._is_open:
             raise JournalFailure("it is closed")
-        loop = asyncio.get_running_loop()
         if len(self._begins) >= _MOST_WAITING:
             raise JournalFailure(f"{_MOST_WAITING} busts wait for it already")
-        if self._since is not None and loop.time() - self._since > self._give_up:
+        if self._is_silent:
             raise JournalFailure(f"its disk has not answered for more than {self._give_up:g} seconds")
         self._last += 1
         entry = replace(entry, number=self._last)
         if self._path is None:
             self.put(entry)
             return entry
-        begin = self._begins[entry.number] = _Begin(entry, loop.create_future())
+        begin = self._begins[entry.number] = _Begin(entry, asyncio.get_running_loop().create_future())
         self._wake()
         try:
-            await asyncio.wait({begin.told}, timeout=self._give_up)
+            is_told = await self._is_told(begin.told)
         except asyncio.CancelledError:
             self._withdraw(begin)
             raise
-        if not begin.told.done():
+        if not is_told:
             self._withdraw(begin)
             raise JournalFailure(f"its disk has not answered for {self._give_up:g} seconds")
         _raise_for(begin.told.result())
@@ -763,9 +765,16 @@ class Journal:
         told: asyncio.Future[JournalFailure | None] = asyncio.get_running_loop().create_future()
         self._flushes.append(told)
         self._wake()
-        if not (await asyncio.wait({told}, timeout=self._give_up))[0]:
+        if not await self._is_told(told):
             raise JournalFailure(f"its disk has not answered for {self._give_up:g} seconds")
         _raise_for(told.result())
+
+    async def _is_told(self, told: asyncio.Future[JournalFailure | None]) -> bool:
+        """Wait for what a commit comes to, as long as a disk may take; tell whether it is known."""
+        with suppress(TimeoutError):
+            async with _time_of_running(self._give_up):
+                await asyncio.wait({told})
+        return told.done()
 
     async def find(self, job: str) -> Entry | None:
         """Tell the entry of this name. Raises `JournalFailure` if the file would have to be read, and cannot be."""
@@ -893,7 +902,7 @@ class Journal:
             del self._begins[number]
         flushes, self._flushes = self._flushes, []
         self._due = bool(self._begins)
-        self._since = asyncio.get_running_loop().time()
+        self._watch = watch = _Timer(self._give_up, self._fall_silent)
         failure: JournalFailure | None = JournalFailure("it was closed meanwhile")
         fault: Exception | None = None
         try:
@@ -907,13 +916,17 @@ class Journal:
             failure = JournalFailure(f"an unexpected error ({type(error).__name__}), which the daemon's log tells of")
             fault = error
         finally:
-            self._since = None
+            watch.cancel()
+            self._watch, self._is_silent = None, False
             self._tell(begins, flushes, failure)
             self._has_failed = failure is not None
         if failure is not None:
             self._warn(failure, fault)
             if self._has_gathered():
                 self._soon()
+
+    def _fall_silent(self) -> None:
+        self._is_silent = True
 
     async def _attempt(self, begins: Mapping[int, _Begin], *, durable: bool) -> bool:
         batch = _Batch(
@@ -983,7 +996,7 @@ class Journal:
             return unwritten, await self._use(work(unwritten))
 
         try:
-            async with asyncio.timeout(self._give_up), self._using:
+            async with _time_of_running(self._give_up), self._using:
                 return await self._mending(attempt)
         except TimeoutError:
             raise JournalFailure(f"its disk has not answered for {self._give_up:g} seconds") from None
@@ -1017,6 +1030,44 @@ class Journal:
         if self._thread is None:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+@final
+class _Timer:
+    """Calls `over` once this process has run for so many seconds, unless it is cancelled.
+
+    A time in which the process was stopped, or its event loop had no turn, counts as one slice at most: it says nothing
+    of those who are waited for, and they may have been stopped, too.
+    """
+
+    def __init__(self, seconds: float, over: Callable[[], None]) -> None:
+        self._slice = seconds / _SLICES
+        self._left = _SLICES
+        self._over = over
+        self._next = asyncio.get_running_loop().call_later(self._slice, self._pass)
+
+    def cancel(self) -> None:
+        """Call nothing any more."""
+        self._next.cancel()
+
+    def _pass(self) -> None:
+        self._left -= 1
+        if self._left:
+            self._next = asyncio.get_running_loop().call_later(self._slice, self._pass)
+        else:
+            self._over()
+
+
+@asynccontextmanager
+async def _time_of_running(seconds: float) -> AsyncIterator[None]:
+    """Raise `TimeoutError` as `asyncio.timeout` does, but by a `_Timer`."""
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(None) as limit:
+        timer = _Timer(seconds, lambda: limit.reschedule(loop.time()))
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 def _taken(now: Mapping[int, _T | None], written: Mapping[int, _T | None]) -> list[tuple[int, _T | None]]:
