@@ -201,7 +201,7 @@ async def test_denials_are_logged_and_not_washed_out(caplog: pytest.LogCaptureFi
         for path in [STATUS] * 3 + [CAPABILITIES] * 300:
             async with client.get(path, headers={"Expect": "tea"} if path == CAPABILITIES else {}):
                 pass
-        client.app[DAEMON]._told -= 10
+        client.app[DAEMON]._denials._told -= 10
         await status_of(client, "wrong", "GET", STATUS)
     denied = "daemon.status is denied: this daemon wants its token, as Authorization: Bearer"
     assert warnings_in(caplog) == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from pybustcall.daemon import (
     MemoryBackend,
     create_app,
 )
+from pybustcall.daemon.app import DAEMON
 from pybustcall.daemon.jobs import NoSuchJob
 from pybustcall.daemon.journal import Entry, JournalFailure, Wish
 from pybustcall.models import BustReply, JobReply, JobsReply
@@ -341,8 +343,8 @@ async def test_progress_comes_to_its_end(tmp_path: Path) -> None:
         assert (job["state"], job["progress"]) == ("done", {"done": 600, "total": 600})
 
 
-async def test_a_full_disk_refuses_busts_and_removes_nothing(tmp_path: Path) -> None:
-    """507, until there is room again."""
+async def test_a_full_disk_refuses_busts_and_removes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """507, until there is room again; the log says it at once, and then counts for a while."""
     indexes = Indexes()
     engine = Engine([Layer(name="memory", number=0, backend=MemoryBackend(indexes))], indexes)
     journal = Journal(tmp_path / "journal")
@@ -353,7 +355,14 @@ async def test_a_full_disk_refuses_busts_and_removes_nothing(tmp_path: Path) -> 
             status, told = await bust(client, target)
             assert (status, told["detail"].endswith("nothing was busted")) == (507, True)
             assert (await bust(client, target, dry_run=True))[1]["matched"] == 1
+            for _ in range(3):
+                assert (await bust(client, target))[0] == 507
+            client.app[DAEMON]._journal_failures._told -= 10
+            assert (await bust(client, target))[0] == 507
         assert (await bust(client, target))[1]["removed"] == 1
+    refused = "a bust was refused: the journal cannot be used: database or disk is full"
+    told_in_log = [it.getMessage() for it in caplog.records if it.levelno == logging.ERROR]
+    assert told_in_log == [refused, f"{refused}; 3 more since the line before"]
 
 
 async def test_faults_are_remembered_over_a_restart(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ _STREAM_HEADERS: Final = {
     "X-Accel-Buffering": "no",  # nginx would gather what it is to hand on
 }
 _UNKNOWN: Final = "unknown"
-_QUIET: Final = 10.0  # seconds between two lines of the log about denials
+_QUIET: Final = 10.0  # seconds between two lines of the log about denials, or about a journal that fails
 
 _REPLAYED_HEADER: Final = "Idempotency-Replayed"
 _ENTITY_TAG: Final = re.compile(r'(?:W/)?"([^"]*)"')
@@ -174,6 +174,25 @@ async def _say_expectation(request: web.Request, response: web.StreamResponse) -
 
 
 # Answering
+
+
+@final
+class _Seldom:
+    """Says whether it is time for one more line of the log that anybody can cause as often as they like."""
+
+    def __init__(self) -> None:
+        self._told = float("-inf")
+        self._untold = 0
+
+    def due(self) -> str | None:
+        """Tell what the line ends with, which is how many were left out before it; None to leave this one out, too."""
+        now = asyncio.get_running_loop().time()
+        if now - self._told < _QUIET:
+            self._untold += 1
+            return None
+        more = f"; {self._untold} more since the line before" if self._untold else ""
+        self._told, self._untold = now, 0
+        return more
 
 
 @final
@@ -214,8 +233,8 @@ class Daemon:
         self._stopping = asyncio.Event()
         self._quiet = asyncio.Event()
         self._requests = 0
-        self._told = float("-inf")  # when a denial was logged
-        self._untold = 0
+        self._denials = _Seldom()
+        self._journal_failures = _Seldom()
         self._connections: set[asyncio.Task[None]] = set()
 
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -278,13 +297,8 @@ class Daemon:
 
     def _tell_denial(self, refusal: Refusal, binding: str) -> None:
         """Log a denial, or only count it if one was logged just now: the next line tells how many there were."""
-        now = asyncio.get_running_loop().time()
-        if now - self._told < _QUIET:
-            self._untold += 1
-            return
-        since = f"; {self._untold} more since the line before" if self._untold else ""
-        _log.warning("%s (asked by %s%s)", refusal, binding, since)
-        self._told, self._untold = now, 0
+        if (more := self._denials.due()) is not None:
+            _log.warning("%s (asked by %s%s)", refusal, binding, more)
 
     def refuse_unread(self, status: int) -> web.Response:
         """Make the refusal of what is no request, and remember it."""
@@ -352,7 +366,8 @@ class Daemon:
         except RefusedKey as error:
             raise Refusal(422, f"target {error}", field_name="target", binding=binding) from None
         except JournalFailure as error:
-            _log.error("a bust was refused: %s", error)
+            if (more := self._journal_failures.due()) is not None:
+                _log.error("a bust was refused: %s%s", error, more)
             status, advice = (507, "; make room on its disk, and busts are taken again") if error.full else (500, "")
             raise Refusal(status, f"{error}{advice}; nothing was busted", stage=_BROKEN, binding=binding) from None
         except BustFailed as error:
