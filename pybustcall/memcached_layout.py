@@ -257,9 +257,13 @@ def _digests(generations: Iterable[bytes]) -> tuple[bytes, bytes]:
 @final
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """The items by which what a bust names is busted: entries by themselves, and generations after all of `before`."""
+    """The items by which what a bust names is busted: entries by themselves, and generations after all of `before`.
+
+    `keys` are those of the entries.
+    """
 
     entries: tuple[bytes, ...] = ()
+    keys: tuple[str, ...] = ()
     generations: tuple[bytes, ...] = ()
     before: tuple[bytes, ...] = ()
 
@@ -325,7 +329,7 @@ class Layout:
             keys += self.encodings(target)
             beginnings += [f"{it}?" for it in keys]
         names = dict.fromkeys(map(self._beginning, beginnings))
-        return Reach(entries=tuple(map(self.entry, keys)), generations=tuple(names))
+        return Reach(entries=tuple(map(self.entry, keys)), keys=tuple(keys), generations=tuple(names))
 
     def encodings(self, key: str) -> list[str]:
         """List the variants of a key that have names of their own; those with a query have any."""

@@ -216,6 +216,21 @@ async def test_nobody_can_tell_what_a_prefix_covers(engine: MemcachedProcess) ->
             assert [key async for keys in backend.select(scope) for key in keys] == (["a/b"] if told else [])
 
 
+@pytest.mark.parametrize("soft", [False, True])
+async def test_what_readers_could_not_see_any_more_is_not_counted(engine: MemcachedProcess, soft: bool) -> None:
+    """What an earlier bust covered is still in memory, and a bust of the key takes it away; `held` tells the same."""
+    async with opened(engine.url) as backend, MemcachedCache(engine.url) as cache:
+        for kind, target in (("all", "*"), ("prefix", "a"), ("tag", "t")):
+            await cache.set("a/1", b"v", tags=["t"], ttl=None)
+            await cache.set("a/1.gz", b"v", ttl=None)
+            await bust(backend, kind, target)  # type: ignore[arg-type]
+            held = await backend.held(HERE, ["a/1", "a/1.gz"], stale=not soft)
+            assert await bust(backend, "key", "a/1", soft=soft) == len([key for key in held if key == "a/1"]) == 0
+        await cache.set("a/1", b"v", tags=["t"], ttl=None)
+        await bust(backend, "all", soft=True)
+        assert await bust(backend, "key", "a/1", soft=soft) == (0 if soft else 1)
+
+
 async def test_what_is_dead_is_not_held(engine: MemcachedProcess) -> None:
     """Though it takes memory until it is removed or evicted, which a bust can see to."""
     async with opened(engine.url) as backend, MemcachedCache(engine.url) as cache:

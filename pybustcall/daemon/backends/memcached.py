@@ -7,10 +7,10 @@ Theory of operation. memcached cannot list keys, so nothing is looked for. `begi
 they bust the few items that stand for whatever a bust covers, and readers find out by these that their entries are
 dead, or stale. So `select` tells nothing but of one key, and how many entries went, nobody can count.
 
-What `begin` and `fence` find under the keys themselves is noted, and counted when `remove` names these. `remove` itself
-drops what is still there and was stored before: what is dead takes memory until it is evicted. Older and newer are told
-by the CAS number of a mark that `begin` puts. A server that was restarted counts from 1 again, and everything looks
-old: that costs misses.
+How many of the keys themselves readers got until `begin` and `fence` is noted, and counted when `remove` names these.
+`remove` itself drops what is still there and was stored before: what is dead takes memory until it is evicted. Older
+and newer are told by the CAS number of a mark that `begin` puts. A server that was restarted counts from 1 again, and
+everything looks old: that costs misses.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class MemcachedBackend:
 
     async def begin(self, scope: Scope, *, soft: bool, wide: bool = False) -> int:
         """Bust what is named: readers miss it, or take it for stale, and late fills are refused."""
-        reach = self._at(scope.namespace).reach(scope.kind, scope.target, wide=wide)
-        (found,) = await self._bust([reach], soft=soft)
+        layout = self._at(scope.namespace)
+        (found,) = await self._bust(layout, [layout.reach(scope.kind, scope.target, wide=wide)], soft=soft)
         # It comes last: what has just been marked as stale has a number of now, and is older all the same.
         generation = 2 * await self._put_mark() + soft
         if len(self._notes) >= _MOST_NOTES:
@@ -114,7 +114,7 @@ class MemcachedBackend:
         """Bust these keys and their variants as well."""
         layout = self._at(namespace)
         sound, _ = self._sifted(namespace, keys)
-        found = await self._bust([layout.reach("key", key, wide=True) for key in sound], soft=soft)
+        found = await self._bust(layout, [layout.reach("key", key, wide=True) for key in sound], soft=soft)
         notes = self._notes.get(generation, {})
         for key, count in zip(sound, found, strict=True):
             notes[key] = notes.get(key, 0) + count
@@ -148,9 +148,8 @@ class MemcachedBackend:
         sound, _ = self._sifted(namespace, keys)
         found = dict.fromkeys(it for key in sound for it in layout.encodings(key))
         wanted, _ = self._sifted(namespace, list(found))
-        answers = await self._run([items.inspect(layout.entry(key)) for key in wanted])
-        there = [key for key, answer in zip(wanted, answers, strict=True) if items.is_entry(answer)]
-        return await self.held(namespace, there, stale=True)
+        there = await self._got(layout, wanted, stale=True)
+        return [key for key in wanted if key in there]
 
     async def remove(self, namespace: str, keys: Sequence[str], *, generation: int, soft: bool) -> int:
         """Remove these entries, or mark as stale what is fresh; tell how many there were when the bust named them.
@@ -211,22 +210,31 @@ class MemcachedBackend:
 
     # What is asked of the server
 
-    async def _bust(self, reaches: Sequence[Reach], *, soft: bool) -> list[int]:
-        """Bust these; tell for each how many entries there were under its own keys that were not busted yet."""
+    async def _bust(self, layout: Layout, reaches: Sequence[Reach], *, soft: bool) -> list[int]:
+        """Bust these; tell for each how many entries readers got under its own keys, and as fresh if it is soft."""
         found = [0] * len(reaches)
+        got = await self._got(layout, [key for reach in reaches for key in reach.keys], stale=not soft)
         await self._run([items.delete(name) for reach in reaches for name in reach.before])
-        named = [(place, name) for place, reach in enumerate(reaches) for name in reach.entries]
+        named = [
+            (place, it) for place, reach in enumerate(reaches) for it in zip(reach.keys, reach.entries, strict=True)
+        ]
         answers = await self._run(
-            [it for _, name in named for it in (items.inspect(name), items.bust(name, soft=soft))]
+            [it for _, (_, name) in named for it in (items.inspect(name), items.bust(name, soft=soft))]
         )
-        for (place, _), answer in zip(named, answers[::2], strict=True):
-            found[place] += items.is_entry(answer) and not (soft and "X" in answer.flags)
+        for (place, (key, _)), answer in zip(named, answers[::2], strict=True):
+            found[place] += key in got and items.is_entry(answer) and not (soft and "X" in answer.flags)
         generations = list(dict.fromkeys(name for reach in reaches for name in reach.generations))
         if soft:
             await self._soften(generations)
         else:
             await self._run([items.delete(name) for name in generations])
         return found
+
+    async def _got(self, layout: Layout, keys: Sequence[str], *, stale: bool) -> set[str]:
+        """Tell which of these keys readers get now. What is dead takes memory only, since an earlier bust."""
+        answers = await self._run([items.inspect(layout.entry(key)) for key in keys])
+        there = [key for key, answer in zip(keys, answers, strict=True) if items.is_entry(answer)]
+        return {key for some in _cut(there, _VALUES) for key in await self._alive(layout, some, stale=stale)}
 
     async def _soften(self, names: Sequence[bytes]) -> None:
         """Make stale what these generations cover. Under one that is missing, everything is dead."""
