@@ -293,6 +293,13 @@ REDIS = "[[layers]]\nbackend = 'redis'\n"
         (f"[listen]\nport = 0x{'f' * 9000}", "listen.port: expected 65535 or less, found a larger one"),
         ("[listen]\nhost = 1", "listen.host: expected a string, found 1"),
         ("[listen]\nhost = ''", 'listen.host: expected a string that is not empty, found ""'),
+        (
+            "[access.tenants]\n'a b' = 'secrets/a'",
+            (
+                'access.tenants."a b": expected 1 to 64 ASCII letters, digits, dots, dashes and underscores, no mark at'
+                ' the beginning, found "a b"'
+            ),
+        ),
         ("[listen]\nhost = 2020-01-01", "listen.host: expected a string, found the date or time 2020-01-01"),
         ('[listen]\nsocket = "\\u0000"', 'listen.socket: expected a path without the character NUL, found "\\u0000"'),
         ("[listen]\nport = 1\nsocket = 'b'", "listen: expected either socket, or host and port; found both"),
@@ -424,7 +431,8 @@ def test_a_file_that_cannot_be_read_is_told() -> None:
 
 def test_a_finding_does_not_steer_the_terminal() -> None:
     """A key may be made of any characters."""
-    assert refused('"\\u001b[31m" = 1')[0].startswith("?[31m: is no setting; there are listen,")
+    assert refused('"\\u001b[31m" = 1')[0].startswith('"\\u001b[31m": is no setting; there are listen,')
+    assert refused('"\\u009b31m" = 1')[0].startswith('"?31m": is no setting; there are listen,')
 
 
 @given(

@@ -76,6 +76,7 @@ _T = TypeVar("_T")
 _TOKENS: Final = {"token": "BUSTCALL_TOKEN", "operator_token": "BUSTCALL_OPERATOR_TOKEN"}
 _STAND_INS: Final = {"token": "unread", "operator_token": "likewise-unread"}  # never served with
 _LAYER_NAME: Final = re.compile(r"[a-z0-9._-]{1,64}")
+_PLAIN: Final = re.compile(r"[A-Za-z0-9_.-]+")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _URLS: Final = frozenset({"url", "url_file", "url_env"})  # what stands there by mistake may be a secret
 _SCHEMES: Final = ("redis", "rediss", "unix")
@@ -796,11 +797,20 @@ def _listed(document: dict[str, Any]) -> list[Any]:
 
 
 def _place_of(problem: ErrorDetails) -> list[Any]:
-    """Tell where the file says it: without the kind of layer, which it says elsewhere."""
+    """Tell where the file says it: without the kind of layer, which it says elsewhere, and a mark for names of keys."""
     place = list(problem["loc"])
     if place[0] == "layers" and len(place) > 2:
         del place[2]
+    if place[-1] == "[key]" and len(place) > 3:  # what is wrong is the name, and not what it stands for
+        del place[-1]
     return place
+
+
+def _spelled(place: Iterable[int | str]) -> str:
+    """Write a key as the file has it: a name that TOML takes only so is in quotes."""
+    return ".".join(
+        name if _PLAIN.fullmatch(name) else json.dumps(name, ensure_ascii=False) for name in map(str, place)
+    )
 
 
 def _syntax(text: str) -> tuple[str, str]:
@@ -833,7 +843,7 @@ def _finding(file: str, document: dict[str, Any], problem: ErrorDetails) -> Find
     if problem["type"].startswith("union_tag"):
         place.append("backend")
         found = found.get("backend")
-    key = ".".join(map(str, place))
+    key = _spelled(place)
     if problem["type"] == "extra_forbidden":
         return Finding(file, key, _unknown(document, place))
     if key == "layers" and isinstance(found, dict):
