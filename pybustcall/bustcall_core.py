@@ -835,7 +835,7 @@ class BustcallClient:
         """Follow what the daemons bust: iterate over it, with `async for`, inside of its `async with` block.
 
         - `prefix`, `tags`: up to 100 of each; only what could concern keys below one of the prefixes, or entries with
-          one of the tags; neither: everything
+          one of the tags, as far as they were registered with it; neither: everything
         - `namespace`: whose entries; None for "default"
         - `daemon`: follow this one (one of the URLs) only; None: each of them, since each tells only what it did
 

@@ -146,7 +146,12 @@ class BustEvent:
         return self.strategy != "direct"
 
     def concerns(self, key: str, tags: Iterable[str] = ()) -> bool:
-        """Tell whether an entry of this namespace, under `key` and with these tags, is what was busted."""
+        """Tell whether an entry of this namespace, under `key` and with these tags, is what was busted.
+
+        It goes by what the event names: the key, the prefix or the tag, and what was registered as going with it
+        (`also`). Whether an entry was made of what was busted can be seen only where that was registered; and a bust of
+        a key does not concern entries under other keys, whatever tags they have in common.
+        """
         if self.kind == "all" or (self.kind == "tag" and self.target in tags):
             return True
         if self.kind == "prefix" and covers(self.target, key):

@@ -581,7 +581,7 @@ def begins_alike(prefix: str, key: str) -> bool:
 
 def of_interest(heard: Heard, **other: Any) -> bool:
     """Tell whether an event, if it were another one, is what its reader wants."""
-    told = BustEvent(**{**heard.said, "also": (), **other})
+    told = BustEvent(**{**heard.said, "also": (), "tags": (), **other})
     prefixes, tags = (frozenset(heard.query.getall(name, [])) for name in ("prefix", "tag"))
     return Interest(told.namespace, prefixes, tags).concerns(told)
 

@@ -267,6 +267,11 @@ OF_STREAMS: list[tuple[str, Telling, str]] = [
         silent(lambda heard: "tag" not in heard.query and heard.said.get("kind") == "tag"),
         "the bust of a tag is not told to who wants the prefix of an entry with it",
     ),
+    (
+        BY_TAG,
+        silent(lambda heard: heard.name == "bust" and "tag" in heard.query and not of_interest(heard)),
+        "the bust of a registered entry is not told to who wants its tag",
+    ),
     (TOLD_APART, unfiltered("namespace"), "a reader of one namespace is told what was busted in another, or not what"),
     (TELLS_NO_DRY_RUN, busts_in_a_dry_run(), "a dry run, which removes nothing, is told as a bust"),
     (ALSO, retelling("bust", also=None), "also does not name an entry that depends on what was busted"),

@@ -48,7 +48,7 @@ EVERYTHING = Interest(DEFAULT_NAMESPACE)
 
 
 def event(target: str = "a", **more: Any) -> BustEvent:
-    return BustEvent(**{"namespace": DEFAULT_NAMESPACE, "kind": "key", "target": target, **more})
+    return BustEvent(**{"namespace": DEFAULT_NAMESPACE, "kind": "key", "target": target, "tags": (), **more})
 
 
 def parsed(text: bytes) -> list[tuple[str, str, Any]]:
@@ -84,12 +84,13 @@ EVENTS = st.builds(
     strategy=st.sampled_from(["direct", "dimensional", "hybrid"]),
     namespace=st.sampled_from([DEFAULT_NAMESPACE, "shop"]),
     also=st.lists(KEYS, max_size=2).map(tuple),
+    tags=st.none() | st.lists(st.sampled_from(["b", "t", "u"]), max_size=2).map(tuple),
 )
 INTERESTS = st.builds(
     Interest,
     st.sampled_from([DEFAULT_NAMESPACE, "shop"]),
     st.frozensets(KEYS, max_size=3),
-    st.frozensets(st.sampled_from(["a", "b", "t"]), max_size=2),
+    st.frozensets(st.sampled_from(["a", "b", "t", "u"]), max_size=2),
 )
 
 
@@ -106,7 +107,8 @@ def test_the_router_finds_exactly_those_whom_an_event_concerns(interests: list[I
     assert events.readers == 0
     assert events._router.concerned(told) == set()
     router = events._router
-    assert [router._everything, router._tagged, router._below, router._some] == [{}, {}, {}, {}]
+    tables = router._everything, router._tagged, router._of_tags, router._below, router._some
+    assert tables == ({}, {}, {}, {}, {})
 
 
 @given(told=EVENTS, prefixes=st.frozensets(KEYS, min_size=1, max_size=3), held=KEYS)
@@ -136,12 +138,24 @@ def test_a_tag_goes_to_those_who_want_it_or_hold_what_bears_it() -> None:
     assert not Interest(DEFAULT_NAMESPACE, tags=frozenset({"products/7"})).concerns(told)
 
 
+def test_whoever_wants_a_tag_is_told_of_all_that_may_bear_it() -> None:
+    """As the registry knows; where it does not, or there are too many tags, of everything."""
+    wants = Interest(DEFAULT_NAMESPACE, tags=frozenset({"sale"}))
+    assert wants.concerns(event("products/9", tags=("new", "sale")))
+    assert not wants.concerns(event("products/9", tags=("new",)))
+    assert wants.concerns(event("products/9", tags=None))
+    assert not Interest(DEFAULT_NAMESPACE, frozenset({"x"})).concerns(event("products/9", tags=None))
+    many = event(tags=tuple(map(str, range(1001)))), event(tags=("x" * 40_000, "y" * 40_000))
+    assert [one.bounded().tags for one in many] == [None, None]
+    assert event(tags=tuple(map(str, range(1000)))).bounded().tags is not None
+
+
 def test_one_that_names_very_many_keys_is_told_as_everything() -> None:
     """So that no event is large, and nobody misses any of them."""
     few = event(also=tuple(map(str, range(MOST_ALSO))))
     assert few.bounded() is few
     for also in (tuple(map(str, range(MOST_ALSO + 1))), ("x" * 40_000, "y" * 40_000)):
-        assert event(also=also, soft=True).bounded() == event("*", kind="all", soft=True)
+        assert event(also=also, soft=True).bounded() == event("*", kind="all", soft=True, tags=None)
 
 
 # Following
@@ -365,7 +379,7 @@ async def test_a_log_that_was_closed_goes_on_where_it_ended(tmp_path: Path) -> N
     """With what it had kept, and far beyond its numbers; nobody is told to forget."""
     async with kept(tmp_path / "j") as (_, events):
         for number in range(30):
-            events.tell(event(str(number), also=("x", "ü"), soft=True, kind="prefix"))
+            events.tell(event(str(number), also=("x", "ü"), soft=True, kind="prefix", tags=None))
         before, place = list(events._kept.values()), events.place
     async with kept(tmp_path / "j") as (_, events):
         assert list(events._kept.values()) == before
@@ -467,12 +481,12 @@ async def test_a_file_damaged_in_the_midst_of_the_work_is_replaced_by_one_with_a
     await killed(tmp_path / "j")
     async with kept(tmp_path / "j") as (journal, events):
         for number in range(many):
-            events.tell(event(str(number) * 500))
+            events.tell(event(str(number) * 500, tags=None))
         await journal.flush()
         await in_thread(journal, partial(spoil_in_use, tmp_path / "j"))
         assert await journal.find("1" * 32) is None  # which meets the damage
         assert (tmp_path / "j.corrupt-1").exists()
-        events.tell(event("new"))
+        events.tell(event("new", tags=None))
         await journal.flush()
         before, place = list(events._kept.values()), events.place
         assert events.newest > LEAP
@@ -602,6 +616,61 @@ async def test_what_only_the_registry_knows_to_bear_a_tag_is_told(tmp_path: Path
         assert [(one.target, one.also) for one in told] == [("t", ("registered",)), ("t", ("registered", "page"))]
 
 
+BEARERS = {"products/9": ["sale"], "products/9.gz": ["packed"], "page": ["pages"], "page?x": ["asked"], "x": ["none"]}
+
+
+@pytest.mark.parametrize(
+    ("asked", "tags"),
+    [
+        ({"target": "products/9"}, {"sale", "packed", "pages", "asked"}),
+        ({"target": "products/9", "strategy": "direct"}, {"sale"}),
+        ({"target": "products", "kind": "prefix"}, {"sale", "packed", "pages", "asked"}),
+        ({"target": "products", "kind": "prefix", "strategy": "direct"}, {"sale", "packed"}),
+        ({"target": "sale", "kind": "tag"}, {"sale", "packed", "pages", "asked"}),
+        ({"target": "sale", "kind": "tag", "strategy": "direct"}, {"sale"}),
+        ({"target": "shelf"}, {"pages", "asked"}),
+        ({"target": "nothing"}, set()),
+    ],
+)
+async def test_an_event_has_the_tags_of_all_that_it_hit(tmp_path: Path, asked: dict[str, str], tags: set[str]) -> None:
+    """Of the named, of variants and of dependents, as far as they are registered; the second time, too."""
+    told: list[BustEvent] = []
+    async with house(tmp_path / "j", settle=0.01) as it:
+        it.jobs.tell = told.append
+        index = it.jobs.engine.indexes.of(DEFAULT_NAMESPACE)
+        for key, of in BEARERS.items():
+            index.add(key, ["products/9", "shelf"] if key == "page" else [], tags=of)
+        answer = await it.bust(**asked)
+        for key in BEARERS:
+            index.remove(key)
+        await it.over(answer)
+    assert [None if one.tags is None else set(one.tags) for one in told] == [tags, tags]
+
+
+async def test_where_very_many_are_hit_their_tags_are_not_told_apart(tmp_path: Path) -> None:
+    """A thousand keys are looked at. Nor are they where nobody has looked yet, or only a process before this one."""
+    told: list[BustEvent] = []
+    async with house(tmp_path / "j", pause=lambda _: 60.0) as it:
+        it.jobs.tell = told.append
+        index = it.jobs.engine.indexes.of(DEFAULT_NAMESPACE)
+        for number in range(1000):
+            index.add(f"a/{number}", tags=["t"])
+        await it.bust("a", kind="prefix")
+        index.remove("a/0")
+        await it.bust("a", kind="prefix")
+        await it.bust("t", kind="tag", strategy="direct")
+        assert it.jobs.engine.bust(Wish(namespace="x", kind="key", target="a", strategy="direct")).borne.tags is None
+        assert [one.tags for one in told] == [None, ("t",), ("t",)]
+        it.inner.failure = AWAY
+        await it.bust("a/1")
+        assert told.pop().tags == ("t",)
+    it.jobs.tell = told.append
+    await it.jobs.prepare()
+    it.jobs.start()
+    assert told.pop().tags is None
+    await it.jobs.close()
+
+
 async def test_an_answer_that_comes_early_is_not_given_before_it_is_told(tmp_path: Path) -> None:
     """Of what takes long, of a layer that fails, and of the direct part of hybrid; each again when it is done."""
     told: list[BustEvent] = []
@@ -725,6 +794,20 @@ async def test_a_stream_tells_what_is_busted_while_it_lasts() -> None:
         assert everything.busted == ["products/7", "other", "shelf", "*"]
         assert some.busted == ["products/7", "shelf", "*"]
         assert shop.busted == ["hers"]
+
+
+async def test_who_wants_a_tag_is_told_of_what_takes_its_entries() -> None:
+    """Their keys, what they lie below, what they are made of, and the tag; not of what was registered with another."""
+    async with serving() as client, following(client, "?tag=sale") as stream:
+        for target, kind in (("products/9", "key"), ("products", "prefix"), ("part", "key"), ("sale", "tag")):
+            for key, tags in (("products/9", ["sale"]), ("other", ["new"])):
+                entry = {"key": key, "depends_on": ["part"] if tags == ["sale"] else [], "tags": tags}
+                async with client.post("/api/v1/entries", json=entry) as response:
+                    assert response.status == 200, await response.text()
+            await bust(client, "other")
+            await bust(client, target, kind=kind)
+            await stream.until("bust", target)
+        assert stream.busted == ["products/9", "products", "part", "sale"]
 
 
 async def test_a_stream_goes_on_after_the_last_event_that_was_read(tmp_path: Path) -> None:

@@ -417,7 +417,7 @@ def test_an_entry_of_streams_says_what_it_must(entry: Entry) -> None:
 def test_an_event_concerns_those_whom_the_vectors_say() -> None:
     """By asking, and by the look-ups of the daemon."""
     for entry in EVENTS["concerns"]:
-        said = {**entry["event"], "also": tuple(entry["event"].get("also", ()))}
+        said = {**entry["event"], "also": tuple(entry["event"].get("also", ())), "tags": ()}
         told = daemon_events.BustEvent(**said)
         wanted = {name: frozenset(entry["interest"][name]) for name in ("prefixes", "tags")}
         interest = daemon_events.Interest(entry["interest"]["namespace"], **wanted)
@@ -440,7 +440,8 @@ def test_a_client_drops_what_the_vectors_say() -> None:
 def test_whoever_holds_what_must_go_is_concerned() -> None:
     """So the two lists agree: who wants the prefix or the tags of an entry is told of all that drops it."""
     for entry in EVENTS["drops"]:
-        told = daemon_events.BustEvent(**{**entry["event"], "also": tuple(entry["event"].get("also", ()))})
+        said = {**entry["event"], "also": tuple(entry["event"].get("also", ())), "tags": ()}
+        told = daemon_events.BustEvent(**said)
         if entry["drops"]:
             for prefix in prefixes_of(entry["key"]):
                 interest = daemon_events.Interest("default", frozenset({prefix}), frozenset(entry["tags"]))

@@ -60,6 +60,7 @@ _DEEPEST: Final = (
     64  # levels that are sorted; what lies deeper, or in a circle, comes in the order in which it is found
 )
 _ROUNDS: Final = 5  # in which what was registered meanwhile is looked for; each is of what the one before left open
+_MOST_BEARERS: Final = 1000  # entries of which one bust tells the tags
 _SIZE_AGE: Final = 5.0  # seconds: walking a large cache for its size more often would hold up busts
 
 Part = Literal["first", "rest", "whole"]
@@ -491,11 +492,54 @@ class _Begun:
 
 
 @final
+class Borne:
+    """The tags of the registered entries that a bust reaches, unless these are too many, or nobody has looked."""
+
+    def __init__(self) -> None:
+        self._tags: set[str] = set()
+        self._bearers: set[str] = set()
+        self._has_begun = False
+        self._is_lost = False
+
+    @property
+    def tags(self) -> tuple[str, ...] | None:
+        """The tags; None where they could be any."""
+        return tuple(self._tags) if self.is_wanted and self._has_begun else None
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether it is of use to look at further entries."""
+        return not self._is_lost
+
+    def begin(self) -> None:
+        """Take it that the entries are known from now on."""
+        self._has_begun = True
+
+    def lose(self) -> None:
+        """Take it that the tags could be any, from now on."""
+        self._is_lost = True
+        self._tags.clear()
+        self._bearers.clear()
+
+    def note(self, index: Index, keys: Iterable[str], *, wide: bool) -> None:
+        """Note the tags of the entries among these keys and, if `wide`, of their variants."""
+        for key in keys:
+            if self._is_lost:
+                return
+            for bearer in (key, *index.variants(key)) if wide else (key,):
+                self._bearers.add(bearer)
+                self._tags.update(index.tags(bearer))
+            if len(self._bearers) > _MOST_BEARERS:
+                self.lose()
+
+
+@final
 class Bust:
     """One bust, layer by layer.
 
     - `removed`: how many entries went at each layer, over all its visits
     - `also`: what the registry knows to bear the tag, or to depend on what is named, as far as it was looked up
+    - `borne`: the tags of all these, and of what is named
     - `done`: how many keys were looked at in each layer, by the visit that came furthest; `total`: about how many there
       are at the layers that were begun, None if one cannot tell
     """
@@ -505,6 +549,7 @@ class Bust:
         self.scope = Scope(wish.namespace, wish.kind, wish.target)
         self.removed: dict[str, int] = {layer.name: 0 for layer in engine.layers}
         self.also: dict[str, None] = {}
+        self.borne = Borne()
         self._looked_at: dict[str, int] = {}
         self._estimates: dict[str, int | None] = {}
         self._engine = engine
@@ -645,11 +690,13 @@ class Bust:
     async def prepare(self) -> None:
         """Begin where nothing but the registry is: what is registered from now on is of what no layer holds yet.
 
-        Before any other layer is begun at. What readers make anew behind the first fence stays registered.
+        Before any other layer is begun at. What readers make anew behind the first fence stays registered. Who is to be
+        told of the named is looked up here, too, for the answer may come before anything is removed.
         """
         for layer in self._engine.layers:
             if layer.backend.traits.registry and len(self._engine.layers) > 1:
                 await self._begin(layer)
+        await self._note_named()
 
     async def _begin(self, layer: Layer) -> int:
         begun = self._begun.get(layer.name)
@@ -865,7 +912,7 @@ class Bust:
             return []
         subjects = dict.fromkeys([*await self._subjects(index, named), *self._members])
         levels = await _levels_of(index, list(subjects), self._turns)
-        self.also.update((key, None) for level in levels for key in level)
+        await self._note_also([key for level in levels for key in level])
         return levels
 
     async def _walk(self, names: Sequence[str], seen: set[str]) -> list[str]:
@@ -874,7 +921,7 @@ class Bust:
         if (index := self._index) is not None:
             for some in index.walk(names, seen):
                 found += some
-                self.also.update(dict.fromkeys(some))
+                await self._note_also(some)
                 await self._turns.take(len(some) + min(len(names), SLICE))
         return found
 
@@ -887,12 +934,42 @@ class Bust:
                 if (index := self._index) is not None:
                     if self.wish.kind == "tag":
                         named = await self._all_of(partial(index.tagged, self.wish.target))
-                    self.also.update(dict.fromkeys(named))
+                    await self._note_named()
+                    await self._note_also(named)
                     subjects = await self._subjects(index, named) if self._wide else []
                 known, before = self._known
                 found = await self._walk(subjects, set())
                 self._looked_up = (list(dict.fromkeys([*known, *named])), list(dict.fromkeys([*before, *found])))
             return self._looked_up
+
+    async def _note_also(self, keys: Sequence[str]) -> None:
+        """Note what goes beside the named, and the tags of it."""
+        self.also.update(dict.fromkeys(keys))
+        index = self._index
+        if index is None or not index.has_tags:
+            return
+        for some in _slices(keys):
+            if not self.borne.is_wanted:
+                return
+            self.borne.note(index, some, wide=self._wide)
+            await self._turns.take(len(some))
+
+    async def _note_named(self) -> None:
+        """Note the tags of the entries that are named."""
+        self.borne.begin()
+        wish, index = self.wish, self._index
+        if wish.kind == "all" or index is None or not index.has_tags:
+            return
+        if wish.kind != "tag":
+            self.borne.note(index, [wish.target], wide=self._wide)
+        if wish.kind == "key":
+            return
+        look, last = (index.under if wish.kind == "prefix" else index.tagged), None
+        while self.borne.is_wanted and (some := look(wish.target, after=last, limit=SLICE)):
+            # Variants of what lies below a prefix lie there, too.
+            self.borne.note(index, some, wide=self._wide and wish.kind == "tag")
+            last = some[-1]
+            await self._turns.take(len(some))
 
     async def _all_of(self, look: Callable[..., list[str]]) -> list[str]:
         """List all that is found by looking again and again, behind the last of what was found."""

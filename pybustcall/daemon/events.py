@@ -70,6 +70,7 @@ UNWRITTEN: Final = 2**14
 """How many numbers a process that was killed may have given beyond the last one that is written."""
 
 _ALSO_BYTES: Final = 65536
+_MOST_TAGS: Final = 1000  # of the entries that one event is about
 _STRIDE: Final = 250  # events looked through between two turns of the event loop
 _CHUNK: Final = 65536  # bytes handed to a connection at a time, and one event more
 
@@ -81,6 +82,8 @@ class BustEvent:
 
     - `also`: further keys of the namespace that went with the named: what bears the tag or depends on it, as far as the
       daemon knows. Variants of any of them (`pybustcall.keys.is_variant`) went, too, unless the strategy is "direct"
+    - `tags`: of the registered entries among all of these; None where they could be any. They say only who is told, and
+      are neither written nor kept by the journal
     """
 
     seq: int = 0
@@ -90,17 +93,21 @@ class BustEvent:
     soft: bool = False
     strategy: str = "dimensional"
     also: tuple[str, ...] = ()
+    tags: tuple[str, ...] | None = None
 
     @property
     def size(self) -> int:
         """About how many bytes it takes."""
-        return 200 + _bytes_of(self.target) + sum(map(_bytes_of, self.also))
+        return 200 + _bytes_of(self.target) + sum(map(_bytes_of, (*self.also, *(self.tags or ()))))
 
     def bounded(self) -> BustEvent:
-        """Make it short enough to tell: one that names very many keys is told as everything in its namespace."""
-        if len(self.also) <= MOST_ALSO and sum(map(_bytes_of, self.also)) <= _ALSO_BYTES:
-            return self
-        return replace(self, kind="all", target="*", also=())
+        """Make it short enough to tell: one that names very many keys is told as everything in its namespace.
+
+        One with very many tags concerns all who want some tag.
+        """
+        if not _is_short(self.also, MOST_ALSO):
+            return replace(self, kind="all", target="*", also=(), tags=None)
+        return self if _is_short(self.tags or (), _MOST_TAGS) else replace(self, tags=None)
 
     def encoded(self, epoch: str) -> bytes:
         """Write it as a stream does."""
@@ -114,6 +121,10 @@ class BustEvent:
         if self.also:
             said["also"] = self.also
         return block("bust", f"{epoch}-{self.seq}", said)
+
+
+def _is_short(texts: Sequence[str], most: int) -> bool:
+    return len(texts) <= most and sum(map(_bytes_of, texts)) <= _ALSO_BYTES
 
 
 def block(name: str, place: str, said: dict[str, object], *, at: str = "") -> bytes:
@@ -157,7 +168,7 @@ class Interest:
         """Tell whether what was busted could be something that this reader holds. What the router does, one by one."""
         if event.namespace != self.namespace:
             return False
-        if self.is_everything or event.kind == "all" or (event.kind == "tag" and event.target in self.tags):
+        if self.is_everything or event.kind == "all" or self._has_tag_of(event):
             return True
         wide = event.strategy != "direct"
         named = () if event.kind == "tag" else (event.target,)
@@ -167,6 +178,11 @@ class Interest:
             or (below is not None and covers(below, prefix))
             for prefix in self.prefixes
         )
+
+    def _has_tag_of(self, event: BustEvent) -> bool:
+        if event.kind == "tag" and event.target in self.tags:
+            return True
+        return bool(self.tags) if event.tags is None else not self.tags.isdisjoint(event.tags)
 
 
 def _begins_variant(key: str, prefix: str) -> bool:
@@ -181,6 +197,7 @@ class _Router:
     def __init__(self) -> None:
         self._everything: dict[str, set[Reader]] = {}
         self._tagged: dict[tuple[str, str], set[Reader]] = {}
+        self._of_tags: dict[str, set[Reader]] = {}  # those that want some tag
         self._below: dict[str, SortedDict[str, set[Reader]]] = {}
         self._some: dict[str, set[Reader]] = {}  # those that want only some of the namespace
 
@@ -192,6 +209,7 @@ class _Router:
         self._some.setdefault(interest.namespace, set()).add(reader)
         for tag in interest.tags:
             self._tagged.setdefault((interest.namespace, tag), set()).add(reader)
+            self._of_tags.setdefault(interest.namespace, set()).add(reader)
         if interest.prefixes:
             below = self._below.setdefault(interest.namespace, SortedDict())
             for prefix in interest.prefixes:
@@ -201,6 +219,7 @@ class _Router:
         interest = reader.interest
         _drop(self._everything, interest.namespace, reader)
         _drop(self._some, interest.namespace, reader)
+        _drop(self._of_tags, interest.namespace, reader)
         for tag in interest.tags:
             _drop(self._tagged, (interest.namespace, tag), reader)
         if (below := self._below.get(interest.namespace)) is not None:
@@ -214,8 +233,8 @@ class _Router:
         found = set(self._everything.get(event.namespace, ()))
         if event.kind == "all":
             return found | self._some.get(event.namespace, set())
-        if event.kind == "tag":
-            found |= self._tagged.get((event.namespace, event.target), set())
+        if event.namespace in self._of_tags:
+            found |= self._concerned_by_tags(event)
         below = self._below.get(event.namespace)
         if below is not None:
             named = () if event.kind == "tag" else (event.target,)
@@ -228,6 +247,14 @@ class _Router:
             if event.kind == "prefix":
                 for begin, end in ranges_of(event.target):
                     _gather(below, begin, end, found)
+        return found
+
+    def _concerned_by_tags(self, event: BustEvent) -> set[Reader]:
+        if event.tags is None:
+            return self._of_tags[event.namespace]
+        found: set[Reader] = set()
+        for tag in (*event.tags, event.target) if event.kind == "tag" else event.tags:
+            found |= self._tagged.get((event.namespace, tag), set())
         return found
 
 

@@ -493,6 +493,11 @@ class Index:
         pairs = self._tagged.irange(begin if after is None else (tag, after), end, inclusive=(after is None, False))
         return self._answer((key for _, key in pairs), now, limit)
 
+    @property
+    def has_tags(self) -> bool:
+        """Whether any entry has a tag, or one that is still to be dropped."""
+        return bool(self._tagged)
+
     def count_tagged(self, tag: str) -> int:
         """Tell how many entries have this tag, and those still to be dropped: O(log n), however many they are."""
         self.expire()

@@ -382,6 +382,7 @@ class Jobs:
             self._note(run, attempts=run.entry.attempts)
             self._over(run, "failed")
             return
+        run.bust.borne.lose()  # the registry may have forgotten what that process removed
         self._tell(run)
         if not run.settling:
             self._enqueue(run)
@@ -509,6 +510,7 @@ class Jobs:
                     soft=wish.soft,
                     strategy=wish.strategy,
                     also=tuple(run.bust.also),
+                    tags=run.bust.borne.tags,
                 )
             )
 
@@ -554,9 +556,9 @@ class Jobs:
         if run.timer is not None:
             run.timer.cancel()
             run.timer = None
-        removed = dict(run.bust.removed)
-        run.bust = self.engine.bust(run.entry.wish)
-        run.bust.removed.update(removed)
+        first, run.bust = run.bust, self.engine.bust(run.entry.wish)
+        run.bust.removed.update(first.removed)
+        run.bust.borne = first.borne  # of which the registry may know nothing any more
         run.task = self._errands.begin(self._work(run))
 
     def _put(self, run: _Run, state: JobState, *, ended: int | None = None) -> None:

@@ -140,7 +140,7 @@ _PLACED: Final[Mapping[str, tuple[str, str, dict[str, Any], object]]] = MappingP
         ),
         "tag": (
             "query",
-            "Only busts of this tag, or of another one that is said, or what concerns one of the prefixes.",
+            "Only what could concern an entry with this tag, or another one that is said, or one of the prefixes.",
             {"type": "array", "items": _TEXT, "maxItems": 100},
             ["product:7"],
         ),

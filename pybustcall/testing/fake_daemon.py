@@ -292,7 +292,7 @@ class FakeDaemon:
         self._history: deque[FaultRecord] = deque(maxlen=_HISTORY)
         self._memory: dict[tuple[str, str, str], _Remembered] = {}
         self._clients: dict[str, CapabilityDocument] = {}
-        self._told: list[tuple[int, dict[str, Any]]] = []
+        self._told: list[tuple[int, dict[str, Any], frozenset[str]]] = []
         self._last_told = self._forgotten = 0
         self._readers: set[asyncio.Event] = set()
         self._socket = socket
@@ -324,8 +324,19 @@ class FakeDaemon:
         removed = self._have_effect(self._accepted[job]) if state == "done" else 0
         self.jobs[job] = self.jobs[job].model_copy(update={"state": state, "ended": ended, "removed": removed})
 
-    def tell(self, target: str = "*", *, namespace: str = DEFAULT_NAMESPACE, kind: str = "key", **more: object) -> str:
-        """Tell the readers of its events of a bust that nobody asked for; `more` are further fields. Return the id."""
+    def tell(
+        self,
+        target: str = "*",
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        kind: str = "key",
+        tags: Iterable[str] = (),
+        **more: object,
+    ) -> str:
+        """Tell the readers of its events of a bust that nobody asked for; return the id.
+
+        `tags` are those of what went, by which readers are chosen, and are not told; `more` are further fields.
+        """
         self._last_told += 1
         place = f"{self.epoch}-{self._last_told}"
         said = {
@@ -336,7 +347,7 @@ class FakeDaemon:
             "strategy": "dimensional",
             **more,
         }
-        self._told.append((self._last_told, said))
+        self._told.append((self._last_told, said, frozenset(tags)))
         for reader in self._readers:
             reader.set()
         return place
@@ -524,11 +535,13 @@ class FakeDaemon:
 
     def _tell_of(self, bust: BustRequest) -> None:
         space = self.space(bust.namespace)
-        also = sorted((space.covered(bust) & space.entries.keys()) - {bust.target})
+        hit = space.covered(bust) & space.entries.keys()
+        also = sorted(hit - {bust.target})
         self.tell(
             bust.target,
             namespace=bust.namespace or DEFAULT_NAMESPACE,
             kind=bust.kind,
+            tags={tag for key in hit for tag in space.tags.get(key, ())},
             soft=bust.soft,
             strategy=bust.strategy,
             **({"also": also} if also else {}),
@@ -821,7 +834,7 @@ class FakeDaemon:
     async def _tell_on(
         self,
         response: web.StreamResponse,
-        is_wanted: Callable[[Mapping[str, Any]], bool],
+        is_wanted: Callable[[Mapping[str, Any], frozenset[str]], bool],
         after: str | None,
         place: int,
         wake: asyncio.Event,
@@ -835,8 +848,8 @@ class FakeDaemon:
         def told(seen: int) -> bytes:
             return b"".join(
                 _event("bust", f"{self.epoch}-{number}", said)
-                for number, said in self._told
-                if number > seen and is_wanted(said)
+                for number, said, borne in self._told
+                if number > seen and is_wanted(said, borne)
             )
 
         seen = place
@@ -1062,13 +1075,16 @@ def _reply(bust: BustRequest, removed: int | None = None, matched: int | None = 
     return reply.model_dump_json(exclude_defaults=True).encode()
 
 
-def _is_wanted(query: MultiMapping[str], said: Mapping[str, Any]) -> bool:
-    """Tell whether a reader is to be told of a bust: it may concern something that the reader holds."""
+def _is_wanted(query: MultiMapping[str], said: Mapping[str, Any], borne: frozenset[str]) -> bool:
+    """Tell whether a reader is to be told of a bust: it may concern something that the reader holds.
+
+    `borne` are the tags of what went.
+    """
     prefixes, tags = query.getall("prefix", []), query.getall("tag", [])
     kind, target, wide = said["kind"], said["target"], said["strategy"] != "direct"
     if said["namespace"] != query.get("namespace", DEFAULT_NAMESPACE):
         return False
-    if not (prefixes or tags) or kind == "all" or (kind == "tag" and target in tags):
+    if not (prefixes or tags) or kind == "all" or (kind == "tag" and target in tags) or not borne.isdisjoint(tags):
         return True
     keys = [*([] if kind == "tag" else [target]), *said.get("also", ())]
     marks = ("?", *ENCODINGS) if wide else ()

@@ -160,6 +160,14 @@ async def _filters_by_tag(probe: Probe) -> None:
                 await stream.until(held_by)
             except Silent as silent:
                 raise Unmet("the bust of a tag is not told to who wants the prefix of an entry with it") from silent
+        async with probe.follow(key, ("tag", held_by)) as stream:
+            await stream.begin()
+            await register(probe, entry, tags=[held_by])
+            await _bust_told(probe, entry)
+            try:
+                await stream.until(entry)
+            except Silent as silent:
+                raise Unmet("the bust of a registered entry is not told to who wants its tag") from silent
 
 
 async def _tells_namespaces_apart(probe: Probe) -> None:
