@@ -7,7 +7,7 @@ tell, and how far that can be trusted, is decided by `events`. docs/explanation/
 Theory of operation. A cache is held by a weak reference whose end takes away all that is known of it, so that it goes
 when the application drops it. Many caches cannot be hashed, therefore they are known by their identity; a reference
 that ends takes away only its own record, for another cache may have that identity by then. Such a cache is read behind
-our back: it can never be bypassed, only cleared.
+our back: it can never be bypassed, only cleared. So while the daemons are not trusted it is cleared again and again.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from pybustcall.errors import ConfigurationError
 from pybustcall.events import BustEvent, Concern, Reset, clock, silence
+from pybustcall.faults import FaultKind
 
 if TYPE_CHECKING:
     import asyncio
@@ -90,6 +91,7 @@ class Attachments:
         self._heard: list[BustEvent] = []
         self._is_trusted = False
         self._timer: asyncio.TimerHandle | None = None
+        self._refused_by: set[str] = set()  # of which the log has told
         _ATTACHMENTS.add(self)
 
     def __len__(self) -> int:
@@ -168,24 +170,56 @@ class Attachments:
         if feed is None:
             return
         if feed.is_closed or not self._held:
-            if self._timer is not None:
-                self._timer.cancel()
+            self._stop_timer()
             self._leave()
             self._apply([Reset(daemon="", reason="the daemons are not followed any more")])
             if not feed.is_closed:
                 feed.leave(self)
             return
+        self._tell_refusals(feed)
         until, now = feed.trusted_until(self._needed, None), self._clock()
         if (until >= now) is not self._is_trusted:
             self._is_trusted = not self._is_trusted
+            self._stop_timer()
             again = "followed again" if self._is_trusted else "silent for too long"
             self._apply([Reset(daemon="", reason=f"the daemons are {again}")])
-        if self._is_trusted and self._timer is None:
-            self._timer = feed.loop.call_later(until - now + 0.001, self._look_again)
+        if self._timer is None:
+            wait = until - now + 0.001 if self._is_trusted else _oldest(feed)
+            self._timer = feed.loop.call_later(wait, _look_again, weakref.ref(self))
 
-    def _look_again(self) -> None:
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def look_again(self) -> None:
+        """Do what is due: clear all, unless the daemons are trusted, and see whether they still are."""
         self._timer = None
+        if not self._is_trusted:
+            self._apply([Reset(daemon="", reason="the daemons are not followed")])
         self.changed()
+
+    def _tell_refusals(self, feed: Feed) -> None:
+        """Log, once of each daemon, that it tells this client nothing, where the caches can never be trusted for that.
+
+        Nobody is there to whom it could be raised.
+        """
+        refused = [follower for follower in feed.followers if follower.refusal is not None]
+        if len(feed.followers) - len(refused) >= self._needed:
+            return
+        for follower in refused:
+            fault = follower.refusal
+            if fault is not None and follower.url not in self._refused_by:
+                self._refused_by.add(follower.url)
+                _log.error(
+                    "%s tells this client of no busts in the namespace %s, so that what is attached is cleared every"
+                    " %g s: %s; %s",
+                    follower.url,
+                    self._namespace,
+                    _oldest(feed),
+                    fault.message,
+                    _REMEDIES.get(fault.kind, "mend that, or do not attach"),
+                )
 
     @staticmethod
     def limit(heartbeat: float) -> float:
@@ -203,6 +237,25 @@ class Attachments:
     def _apply(self, events: Sequence[BustEvent | Reset]) -> None:
         for attached in list(self._held.values()):
             attached.apply(events)
+
+
+def _look_again(ref: weakref.ref[Attachments]) -> None:
+    """Do what is due, unless all of it is gone: a timer keeps nothing alive."""
+    attachments = ref()
+    if attachments is not None:
+        attachments.look_again()
+
+
+def _oldest(feed: Feed) -> float:
+    """Tell for how many seconds a cache may hold what it cannot be told of: three heartbeats, if those are known."""
+    return min(silence(follower.heartbeat, None) for follower in feed.followers)
+
+
+_REMEDIES: Final = {
+    FaultKind.TOKEN_REFUSED: "give the client a token that is known there (token=)",
+    FaultKind.NOT_ALLOWED: "attach with the namespace that the token is for (namespace=), or use a token for this one",
+    FaultKind.UNSUPPORTED: "ask a daemon that has events, or do not attach",
+}
 
 
 def _weakly(cache: object, gone: Callable[[weakref.ref[Any]], None]) -> weakref.ref[Any]:

@@ -903,10 +903,12 @@ class BustcallClient:
         - `drop`: what to call instead, with the cache and each `BustEvent` or `Reset`, which means everything
         - `namespace`: whose values; None for "default"
 
-        A foreign cache cannot be bypassed: it is cleared when the daemons are not followed any more, and again when
-        they are, and what is put into it late, or meanwhile, may be old. It follows them while the client is in use in
-        an event loop, from whose thread it is called. Each event takes a look through all keys. Raises
-        `ConfigurationError` for what cannot be held weakly, and where `key`, `tags` or `drop` would hold the cache.
+        A foreign cache cannot be bypassed: it is cleared when the daemons are not followed any more, then every three
+        heartbeats (15 s where none is known) until they are, and again when they are. So what is put into it late, or
+        meanwhile, may be old, but no older than that. A daemon that tells this client of no busts is an error in the
+        log. It follows them while the client is in use in an event loop, from whose thread it is called. Each event
+        takes a look through all keys. Raises `ConfigurationError` for what cannot be held weakly, and where `key`,
+        `tags` or `drop` would hold the cache.
         """
         meant = DEFAULT_NAMESPACE if namespace is None else check_namespace(namespace)
         core = self._core

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import gc
 import logging
+import re
 import resource
 import subprocess
 import sys
@@ -20,10 +21,11 @@ import pytest
 from pybustcall import BustcallClient
 from pybustcall.attached import Attachments, Nearby
 from pybustcall.errors import ConfigurationError, InvalidRequest
-from pybustcall.events import BustEvent, Feed, Reset, Wanted
+from pybustcall.events import BustEvent, Feed, Open, Reset, Wanted
+from pybustcall.faults import Fault, FaultKind
 from pybustcall.testing import FakeDaemon
 from tests.conftest import PATIENCE, eventually, virtual_time
-from tests.event_wires import Line, live, told
+from tests.event_wires import Line, Wire, live, told
 from tests.test_events import fake
 
 
@@ -275,9 +277,91 @@ async def test_it_is_cleared_when_the_daemons_are_silent_and_when_they_are_back(
         "followed from now on",
         "the daemons are followed again",
         "the daemons are silent for too long",
+        "the daemons are not followed",
         "the daemons are followed again",
         "the daemons are not followed any more",
     ]
+
+
+@virtual_time
+async def test_while_the_daemons_are_not_followed_nothing_in_it_is_older_than_three_heartbeats() -> None:
+    """From when it is attached, however long that lasts; of a heartbeat that is known, three of those."""
+    line, cache = Line(), Cache()
+    line.is_up = False
+    now = asyncio.get_running_loop().time
+    feed = Feed([("http://0", line)], Wanted(), random=lambda: 1.0, clock=now)
+    attachments = Attachments("default", 1, clock=now)
+    attachments.attach(cache, None, None, None)
+    attachments.serve(lambda _: feed)
+    feed.start()
+
+    async def seconds_until_cleared() -> float:
+        cache["a"], begun = 1, now()
+        while cache:
+            await asyncio.sleep(0.25)
+        return now() - begun
+
+    assert [await seconds_until_cleared() for _ in range(3)] == pytest.approx([15.0] * 3, abs=0.6)
+    line.is_up = True
+    await eventually(lambda: line.opened)
+    line.say(live(0))
+    await eventually(lambda: attachments._is_trusted)
+    line.cut()
+    assert [await seconds_until_cleared() for _ in range(3)] == pytest.approx([3.0] * 3, abs=0.6)
+    await feed.aclose()
+    assert attachments._timer is None
+
+
+@virtual_time
+async def test_no_timer_keeps_what_is_attached_alive() -> None:
+    """Nor what is known of it; while nobody is followed none is ever cancelled."""
+    line, cache = Line(), Cache()
+    line.is_up = False
+    feed = Feed([("http://0", line)], Wanted(), random=lambda: 1.0)
+    attachments = Attachments("default", 1)
+    attachments.attach(cache, None, None, None)
+    attachments.serve(lambda _: feed)
+    refs: list[weakref.ref[Any]] = [weakref.ref(cache), weakref.ref(attachments)]
+    del cache, attachments
+    assert [ref() for ref in refs] == [None, None]
+    await asyncio.sleep(20)
+    await feed.aclose()
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [
+        (FaultKind.TOKEN_REFUSED, r"give the client a token that is known there \(token=\)"),
+        (FaultKind.NOT_ALLOWED, r"attach with the namespace that the token is for \(namespace=\), or use a token"),
+        (FaultKind.UNSUPPORTED, "ask a daemon that has events, or do not attach"),
+        (FaultKind.INCOMPATIBLE, "mend that, or do not attach"),
+    ],
+)
+@virtual_time
+async def test_that_a_daemon_says_no_is_an_error_of_the_log(
+    kind: FaultKind, remedy: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, with the namespace that was asked for and what can be done; one that is merely away is none."""
+    said, cache = Fault(kind, "http://0", "it says no", "no"), Cache()
+    away = Fault(FaultKind.UNREACHABLE, "http://1", "nobody is there", "no")
+    for needed in (2, 1):
+        caplog.clear()
+        wires: list[tuple[str, Open]] = [
+            (f"http://{number}", Wire(*[[fault]] * 20)) for number, fault in enumerate((said, away))
+        ]
+        feed = Feed(wires, Wanted("shop"), random=lambda: 1.0)
+        attachments = Attachments("shop", needed)
+        attachments.attach(cache, None, None, None)
+        attachments.serve(lambda _, feed=feed: feed)  # type: ignore[misc]
+        feed.start()
+        await asyncio.sleep(100)
+        await feed.aclose()
+        errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+        if needed == 1:  # the other may be followed one day
+            assert not errors
+            continue
+        [error] = errors
+        assert re.fullmatch(rf"http://0 tells .* in the namespace shop, .* every 15 s: it says no; {remedy}.*", error)
 
 
 @virtual_time
@@ -465,10 +549,13 @@ async def test_what_is_busted_in_a_loop_that_has_ended_is_applied_here(caplog: p
     assert not caplog.records
 
 
-async def test_a_fake_daemon_without_events_leaves_it_alone() -> None:
-    """It is never cleared by a stream, only by the client's own busts."""
+async def test_a_daemon_without_events_is_an_error_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """And the cache is not kept from being used; the client's own busts reach it."""
     async with FakeDaemon() as daemon, BustcallClient(daemon.url) as client:
-        cache = Cache(a=1)
-        client.attach(cache)
-        await client.bust("b")
-        assert cache
+        cache = Cache(a=1, b=1)
+        client.attach(cache, namespace="shop")
+        await client.bust("b", fault_tolerance=12)
+        await eventually(lambda: "do not attach" in caplog.text)
+        assert f"{daemon.url} tells this client of no busts in the namespace shop, so that" in caplog.text
+        assert "is cleared every 15 s: it does not advertise events.stream" in caplog.text
+        assert sorted(cache) == ["a", "b"]
