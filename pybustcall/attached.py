@@ -132,11 +132,12 @@ class Attachments:
     @property
     def is_served(self) -> bool:
         """Whether the daemons are followed for these, in some event loop."""
-        return self._feed is not None
+        return self._feed is not None and not self._feed.loop.is_closed()
 
     def serve(self, shared: Callable[[str], Feed]) -> None:
         """Follow the daemons in the running loop, unless that is done in another, or there is nothing to serve."""
-        if self._feed is None and self._held:
+        if self._held and not self.is_served:
+            self._leave()
             self._feed = shared(self._namespace)
             self._feed.join(self)
             self.changed()

@@ -906,20 +906,20 @@ class BustcallClient:
         A foreign cache cannot be bypassed: it is cleared when the daemons are not followed any more, then every three
         heartbeats (15 s where none is known) until they are, and again when they are. So what is put into it late, or
         meanwhile, may be old, but no older than that. A daemon that tells this client of no busts is an error in the
-        log. It follows them while the client is in use in an event loop, from whose thread it is called. Each event
-        takes a look through all keys. Raises `ConfigurationError` for what cannot be held weakly, and where `key`,
-        `tags` or `drop` would hold the cache.
+        log. It follows them in the running event loop from now on; where none runs, in that of the client's first call.
+        It is called from that loop's thread. Each event takes a look through all keys. Raises `ConfigurationError` for
+        what cannot be held weakly, and where `key`, `tags` or `drop` would hold the cache; `ClientClosed` after the
+        client's `aclose`.
         """
         meant = DEFAULT_NAMESPACE if namespace is None else check_namespace(namespace)
         core = self._core
         if core is None:
             return Nearby().attachments(meant, 1).attach(cache, key, tags, drop)
+        core.sessions.check_open()
         attachments = core.near.attachments(meant, _needed(len(core.daemons), self._options.delivery))
         end = attachments.attach(cache, key, tags, drop)
         if not attachments.is_served:
-            for runtime in core.runtimes():
-                if runtime.is_here:
-                    runtime.start()
+            core.enter()
         return end
 
     async def warm_up(self, connections: int = 1) -> dict[str, Fault | None]:

@@ -235,11 +235,21 @@ class Core:
         return self._client_id or f"{self._origin}-{os.getpid()}"
 
     def runtime(self) -> Runtime:
-        """Tell what belongs to the running loop, begun. Only inside `sessions.call()`."""
+        """Tell what belongs to the running loop, begun. Only inside `sessions.call()`, or after `sessions.enter()`."""
         runtime = self.sessions.companion
         assert isinstance(runtime, Runtime)  # noqa: S101 - made with the loop's first call
         runtime.start()
         return runtime
+
+    def enter(self) -> None:
+        """Begin what belongs to the running loop, if there is one. Raises `ClientClosed` after `aclose`."""
+        self.sessions.check_open()
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        self.sessions.enter()
+        self.runtime()
 
     def runtimes(self) -> list[Runtime]:
         """List what belongs to each running loop."""

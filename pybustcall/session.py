@@ -17,7 +17,7 @@ import math
 import os
 import ssl
 import threading
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
@@ -437,12 +437,21 @@ class SessionManager:
         """Whether sessions are open that nobody has closed, nor can any more once the manager is dropped."""
         return any((state.sessions or state.streams) and not state.loop.is_closed() for state in self._snapshot())
 
+    def check_open(self) -> None:
+        """Raise `ClientClosed` after `aclose`."""
+        if self._closed:
+            raise ClientClosed("the client is closed; nothing was sent. Make a new one, or call before aclose")
+
+    def enter(self) -> None:
+        """Make what belongs to the running event loop, without a call; raise `ClientClosed` after `aclose`."""
+        self.check_open()
+        self._state()
+
     @asynccontextmanager
     async def call(self) -> AsyncIterator[None]:
         """Count one call as under way, so that `aclose` waits for it; raise `ClientClosed` after `aclose`."""
-        if self._closed:
-            raise ClientClosed("the client is closed; nothing was sent. Make a new one, or call before aclose")
-        state = await self._state()
+        self.check_open()
+        state = self._state()
         state.calls += 1
         state.quiet.clear()
         token = _TICKET.set(_Ticket(state.gate.next_turn()))
@@ -462,7 +471,7 @@ class SessionManager:
         has waited so in vain waits longer the next time, up to `wait` alone, and keeps its turn. What the connector
         notes of the request is in the lease's `exchange`. Raises `ClientClosed` once the sessions are closed.
         """
-        state = await self._state()
+        state = self._state()
         ticket = _TICKET.get() or _Ticket(state.gate.next_turn())
         limit = math.inf if ticket.waited else self._pool.wait
         try:
@@ -499,7 +508,7 @@ class SessionManager:
 
         Its connection is closed at the end of the block, and with the sessions. Raises `ClientClosed` once these are.
         """
-        state = await self._state()
+        state = self._state()
         pooled = self._pooled(state, address, state.streams)
         lease = Lease(address, pooled.session, notes=self._given is None)
         token = _EXCHANGE.set(lease.exchange)
@@ -596,7 +605,7 @@ class SessionManager:
                 raise
             # Not our cancellation: that loop is ending, which cancels its tasks and closes the sessions.
 
-    async def _state(self) -> _LoopState:
+    def _state(self) -> _LoopState:
         loop = asyncio.get_running_loop()
         state = self._states.get(loop)
         if state is None:
@@ -605,7 +614,8 @@ class SessionManager:
                 state.companion = self._make_companion(loop)
             with self._lock:
                 self._states[loop] = state
-            await anext(state.guard)  # never suspends; from here on the loop knows the guard
+            with suppress(StopIteration):  # it never suspends
+                state.guard.__anext__().send(None)  # from here on the loop knows the guard
         return state
 
     def _forget(self, state: _LoopState) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from pybustcall import BustcallClient
 from pybustcall.attached import Attachments, Nearby
-from pybustcall.errors import ConfigurationError, InvalidRequest
+from pybustcall.errors import ClientClosed, ConfigurationError, InvalidRequest
 from pybustcall.events import BustEvent, Feed, Open, Reset, Wanted
 from pybustcall.faults import Fault, FaultKind
 from pybustcall.testing import FakeDaemon
@@ -229,6 +229,53 @@ def test_what_would_hold_the_cache_is_refused() -> None:
             with pytest.raises(ConfigurationError, match="holds the cache itself"):
                 client.attach(cache, **{name: function})  # type: ignore[arg-type]
     client.attach(cache, key=lambda key: f"{key}{client}")
+
+
+# Where it is followed
+
+
+async def test_it_is_followed_from_when_it_is_attached_in_a_loop() -> None:
+    """No block and no call is needed, only the end of the client."""
+    async with fake() as daemon:
+        client, cache = BustcallClient(daemon.url), Cache(a=1)
+        client.attach(cache)
+        await eventually(lambda: not cache)
+        cache["a"] = cache["b"] = 1
+        daemon.tell("a")
+        await eventually(lambda: len(cache) < 2)
+        await client.aclose()
+        assert not cache
+        assert client.statistics().pool.sessions == 0
+
+
+def test_where_no_loop_runs_it_is_followed_from_the_first_call_on() -> None:
+    """In the loop of that call, as long as it lasts, and then in the next."""
+    client, cache = BustcallClient("http://127.0.0.1:1", retry=None), Cache()
+    client.attach(cache)
+    [attachments] = client._core.near._attachments.values()  # type: ignore[union-attr]
+
+    async def use() -> None:
+        await client.bust("a", fault_tolerance=12)
+        assert attachments.is_served
+
+    for _ in range(2):
+        assert not attachments.is_served
+        asyncio.run(use())
+    asyncio.run(client.aclose())
+
+
+async def test_nothing_is_attached_to_a_client_that_is_closed() -> None:
+    """As nothing is loaded by way of it."""
+    async with BustcallClient("http://127.0.0.1:1") as client:
+        pass
+    with pytest.raises(ClientClosed, match="the client is closed"):
+        client.attach(Cache())
+    await asyncio.to_thread(_expect_closed, client)
+
+
+def _expect_closed(client: BustcallClient) -> None:
+    with pytest.raises(ClientClosed, match="the client is closed"):
+        client.attach(Cache())
 
 
 # Trust
