@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, final
 
 from pybustcall.errors import ConfigurationError
-from pybustcall.events import BustEvent, Concern, Reset, clock, silence
+from pybustcall.events import BustEvent, Concern, Reset, clock, silence, tags_of
 from pybustcall.faults import FaultKind
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class _Attached:
     ref: weakref.ref[Any]
     way: Callable[[_Attached, Any, Sequence[BustEvent | Reset]], None]
     key: Callable[[Any], object] | None
-    tags: Callable[[Any], Iterable[str]] | None
+    tags: Callable[[Any], str | Iterable[str]] | None
     drop: Drop | None
 
     def apply(self, events: Sequence[BustEvent | Reset]) -> None:
@@ -104,7 +104,7 @@ class Attachments:
         self,
         cache: object,
         key: Callable[[Any], object] | None,
-        tags: Callable[[Any], Iterable[str]] | None,
+        tags: Callable[[Any], str | Iterable[str]] | None,
         drop: Drop | None,
     ) -> Callable[[], None]:
         """Hold a cache weakly; return what takes it away again. Raises `ConfigurationError` for what cannot be held."""
@@ -354,7 +354,7 @@ def _is_concerned(attached: _Attached, concern: Concern, cached: Any) -> bool:
     keys = cached if attached.key is None else attached.key(cached)
     if keys is None:
         return False
-    tags = () if attached.tags is None else attached.tags(cached)
+    tags = () if attached.tags is None else tags_of(attached.tags(cached))
     if isinstance(keys, str):
         return concern.concerns(keys, tags)
     if attached.key is None or not isinstance(keys, Iterable):

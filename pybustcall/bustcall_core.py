@@ -888,7 +888,7 @@ class BustcallClient:
         cache: object,
         *,
         key: Callable[[Any], object] | None = None,
-        tags: Callable[[Any], Iterable[str]] | None = None,
+        tags: Callable[[Any], str | Iterable[str]] | None = None,
         drop: Drop | None = None,
         namespace: str | None = None,
     ) -> Callable[[], None]:
@@ -899,7 +899,8 @@ class BustcallClient:
           It is held weakly: a bound method as long as its object
         - `key`: tells, for a key of the cache, the key by which it is busted, or several, or None for what is no part
           of this; by default they are the same
-        - `tags`: tells, for a key of the cache, the tags of its entry; without it, a bust of any tag clears the cache
+        - `tags`: tells, for a key of the cache, the tag of its entry, or several; without it, a bust of any tag clears
+          the cache. If this or `key` raises, or tells what is none, the cache is cleared, and the log says why
         - `drop`: what to call instead, with the cache and each `BustEvent` or `Reset`, which means everything
         - `namespace`: whose values; None for "default"
 

@@ -58,7 +58,7 @@ from pybustcall.results import failure
 from pybustcall.sse import BrokenStream, StreamParser
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
 
@@ -78,6 +78,7 @@ __all__ = [
     "Reset",
     "Wanted",
     "clock",
+    "tags_of",
 ]
 
 HEARTBEAT: Final = 5.0
@@ -145,14 +146,16 @@ class BustEvent:
         """Whether variants of the named keys went, too."""
         return self.strategy != "direct"
 
-    def concerns(self, key: str, tags: Iterable[str] = ()) -> bool:
+    def concerns(self, key: str, tags: str | Iterable[str] = ()) -> bool:
         """Tell whether an entry of this namespace, under `key` and with these tags, is what was busted.
 
         It goes by what the event names: the key, the prefix or the tag, and what was registered as going with it
         (`also`). Whether an entry was made of what was busted can be seen only where that was registered; and a bust of
-        a key does not concern entries under other keys, whatever tags they have in common.
+        a key does not concern entries under other keys, whatever tags they have in common. Raises `InvalidRequest` for
+        tags that are no texts.
         """
-        if self.kind == "all" or (self.kind == "tag" and self.target in tags):
+        borne = tags_of(tags)
+        if self.kind == "all" or (self.kind == "tag" and self.target in borne):
             return True
         if self.kind == "prefix" and covers(self.target, key):
             return True
@@ -167,6 +170,16 @@ class BustEvent:
         more = f", and {len(self.also)} more" if self.also else ""
         where = f"{self.daemon} {self.id}" if self.id else "this client"
         return f"BustEvent({self.kind} {redact(self.target)} of {self.namespace}{more}, from {where})"
+
+
+def tags_of(tags: object) -> Collection[str]:
+    """Tell the tags that are given as one text or as several; raise `InvalidRequest` for anything else."""
+    if isinstance(tags, str):
+        return (tags,)
+    given = tuple(tags) if isinstance(tags, Iterable) else None
+    if given is None or not all(isinstance(tag, str) for tag in given):
+        raise InvalidRequest(f"tags must be a text, or several, not {tags!r:.200}", field="tags")
+    return given
 
 
 @final
@@ -198,7 +211,7 @@ class Concern:
             elif event.kind == "prefix":
                 self._prefixes.append(event.target)
 
-    def concerns(self, key: str, tags: Iterable[str] = ()) -> bool:
+    def concerns(self, key: str, tags: Collection[str] = ()) -> bool:
         """Tell whether an entry under `key` with these tags is what one of the events is about."""
         if self.everything or key in self._exact or not self.tags.isdisjoint(tags):
             return True

@@ -100,6 +100,22 @@ async def test_what_cannot_be_named_goes_with_any_bust() -> None:
         assert (list(cache), list(other)) == (["b"], [])
 
 
+async def test_one_tag_may_be_told_as_a_text(caplog: pytest.LogCaptureFixture) -> None:
+    """It is not taken apart; what tells no tags clears the cache with any bust, and the log says why."""
+    async with fake() as daemon, BustcallClient(daemon.url) as client:
+        caches = [Cache(), Cache(), Cache()]
+        client.attach(caches[0], key=lambda key: [key, key], tags=lambda key: "t1" if key == "a" else "t")
+        client.attach(caches[1], tags=lambda _: None)  # type: ignore[arg-type, return-value]
+        client.attach(caches[2], tags=lambda _: (tag for tag in ("t1", 1)))  # type: ignore[misc]
+        await ready(client)
+        for cache in caches:
+            cache.update(a=1, b=1)
+        await client.bust("t1", kind="tag", fault_tolerance=12)
+        assert [list(cache) for cache in caches] == [["b"], [], []]
+        assert "tags must be a text, or several, not None" in caplog.text
+        assert "tags must be a text, or several, not <generator" in caplog.text
+
+
 async def test_a_function_of_functools_is_cleared() -> None:
     """It can drop nothing less."""
     async with fake() as daemon, BustcallClient(daemon.url) as client:

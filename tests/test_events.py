@@ -78,6 +78,18 @@ def test_an_event_concerns_variants_unless_it_is_direct() -> None:
     assert [key for key in ("a/b", "a/b.gz", "c.gz", "c") if direct.concerns(key)] == ["a/b", "c"]
 
 
+def test_one_tag_may_be_given_as_a_text() -> None:
+    """It is not taken apart; what is no text, nor several, is refused, whatever was busted."""
+    told = BustEvent(target="a", kind="tag")
+    assert told.concerns("x", "a")
+    assert not told.concerns("x", "sale")
+    assert told.concerns("x", (tag for tag in ("b", "a")))
+    for tags in (None, 5, [1], b"a"):
+        for event in (told, BustEvent(target="*", kind="all")):
+            with pytest.raises(InvalidRequest, match=r"^tags must be a text, or several, not "):
+                event.concerns("x", tags)  # type: ignore[arg-type]
+
+
 def test_an_event_shows_no_target() -> None:
     """Only its first segment."""
     event = BustEvent(target="users/secret", also=("b",), daemon="http://h", id="e-1")
