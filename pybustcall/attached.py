@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import logging
 import os
 import types
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -28,11 +30,12 @@ from pybustcall.faults import FaultKind
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Sequence
 
     from pybustcall.events import Feed
     from pybustcall.near_cache import NearCache, NearCacheStatistics
 
-__all__ = ["Attachments", "Drop", "Nearby"]
+__all__ = ["Attachment", "Attachments", "Drop", "Nearby"]
 
 _log: Final = logging.getLogger("pybustcall")
 
@@ -62,6 +65,12 @@ class _Attached:
     key: Callable[[Any], object] | None
     tags: Callable[[Any], str | Iterable[str]] | None
     drop: Drop | None
+    is_missed: bool = False  # whether it is a mistake that the application drops it
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the application has dropped it."""
+        return self.ref() is None
 
     def apply(self, events: Sequence[BustEvent | Reset]) -> None:
         """Have the cache drop what was busted, if it is still there. What it raises is logged."""
@@ -72,6 +81,39 @@ class _Attached:
             self.way(self, cache, events)
         except Exception:  # noqa: BLE001 - of somebody else's code, which must not end what tells all others
             _log.exception("a bust could not be applied to an attached %s", type(cache).__name__)
+
+
+@final
+class Attachment:
+    """A cache that is attached, or an object that was. Calling it ends that; repeating it is harmless."""
+
+    def __init__(self, held: dict[object, _Attached], ident: object, attached: _Attached, name: str) -> None:
+        self._held = held
+        self._ident = ident
+        self._attached = attached
+        self._name = name
+
+    def __call__(self) -> None:
+        """Take it away again."""
+        if self._held.get(self._ident) is self._attached:
+            del self._held[self._ident]
+
+    def __repr__(self) -> str:
+        is_held = self._held.get(self._ident) is self._attached
+        return f"Attachment({self._name}{'' if is_held else ', ended'})"
+
+    def check_held(self) -> None:
+        """Raise `ConfigurationError` if nobody holds what was attached. To be asked when its caller has let go of it.
+
+        From then on it is told in the log if a plain function is dropped.
+        """
+        if self._attached.is_gone:
+            raise ConfigurationError(
+                f"nobody else holds this {self._name}, so that no bust could ever reach it; keep it under a name of its"
+                " own for as long as it is to be told, for it is held weakly here",
+                setting="cache",
+            )
+        self._attached.is_missed = isinstance(self._attached.ref(), types.FunctionType) and self._attached.way is _call
 
 
 @final
@@ -87,6 +129,7 @@ class Attachments:
         self._needed = needed
         self._clock = clock
         self._held: dict[object, _Attached] = {}
+        self._missed: list[str] = []  # functions that were dropped, of which the log is to tell
         self._feed: Feed | None = None
         self._heard: list[BustEvent] = []
         self._is_trusted = False
@@ -106,28 +149,20 @@ class Attachments:
         key: Callable[[Any], object] | None,
         tags: Callable[[Any], str | Iterable[str]] | None,
         drop: Drop | None,
-    ) -> Callable[[], None]:
+    ) -> Attachment:
         """Hold a cache weakly; return what takes it away again. Raises `ConfigurationError` for what cannot be held."""
-        for name, function in (("key", key), ("tags", tags), ("drop", drop)):
-            if function is not None and not callable(function):
-                raise ConfigurationError(f"{name} must be a callable, not {type(function).__name__}", setting=name)
-            if function is not None and _holds(function, cache):
-                raise ConfigurationError(
-                    f"{name} holds the cache itself, which could never be dropped; make it a function of its arguments",
-                    setting=name,
-                )
+        for setting, function in (("key", key), ("tags", tags), ("drop", drop)):
+            if function is not None:
+                _check_function(setting, function, cache)
         ident: object = id(cache)
         if isinstance(cache, types.MethodType):
             ident = id(cache.__self__), id(cache.__func__)
-        gone = functools.partial(_forget_dropped, self._held, ident)
+        name = _name_of(cache)
+        gone = functools.partial(_forget_dropped, self._held, self._missed, ident, name)
         way = _call_drop if drop is not None else _way_of(cache)
         attached = _Attached(_weakly(cache, gone), way, key, tags, drop)
         self._held[ident] = attached
-        return functools.partial(self._detach, ident, attached)
-
-    def _detach(self, ident: object, attached: _Attached) -> None:
-        if self._held.get(ident) is attached:
-            del self._held[ident]
+        return Attachment(self._held, ident, attached, name)
 
     @property
     def is_served(self) -> bool:
@@ -236,6 +271,12 @@ class Attachments:
             feed.loop.call_soon_threadsafe(self._apply, [event])
 
     def _apply(self, events: Sequence[BustEvent | Reset]) -> None:
+        while self._missed:
+            _log.warning(
+                "the attached %s was dropped by whoever held it, and is told of no bust any more; keep it under a name"
+                " of its own, or end it before",
+                self._missed.pop(),
+            )
         for attached in list(self._held.values()):
             attached.apply(events)
 
@@ -271,11 +312,41 @@ def _weakly(cache: object, gone: Callable[[weakref.ref[Any]], None]) -> weakref.
         ) from None
 
 
-def _forget_dropped(held: dict[object, _Attached], ident: object, ref: weakref.ref[Any]) -> None:
+def _forget_dropped(
+    held: dict[object, _Attached], missed: list[str], ident: object, name: str, ref: weakref.ref[Any]
+) -> None:
     """Forget a cache that the application has dropped, in whatever thread that was."""
     attached = held.get(ident)
     if attached is not None and attached.ref is ref:
         held.pop(ident, None)
+        if attached.is_missed:
+            missed.append(name)
+
+
+def _name_of(cache: object) -> str:
+    """Tell people what it is: the name of a function, the type of anything else."""
+    if isinstance(cache, types.FunctionType | types.MethodType):
+        return f"function {cache.__qualname__}"
+    return type(cache).__name__
+
+
+def _check_function(setting: str, function: object, cache: object) -> None:
+    """Refuse what cannot be called, would have to be awaited, or would keep the cache alive."""
+    if not callable(function):
+        raise ConfigurationError(f"{setting} must be a callable, not {type(function).__name__}", setting=setting)
+    if _is_async(function):
+        raise ConfigurationError(
+            f"{setting} must be a plain callable, not an async function, which nobody would await", setting=setting
+        )
+    if _holds(function, cache):
+        raise ConfigurationError(
+            f"{setting} holds the cache itself, which could never be dropped; make it a function of its arguments",
+            setting=setting,
+        )
+
+
+def _is_async(function: object) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004 - what a call of it would run
 
 
 def _holds(function: object, cache: object) -> bool:
@@ -306,17 +377,28 @@ _MOST_LOOKED_AT: Final = 100
 
 
 def _way_of(cache: Any) -> Callable[[_Attached, Any, Sequence[BustEvent | Reset]], None]:
-    if all(callable(getattr(cache, name, None)) for name in ("pop", "clear", "__iter__")):
+    has = {name for name in _METHODS if callable(method := getattr(cache, name, None)) and not _is_async(method)}
+    if has >= _OF_MAPPING and not isinstance(cache, SequenceABC):
         return _drop_from_mapping
-    if callable(getattr(cache, "cache_clear", None)):
+    if "cache_clear" in has:
         return _clear_function
     if callable(cache):
+        if _is_async(cache):
+            raise ConfigurationError(
+                "what is attached must be a plain callable, not an async function, which nobody would await",
+                setting="cache",
+            )
         return _call
     raise ConfigurationError(
-        f"a {type(cache).__name__} is no mapping with pop and clear, and no callable; say how to drop from it with"
-        " drop=",
+        f"a {type(cache).__name__} cannot be attached as it is: that can a mapping with pop and clear (a cache of"
+        " cachetools, a subclass of dict), a function with cache_clear, and a callable that is given each event; say"
+        " how to drop from anything else with drop=",
         setting="cache",
     )
+
+
+_OF_MAPPING: Final = frozenset({"pop", "clear", "__iter__", "__getitem__"})
+_METHODS: Final = (*_OF_MAPPING, "cache_clear")
 
 
 def _call_drop(attached: _Attached, cache: Any, events: Sequence[BustEvent | Reset]) -> None:

@@ -896,7 +896,8 @@ class BustcallClient:
 
         - `cache`: a mapping with `pop` and `clear` (all caches of cachetools, a subclass of dict), a function with
           `cache_clear` (of functools, which each bust clears), or a callable that is given each `BustEvent` or `Reset`.
-          It is held weakly: a bound method as long as its object
+          It is held weakly: a bound method as long as its object. So keep it under a name of your own: a lambda, or a
+          function inside of another, is gone with whoever holds it
         - `key`: tells, for a key of the cache, the key by which it is busted, or several, or None for what is no part
           of this; by default they are the same
         - `tags`: tells, for a key of the cache, the tag of its entry, or several; without it, a bust of any tag clears
@@ -909,17 +910,20 @@ class BustcallClient:
         meanwhile, may be old, but no older than that. A daemon that tells this client of no busts is an error in the
         log. It follows them in the running event loop from now on; where none runs, in that of the client's first call.
         It is called from that loop's thread. Each event takes a look through all keys. Raises `ConfigurationError` for
-        what cannot be held weakly, and where `key`, `tags` or `drop` would hold the cache; `ClientClosed` after the
-        client's `aclose`.
+        what cannot be held weakly, what nobody else holds, async functions, and where `key`, `tags` or `drop` would
+        hold the cache; `ClientClosed` after the client's `aclose`.
         """
         meant = DEFAULT_NAMESPACE if namespace is None else check_namespace(namespace)
         core = self._core
         if core is None:
-            return Nearby().attachments(meant, 1).attach(cache, key, tags, drop)
-        core.sessions.check_open()
-        attachments = core.near.attachments(meant, _needed(len(core.daemons), self._options.delivery))
+            attachments = Nearby().attachments(meant, 1)
+        else:
+            core.sessions.check_open()
+            attachments = core.near.attachments(meant, _needed(len(core.daemons), self._options.delivery))
         end = attachments.attach(cache, key, tags, drop)
-        if not attachments.is_served:
+        del cache  # so that it is seen whether anybody else holds it
+        end.check_held()
+        if core is not None and not attachments.is_served:
             core.enter()
         return end
 

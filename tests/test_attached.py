@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import weakref
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,12 +226,80 @@ def test_what_cannot_be_attached_is_refused() -> None:
     client = BustcallClient()
     with pytest.raises(ConfigurationError, match=r"make the cache of a subclass \(class Cache\(dict\): pass\)"):
         client.attach({})
-    with pytest.raises(ConfigurationError, match="say how to drop from it with drop="):
-        client.attach(type("Thing", (), {})())
+    things: list[object] = [[], set(), deque([1]), type("Thing", (), {})(), 5]
+    for thing in things:
+        with pytest.raises(ConfigurationError, match=r"cannot be attached as it is: that can a mapping .* with drop="):
+            client.attach(thing)
+    with pytest.raises(ConfigurationError, match=r"make the cache of a subclass \(class Cache\(list\): pass\)"):
+        client.attach([], drop=_nothing)
     with pytest.raises(ConfigurationError, match="key must be a callable, not str"):
         client.attach(Cache(), key="a")  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest):
         client.attach(Cache(), namespace="")
+
+
+def test_what_would_have_to_be_awaited_is_refused() -> None:
+    """For nobody would."""
+
+    async def told(*_: object) -> None: ...
+
+    class Told:
+        async def __call__(self, event: object) -> None: ...
+
+        async def method(self, event: object) -> None: ...
+
+    client, cache, other = BustcallClient(), Cache(), Told()
+    for function in (told, other, other.method, functools.partial(told, 1)):
+        with pytest.raises(ConfigurationError, match="an async function, which nobody would await"):
+            client.attach(function)
+        for name in ("key", "tags", "drop"):
+            with pytest.raises(ConfigurationError, match=f"{name} must be a plain callable, not an async function"):
+                client.attach(cache, **{name: function})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("client", [BustcallClient(), BustcallClient.disabled()], ids=repr)
+def test_what_nobody_else_holds_is_refused(client: BustcallClient) -> None:
+    """It would be gone at once, and never told anything."""
+
+    class Held:
+        def told(self, event: object) -> None: ...
+
+    with pytest.raises(ConfigurationError, match=r"nobody else holds this function .*<lambda>, .*keep it under a name"):
+        client.attach(lambda _: None)
+    with pytest.raises(ConfigurationError, match="nobody else holds this Cache"):
+        client.attach(cache=Cache(), drop=_nothing)
+    with pytest.raises(ConfigurationError, match=r"nobody else holds this function .*Held\.told"):
+        client.attach(Held().told)
+    held = Held()
+    end = client.attach(held.told)
+    assert repr(end).endswith("Held.told)")
+    end()
+    assert repr(end).endswith("Held.told, ended)")
+    cache = Cache()
+    assert repr(client.attach(cache)) == "Attachment(Cache)"
+
+
+async def test_a_function_that_is_dropped_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Once, with the next bust; not if it was ended before, nor a cache, which may be dropped."""
+    client = BustcallClient("http://127.0.0.1:1", retry=None)
+
+    def attach(*, ended: bool) -> None:
+        def told(_: object) -> None: ...
+
+        end = client.attach(told)
+        if ended:
+            end()
+        cache = Cache()
+        client.attach(cache)
+
+    attach(ended=True)
+    await client.bust("a", fault_tolerance=12)
+    assert "dropped" not in caplog.text
+    attach(ended=False)
+    for _ in range(2):
+        await client.bust("a", fault_tolerance=12)
+    assert caplog.text.count("attach.<locals>.told was dropped by whoever held it") == 1
+    await client.aclose()
 
 
 def test_what_would_hold_the_cache_is_refused() -> None:
@@ -564,7 +633,8 @@ async def test_memory_is_flat_over_a_million_attached_and_dropped_caches() -> No
 
         def churn(count: int) -> None:
             for _ in range(count):
-                client.attach(Small(), drop=_nothing)
+                cache = Small()
+                client.attach(cache, drop=_nothing)
 
         churn(10_000)
         gc.collect()
