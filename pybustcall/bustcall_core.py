@@ -840,13 +840,13 @@ class BustcallClient:
         - `daemon`: follow this one (one of the URLs) only; None: each of them, since each tells only what it did
 
         Connections that break, or are silent for three heartbeats, are made anew, and go on where they were; where that
-        cannot be, a `Reset` says so. They take no slot of the pool. Raises `InvalidRequest` for arguments that cannot
-        be; what else can be wrong is raised by iterating.
+        cannot be, a `Reset` says so. They take no slot of the pool. Where the client is disabled nothing is ever told.
+        Raises `InvalidRequest` for arguments that cannot be; what else can be wrong is raised by iterating.
         """
         wanted = Wanted.of(namespace, prefix, tags)
-        core = self._enabled("following the events")
-        url = None if daemon is None else _find(core, daemon).url
-
+        if self._core is None:
+            return EventStream(partial(_follow_nobody, wanted))
+        url = None if daemon is None else _find(self._core, daemon).url
         return EventStream(partial(self._follow, wanted, url))
 
     def near_cache(
@@ -1226,6 +1226,10 @@ class BustcallClient:
             return check_seconds(timeout, "timeout")
         except ConfigurationError as error:
             raise InvalidRequest(f"{error}; nothing was sent", field="timeout") from None
+
+
+async def _follow_nobody(wanted: Wanted) -> Feed:
+    return Feed((), wanted, random=random.random)
 
 
 def _event_of(request: BustRequest) -> BustEvent:

@@ -686,7 +686,7 @@ class Feed:
     @property
     def refusal(self) -> Fault | None:
         """Why the first of the daemons tells nothing, if it said so and never did."""
-        return self.followers[0].refusal
+        return self.followers[0].refusal if self.followers else None
 
     def why_not(self) -> str:
         """Tell which daemons are not followed just now, and why."""

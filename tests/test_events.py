@@ -112,13 +112,11 @@ def test_what_cannot_be_wanted_is_refused(wanted: dict[str, Any]) -> None:
 
 
 def test_a_namespace_or_a_daemon_that_cannot_be_is_refused() -> None:
-    """And a client that is disabled has no events."""
+    """Before anything is sent."""
     with pytest.raises(InvalidRequest, match="namespace"):
         BustcallClient().events(namespace="")
     with pytest.raises(InvalidRequest, match="none of this client's"):
         BustcallClient().events(daemon="http://elsewhere")
-    with pytest.raises(InvalidRequest, match="disabled"):
-        BustcallClient.disabled().events()
 
 
 # A follower by itself, on streams that a test writes
@@ -641,6 +639,26 @@ async def test_what_daemons_with_one_log_tell_comes_once() -> None:
             daemon.tell("end")
             left = await take(events, 100)
             assert left[-1] == "end"
+
+
+async def test_of_a_client_that_is_disabled_nothing_is_told() -> None:
+    """It waits until it is closed, or its reader is cancelled; what cannot be wanted is refused as ever."""
+    client = BustcallClient.disabled()
+    with pytest.raises(InvalidRequest):
+        client.events(prefix="")
+    async with client.events(prefix="a", daemon="http://127.0.0.1:1") as events:
+        await events.wait_live(5)
+        assert (events.is_live, events.reason) == (True, "")
+        reading = asyncio.ensure_future(anext(events, "the end"))
+        await client.bust("a")
+        await asyncio.sleep(0)
+        assert not reading.done()
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        reading = asyncio.ensure_future(anext(events, "the end"))
+        await asyncio.sleep(0)
+    assert await reading == "the end"
 
 
 async def test_a_slow_reader_is_told_to_forget_instead() -> None:
