@@ -13,10 +13,10 @@ import pytest
 
 from pybustcall import BustcallClient
 from tests.conftest import StartDaemon, eventually
-from tests.test_fastapi_redis import Workers
+from tests.test_fastapi_redis import Workers, run_tests_of_page
 
 PAGE: Final = Path(__file__).parent.parent / "docs" / "how-to" / "near-cache-in-fastapi.md"
-SERVICE, CACHETOOLS, FUNCTOOLS = re.findall(
+SERVICE, CACHETOOLS, FUNCTOOLS, IN_TESTS = re.findall(
     r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
 )
 
@@ -54,6 +54,16 @@ async def test_a_write_in_one_worker_is_seen_by_all(start_daemon: StartDaemon, t
             assert (health["trusted"], health["reason"]) == (True, "")
     finally:
         workers.close()
+
+
+@pytest.mark.parametrize("disabled", ["0", "1"])
+def test_the_service_can_be_started_again_in_one_process(
+    disabled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its tests on the page do; here without a daemon."""
+    monkeypatch.setenv("BUSTCALL_DISABLED", disabled)
+    monkeypatch.setenv("BUSTCALL_URL", "http://127.0.0.1:1")
+    run_tests_of_page(IN_TESTS, SERVICE, tmp_path, monkeypatch)
 
 
 async def test_caches_that_one_has_already_are_attached_as_the_page_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import re
 import subprocess
 import sys
 import textwrap
+import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,7 +35,7 @@ from tests.engines import RedisProcess, free_port
 PAGE: Final = (Path(__file__).parent.parent / "docs" / "how-to" / "redis-behind-fastapi.md").read_text(encoding="utf-8")
 BLOCKS: Final = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 [CONFIGURATION] = [text for language, text in BLOCKS if language == "toml"]
-SERVICE, *SNIPPETS = [text for language, text in BLOCKS if language == "python"]
+SERVICE, *SNIPPETS, IN_TESTS = [text for language, text in BLOCKS if language == "python"]
 READERS = 200
 
 # What stands for the user's database. A worker that has a GATE holds what it has read for as long as that file exists.
@@ -370,6 +372,93 @@ def test_the_page_shows_what_the_check_says(redis: RedisProcess, tmp_path: Path)
     broken = check()
     assert broken.returncode == 4
     assert "the layer redis cannot be used now" in broken.stdout + broken.stderr
+
+
+def test_the_service_can_be_started_again_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its tests on the page do; here without a daemon and without Redis."""
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setenv("BUSTCALL_DISABLED", "1")
+    run_tests_of_page(IN_TESTS, SERVICE, tmp_path, monkeypatch)
+
+
+def run_tests_of_page(tests: str, service: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the tests that a page shows of its service, each two times."""
+    (directory / "service.py").write_text(service, encoding="utf-8")
+    (directory / "products.py").write_text(PRODUCTS, encoding="utf-8")
+    monkeypatch.chdir(directory)
+    monkeypatch.syspath_prepend(directory)
+    monkeypatch.setitem(sys.modules, "fastapi.testclient", module := types.ModuleType("fastapi.testclient"))
+    vars(module).update(TestClient=Visitor)
+    for name in ("service", "products"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    try:
+        names: dict[str, Any] = {}
+        exec(tests, names)
+        found = [function for name, function in names.items() if name.startswith("test_")]
+        assert found
+        for function in found * 2:
+            function()
+    finally:
+        for name in ("service", "products"):
+            sys.modules.pop(name, None)
+
+
+@final
+class Visitor:
+    """As much of FastAPI's TestClient as the pages use; the real one takes httpx."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._runner = asyncio.Runner()
+        self._lifespan = app.router.lifespan_context(app)
+        self._state: dict[str, object] = {}
+
+    def __enter__(self) -> Visitor:
+        self._state = self._runner.run(self._lifespan.__aenter__()) or {}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._runner.run(self._lifespan.__aexit__(None, None, None))
+        self._runner.close()
+
+    def get(self, path: str) -> Visited:
+        return Visited(self._runner.run(self._ask(path)))
+
+    async def _ask(self, path: str) -> bytes:
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": path,
+            "query_string": b"",
+            "headers": [],
+            "state": self._state,
+        }
+        sent: list[Any] = []
+
+        async def receive() -> dict[str, object]:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: dict[str, object]) -> None:
+            sent.append(message)
+
+        await self._app(scope, receive, send)
+        assert sent[0]["status"] == 200
+        return b"".join(message.get("body", b"") for message in sent)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Visited:
+    """An answer to a `Visitor`."""
+
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        return self.body.decode()
+
+    def json(self) -> Any:
+        return json.loads(self.body)
 
 
 async def run_snippet(text: str, **names: Any) -> dict[str, Any]:
