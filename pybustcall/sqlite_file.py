@@ -408,6 +408,12 @@ def _deliver(told: list[tuple[_Job[Any], _Outcome]]) -> None:
             job.answer.set_exception(failure)
 
 
+def _names_a_file(path: object) -> bool:
+    """Tell whether a path can be that of a file which other processes open, too."""
+    name = os.fspath(path) if isinstance(path, str | os.PathLike) else ""
+    return isinstance(name, str) and bool(name) and "\0" not in name and os.path.basename(name) != ":memory:"  # noqa: PTH119
+
+
 @final
 class SqliteFile:
     """The file at `path`, for any event loop and thread of this process; other processes may share it.
@@ -419,8 +425,8 @@ class SqliteFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, timeout: float) -> None:
-        if not os.fspath(path) or "\0" in os.fspath(path):
-            raise ConfigurationError(f"path must name a file, not {os.fspath(path)!r}", setting="path")
+        if not _names_a_file(path):
+            raise ConfigurationError(f"path must name a file, not {path!r}", setting="path")
         if not 0 < timeout <= LONGEST_TIMEOUT:
             raise ConfigurationError(
                 f"timeout must be more than 0 and at most {LONGEST_TIMEOUT:g} seconds, not {timeout!r}",

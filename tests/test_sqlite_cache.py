@@ -105,7 +105,18 @@ async def test_what_is_larger_than_the_cache_is_made_and_not_stored(path: Path) 
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("path", ""), ("max_bytes", 1000), ("timeout", 0), ("lease", 0), ("lease", math.nan), ("on_error", "ignore")],
+    [
+        ("path", ""),
+        ("path", ":memory:"),
+        ("path", Path("a", ":memory:")),
+        ("path", 5),
+        ("path", b"a"),
+        ("max_bytes", 1000),
+        ("timeout", 0),
+        ("lease", 0),
+        ("lease", math.nan),
+        ("on_error", "ignore"),
+    ],
 )
 def test_settings_that_cannot_be_are_refused(path: Path, setting: str, value: Any) -> None:
     """At once, by name."""
