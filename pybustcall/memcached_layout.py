@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_PREFIX",
+    "LEAST_LEASE",
     "LONGEST_TTL",
     "Answer",
     "Command",
@@ -81,6 +82,7 @@ __all__ = [
 ]
 
 LONGEST_TTL: Final = 30 * 24 * 3600
+LEAST_LEASE: Final = 2
 """Seconds. What is longer, memcached would take for a time of the calendar; an entry ends by then at the latest."""
 
 _ENTRY: Final = 1  # the flags of an entry, by which it is told from the place of one; and which layout its value has
@@ -155,7 +157,7 @@ def add(name: bytes) -> Command:
 
 def take(name: bytes, seconds: float) -> Command:
     """Take a lease, unless somebody has it: for whole seconds, since those are what memcached counts."""
-    return Command(b"ms %b 0 T%d ME" % (name, max(2, _whole(seconds))), b"")
+    return Command(b"ms %b 0 T%d ME" % (name, max(LEAST_LEASE, _whole(seconds))), b"")
 
 
 def put_mark(name: bytes) -> Command:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import inspect
 import re
 import secrets
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ __all__ = [
     "Timestamp",
     "bust_request",
     "cache_key_of",
+    "check_maker",
     "check_namespace",
     "check_strategy",
     "check_target",
@@ -118,6 +120,18 @@ _MAX_STRATEGY_BYTES: Final = 128
 _NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+def check_maker(function: object, field: str) -> None:
+    """Refuse what cannot be called to make a value, such as the value itself, or a coroutine of an async function."""
+    if callable(function):
+        return
+    what = f"{type(function).__name__}; lambda: value makes what is there already"
+    if inspect.isawaitable(function):
+        what = "what calling it returned; name it without calling it, or write lambda: f(...)"
+    if inspect.iscoroutine(function):
+        function.close()  # or Python would complain of that, too
+    raise InvalidRequest(f"{field} must be a function without arguments, async or plain, not {what}", field=field)
 
 
 def check_target(target: object, field: str = "target") -> str:

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, final, overload
 from pybustcall.errors import ClientClosed, ConfigurationError, InvalidRequest
 from pybustcall.events import BustEvent, Concern, Reset, clock, silence
 from pybustcall.keys import bases_of, prefixes_of
-from pybustcall.models import DEFAULT_NAMESPACE, check_namespace, check_target, redact
+from pybustcall.models import DEFAULT_NAMESPACE, check_maker, check_namespace, check_target, redact
 from pybustcall.policies import check_seconds
 from pybustcall.results import failure
 
@@ -373,14 +373,16 @@ class NearCache:
         early only if nobody waits for it any more. A value that was busted while it was loaded is not held, and is
         given only to those who asked before the loading began.
 
-        Raises `InvalidRequest`, before anything is loaded, for a key or a tag that cannot be; `RuntimeError` if the
+        Raises `InvalidRequest`, before anything is loaded, for arguments that cannot be; `RuntimeError` if the
         value would be loaded by way of itself; `ClientClosed` after the client's `aclose`; and `IncompatibleDaemon` or
         `NotAllowed` if the hub has said that it tells this client of no busts.
         """
-        if self._feed is None or self._feed.is_closed or self._feed.loop is not asyncio.get_running_loop():
-            await self._begin()
+        if not callable(loader):
+            check_maker(loader, "loader")
         if not isinstance(tags, _COLLECTIONS):
             tags = _several(tags)
+        if self._feed is None or self._feed.is_closed or self._feed.loop is not asyncio.get_running_loop():
+            await self._begin()
         entry = self._look(key, tags)
         if entry is not None:
             return entry.value
@@ -476,7 +478,7 @@ class NearCache:
     def _check_hub(self) -> None:
         refusal = None if self._feed is None or self.is_trusted else self._feed.refusal
         if refusal is not None:
-            raise failure("keeping a near cache true", "exhausted", (refusal,), 0.0)
+            raise failure("following the busts for a near cache", "exhausted", (refusal,), 0.0)
 
     async def _begin(self) -> None:
         """Follow the daemons in the running loop, beginning with nothing."""
@@ -649,7 +651,7 @@ _COUNTED: Final = (
 
 def _several(tags: Iterable[str]) -> Collection[str]:
     if isinstance(tags, str) or not isinstance(tags, Iterable):
-        raise InvalidRequest("tags must be several texts, such as a list, not one", field="tags")
+        raise InvalidRequest(f"tags must be several texts, such as a list, not {tags!r:.60}", field="tags")
     return tuple(tags)
 
 

@@ -85,7 +85,7 @@ async def test_a_hit_takes_one_exchange(cache: MemcachedCache, monkeypatch: pyte
 async def test_an_entry_ends_with_its_ttl(cache: MemcachedCache) -> None:
     """In whole seconds, rounded up, which memcached counts by the tick."""
     await cache.set("k", b"v", ttl=0.0001)
-    await cache.set("kept", b"v", ttl=10.0**9)
+    await cache.set("kept", b"v", ttl=30 * 24 * 3600)
     async with asyncio.timeout(10):
         while await cache.get("k") is not None:
             await asyncio.sleep(0.05)
@@ -98,6 +98,8 @@ def test_settings_that_cannot_be_are_refused() -> None:
         {"url": "redis://h"},
         {"url": "memcached://h", "prefix": "{"},
         {"url": "memcached://h", "lease": 0},
+        {"url": "memcached://h", "lease": 1.9},
+        {"url": "memcached://h", "lease": 31 * 24 * 3600},
         {"url": "memcached://h", "timeout": -1},
         {"url": "memcached://h", "on_error": "ignore"},
     ):
@@ -106,6 +108,19 @@ def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(InvalidRequest):
         MemcachedCache("memcached://h", namespace="a/b")
     assert repr(MemcachedCache("memcached://h", namespace="a")) == "MemcachedCache(memcached://h, namespace='a')"
+
+
+async def test_a_lifetime_that_memcached_cannot_count_is_refused(cache: MemcachedCache) -> None:
+    """Rather than made another one: it takes 30 days for a date."""
+    days = 24 * 3600
+    for call in (
+        cache.set("k", b"v", ttl=30 * days + 1),
+        cache.store("k", b"v", token=(await cache.lookup("k")).token, ttl=40 * days),
+        cache.get_or_set("k", never, ttl=40 * days),
+    ):
+        with pytest.raises(InvalidRequest, match="ttl must be more than 0 seconds and at most 2592000, or None"):
+            await call
+    assert await cache.set("k", b"v", ttl=30 * days)
 
 
 @pytest.mark.parametrize("on_error", ["fill", "raise"])

@@ -624,7 +624,7 @@ async def test_a_value_cannot_be_loaded_by_way_of_itself(is_up: bool) -> None:
         assert await cache.get_or_load("m", of("n", lambda: 1)) == 1
 
 
-@pytest.mark.parametrize("tags", ["one", [""], [7], map(str, range(257))])
+@pytest.mark.parametrize("tags", ["one", None, [""], [7], map(str, range(257))])
 async def test_what_cannot_be_is_refused_before_anything_is_loaded(tags: Any) -> None:
     """Keys and tags are those of busts."""
     cache = BustcallClient.disabled().near_cache(ttl=1)
@@ -633,6 +633,24 @@ async def test_what_cannot_be_is_refused_before_anything_is_loaded(tags: Any) ->
     for key in ("", "\0", 7, ["a"]):
         with pytest.raises(InvalidRequest):
             await cache.get_or_load(key, pytest.fail)  # type: ignore[arg-type]
+
+
+async def test_what_is_no_function_loads_nothing() -> None:
+    """It says what is expected, and leaves no coroutine to be awaited by nobody."""
+
+    async def load() -> int:
+        return 1
+
+    cache: Any = BustcallClient("http://127.0.0.1:1").near_cache(ttl=None)
+    with pytest.raises(
+        InvalidRequest, match=r"^loader must be a function without arguments, .* not str; lambda: value"
+    ):
+        await cache.get_or_load("a", "value")
+    with pytest.raises(InvalidRequest, match="not what calling it returned; name it without calling it"):
+        await cache.get_or_load("a", load())
+    with pytest.raises(InvalidRequest, match="tags must be several texts, such as a list, not None"):
+        await cache.get_or_load("a", load, tags=None)
+    assert cache.statistics().reason == "nothing was asked for yet"
 
 
 @pytest.mark.parametrize(
@@ -732,7 +750,7 @@ async def test_a_hub_that_tells_of_no_busts_is_an_error(status: int, error: type
     """A near cache that could never serve anything is no cache."""
     async with fake(stream_plan=[Answer.problem(status)] * 50) as daemon, BustcallClient(daemon.url) as client:
         cache = client.near_cache(ttl=None)
-        with pytest.raises(error, match="keeping a near cache true failed"):
+        with pytest.raises(error, match=r"^following the busts for a near cache failed"):
             await cache.wait_trusted(5)
         with pytest.raises(error):
             await cache.get_or_load("a", pytest.fail)

@@ -37,6 +37,7 @@ class House:
     where: str | Path
     nowhere: str | Path
     backend: Backend
+    shortest_lease: float = 0.05
 
     def cache(self, **more: Any) -> Any:
         """Make a cache of readers."""
@@ -63,7 +64,7 @@ async def house(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
             memcached = shared_memcached()
             memcached.ask("flush_all")
             nowhere = f"memcached://127.0.0.1:{free_port()}"
-            made = House(MemcachedCache, memcached.url, nowhere, MemcachedBackend(memcached.url, timeout=PATIENCE))
+            made = House(MemcachedCache, memcached.url, nowhere, MemcachedBackend(memcached.url, timeout=PATIENCE), 2.0)
     yield made
     await made.backend.close()
 
@@ -122,6 +123,7 @@ async def test_what_is_no_value_is_refused(cache: Any) -> None:
         ("tag", {"tags": [""]}),
         ("tag", {"tags": ["a\nb"]}),
         ("tags", {"tags": "product:7"}),
+        ("tags", {"tags": None}),
         ("tags", {"tags": [f"{number}" for number in range(257)]}),
         ("ttl", {"ttl": 0}),
         ("ttl", {"ttl": -1.0}),
@@ -144,6 +146,18 @@ async def test_arguments_that_cannot_be_are_refused(cache: Any, field: str, argu
         with pytest.raises(InvalidRequest) as caught:
             await call
         assert caught.value.field == field
+
+
+@pytest.mark.parametrize("made", [b"value", None])
+async def test_what_is_no_function_makes_no_value(cache: Any, made: object) -> None:
+    """Also where one is held already; nor is a coroutine, which is not left to be awaited by nobody."""
+    await cache.set("held", b"v", ttl=60.0)
+    for key in ("held", "k"):
+        with pytest.raises(InvalidRequest, match=r"make must be a function without arguments, .* not") as caught:
+            await cache.get_or_set(key, made, ttl=60.0)
+        assert caught.value.field == "make"
+        with pytest.raises(InvalidRequest, match="not what calling it returned; name it without calling it"):
+            await cache.get_or_set(key, quick(), ttl=60.0)
 
 
 async def test_a_key_with_very_many_marks_cannot_be_stored(cache: Any) -> None:
@@ -214,7 +228,7 @@ async def test_a_stale_value_is_served_while_one_makes_it_anew(cache: Any, backe
 
 async def test_a_lease_that_ends_chooses_another(house: House, backend: Backend) -> None:
     """If the one who was chosen has failed."""
-    async with house.cache(lease=0.05) as cache:
+    async with house.cache(lease=house.shortest_lease) as cache:
         await cache.set("k", b"old", ttl=60.0)
         await bust(backend, "key", "k", soft=True)
 

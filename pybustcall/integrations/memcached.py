@@ -29,7 +29,7 @@ from pybustcall.integrations.guard import BREAKER, Guards, Saying
 from pybustcall.integrations.reading import Found, Looked, OnError, ReadersCache, checked_tags
 from pybustcall.keys import check_marks
 from pybustcall.memcached_connection import MemcachedServer, MemcachedUnavailable
-from pybustcall.memcached_layout import DEFAULT_PREFIX, Entry, Layout, Token
+from pybustcall.memcached_layout import DEFAULT_PREFIX, LEAST_LEASE, LONGEST_TTL, Entry, Layout, Token
 from pybustcall.models import DEFAULT_NAMESPACE, check_target, redact
 from pybustcall.policies import Breaker
 
@@ -59,8 +59,8 @@ class MemcachedCache(ReadersCache[Token]):
     - `prefix`: what the names of all items begin with, as in the daemon's settings
     - `timeout`: seconds that the server has to answer; `connect_timeout`: more, to open a connection
     - `connections`: how many are open at most, in each event loop; further calls wait
-    - `lease`: seconds that the one reader who makes a stale entry anew has for it, before another is chosen; whole
-      ones, 2 or more
+    - `lease`: seconds that the one reader who makes a stale entry anew has for it, before another is chosen; 2 or more,
+      rounded up to whole ones
     - `on_error`: what `get_or_set` does if memcached cannot be used, or the value is too large for it: "fill" makes the
       value and returns it, not cached; "raise" raises `MemcachedUnavailable`, as all other calls do
     - `breaker`: after how many calls without an answer that is so at once, and for how long; None is never. By default
@@ -69,13 +69,15 @@ class MemcachedCache(ReadersCache[Token]):
       not: let these be shorter than what callers wait
 
     `store` also refuses where another value was stored meanwhile, or after an hour. A `ttl` is rounded up to whole
-    seconds, and 30 days at most; without one the entry is there until the server needs the room.
+    seconds; more than 30 days is refused. Without one the entry is there until the server needs the room.
 
     One cache may be used in several event loops, each of which has connections of its own. `aclose` closes those of the
     running loop; `asyncio.run` does so at its end. Raises `ConfigurationError` or `InvalidRequest` for a setting.
     """
 
     _unavailable: ClassVar[type[BustcallError]] = MemcachedUnavailable
+    _least_lease: ClassVar[float] = LEAST_LEASE
+    _longest: ClassVar[float] = LONGEST_TTL
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Final, Generic, Literal, Self, TypeVar, final
@@ -17,10 +18,10 @@ from typing import TYPE_CHECKING, ClassVar, Final, Generic, Literal, Self, TypeV
 from pybustcall.errors import BustcallError, ConfigurationError, InvalidRequest
 from pybustcall.integrations.filling import Filling, Make, Wanted
 from pybustcall.keys import check_marks
-from pybustcall.models import check_target
+from pybustcall.models import check_maker, check_target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from types import TracebackType
 
 __all__ = ["Found", "Looked", "OnError", "ReadersCache", "storable"]
@@ -64,12 +65,17 @@ class ReadersCache(ABC, Generic[_Token]):
     """A namespace of entries, each of them bytes under a key, with tags and a lifetime, wherever they lie."""
 
     _unavailable: ClassVar[type[BustcallError]]
+    _least_lease: ClassVar[float] = 0.0
+    _longest: ClassVar[float] = _LONGEST  # of a lease and of a lifetime, in seconds
 
     def __init__(self, *, lease: float, on_error: OnError) -> None:
         if on_error not in {"fill", "raise"}:
             raise ConfigurationError(f'on_error must be "fill" or "raise", not {on_error!r}', setting="on_error")
-        if not 0 < lease <= _LONGEST:
-            raise ConfigurationError(f"lease must be more than 0 seconds, not {lease!r}", setting="lease")
+        if not (self._least_lease <= lease <= self._longest and lease > 0):
+            least = f"from {self._least_lease:g}" if self._least_lease else "more than 0 and"
+            raise ConfigurationError(
+                f"lease must be {least} up to {self._longest:.0f} seconds, not {lease!r}", setting="lease"
+            )
         self._lease = lease
         self._fills_on_error = on_error == "fill"
         self._filling: Filling[bytes] = Filling(_only_bytes)
@@ -109,7 +115,8 @@ class ReadersCache(ABC, Generic[_Token]):
         `RuntimeError` if it would wait for itself, since `make` asks for its own key, if only by way of others, and
         with on_error="raise" the error that all other calls raise if the cache cannot be used.
         """
-        wanted = Wanted(storable(key), make, checked_tags(tags), checked_ttl(ttl))
+        check_maker(make, "make")
+        wanted = Wanted(storable(key), make, checked_tags(tags), checked_ttl(ttl, self._longest))
         self._filling.check(wanted.key)
         try:
             looked = await self._find(wanted)
@@ -128,7 +135,8 @@ class ReadersCache(ABC, Generic[_Token]):
         It is refused if the key, a branch that it lies in, one of its tags, or everything was busted since: the value
         may be an old one. It may still be handed to whoever asked before that.
         """
-        return await self._store(storable(key), _value(value), token, checked_tags(tags), checked_ttl(ttl))
+        lifetime = checked_ttl(ttl, self._longest)
+        return await self._store(storable(key), _value(value), token, checked_tags(tags), lifetime)
 
     async def set(self, key: str, value: bytes, *, tags: Iterable[str] = (), ttl: float | None) -> bool:
         """Store a value whatever was busted; tell whether it was stored.
@@ -136,7 +144,8 @@ class ReadersCache(ABC, Generic[_Token]):
         For values that are new by themselves, such as what was just written. One that was read somewhere, and took a
         while, may be older than a bust: use `get_or_set`, or `lookup` and `store`.
         """
-        return await self._store(storable(key), _value(value), None, checked_tags(tags), checked_ttl(ttl))
+        lifetime = checked_ttl(ttl, self._longest)
+        return await self._store(storable(key), _value(value), None, checked_tags(tags), lifetime)
 
     async def _fill(self, token: _Token, wanted: Wanted[bytes], value: bytes) -> None:
         try:
@@ -178,21 +187,23 @@ def storable(key: object) -> str:
 
 def checked_tags(tags: Iterable[str]) -> tuple[str, ...]:
     """Tell the tags, each once. Raises `InvalidRequest` for what cannot be."""
-    if isinstance(tags, str):
-        raise InvalidRequest("tags must be several texts, such as a list, not one; nothing was sent", field="tags")
+    if isinstance(tags, str) or not isinstance(tags, Iterable):
+        raise InvalidRequest(
+            f"tags must be several texts, such as a list, not {tags!r:.60}; nothing was sent", field="tags"
+        )
     checked = tuple(dict.fromkeys(check_target(tag, "tag") for tag in tags))
     if len(checked) > _MOST_TAGS:
         raise InvalidRequest(f"an entry has at most {_MOST_TAGS} tags; nothing was sent", field="tags")
     return checked
 
 
-def checked_ttl(ttl: object) -> float | None:
+def checked_ttl(ttl: object, longest: float) -> float | None:
     """Tell a lifetime in seconds; None is for ever. Raises `InvalidRequest` for what cannot be."""
     if ttl is None:
         return None
-    if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0 < ttl <= _LONGEST:
+    if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0 < ttl <= longest:
         raise InvalidRequest(
-            f"ttl must be more than 0 seconds and at most {_LONGEST:g}, or None, not {ttl!r}; nothing was sent",
+            f"ttl must be more than 0 seconds and at most {longest:.0f}, or None, not {ttl!r}; nothing was sent",
             field="ttl",
         )
     return float(ttl)
