@@ -781,7 +781,8 @@ class EventStream:
     It begins with its block, or with the first event that is waited for, and ends with `aclose` or with the client. If
     more than a thousand events wait for a slow reader, they are dropped for a `Reset`. Iterating raises
     `IncompatibleDaemon` or `NotAllowed` if the hub, or the daemon that was named, has no events for this client. What
-    is told by several daemons that share a log comes once. One event loop only.
+    is told by several daemons that share a log comes once. One event loop only, and one task at a time, which a
+    second one that iterates meanwhile is told by `RuntimeError`.
     """
 
     def __init__(self, begin: Callable[[], Awaitable[Feed]]) -> None:
@@ -790,6 +791,7 @@ class EventStream:
         self._waiting: deque[BustEvent | Reset] = deque()
         self._wake: asyncio.Event | None = None
         self._has_ended = False
+        self._is_read = False
         self._silent: set[str] = set()
         self._told: OrderedDict[tuple[str, int], None] = OrderedDict()
 
@@ -841,6 +843,15 @@ class EventStream:
         return self
 
     async def __anext__(self) -> BustEvent | Reset:
+        if self._is_read:
+            raise RuntimeError("another task waits for this stream's next event; begin a stream for each")
+        self._is_read = True
+        try:
+            return await self._next()
+        finally:
+            self._is_read = False
+
+    async def _next(self) -> BustEvent | Reset:
         if self._has_ended:
             raise StopAsyncIteration
         feed = await self._start()

@@ -661,6 +661,20 @@ async def test_of_a_client_that_is_disabled_nothing_is_told() -> None:
     assert await reading == "the end"
 
 
+async def test_two_tasks_at_a_time_cannot_iterate() -> None:
+    """They would share the events out among them; one after the other they can."""
+    async with fake() as daemon, BustcallClient(daemon.url) as client, client.events() as events:
+        first = asyncio.ensure_future(anext(events))
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="begin a stream for each"):
+            await anext(events)
+        await events.wait_live(5)
+        daemon.tell("a")
+        daemon.tell("b")
+        told = [await first, await anext(events)]
+        assert [event.target for event in told if isinstance(event, BustEvent)] == ["a", "b"]
+
+
 async def test_a_slow_reader_is_told_to_forget_instead() -> None:
     """A thousand may wait."""
     async with fake() as daemon, BustcallClient(daemon.url) as client, client.events() as events:
@@ -908,14 +922,15 @@ async def test_a_client_that_is_dropped_open_follows_no_more() -> None:
 
 
 async def test_begun_by_two_at_once_it_is_one_stream() -> None:
-    """They share its events."""
+    """By who iterates and by who waits for it to be live."""
     async with fake() as daemon, BustcallClient(daemon.url) as client:
         events = client.events()
-        first, second = asyncio.create_task(take(events, 1)), asyncio.create_task(take(events, 1))
+        reading, waiting = asyncio.create_task(take(events, 2)), asyncio.create_task(events.wait_live(5))
         await events.wait_live(5)
+        await waiting
         daemon.tell("a")
         daemon.tell("b")
-        assert sorted([*await first, *await second]) == ["a", "b"]
+        assert await reading == ["a", "b"]
         await events.aclose()
 
 
