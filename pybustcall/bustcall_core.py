@@ -1044,11 +1044,11 @@ class BustcallClient:
     def __repr__(self) -> str:
         if self._core is None:
             return "BustcallClient(disabled)"
-        state = "closed" if self._core.sessions.closed else "open" if self._core.sessions.is_open else "unopened"
+        state = "closed" if self._core.sessions.closed else "open" if self._core.is_open else "unopened"
         return f"BustcallClient({', '.join(self.daemons)}; {state})"
 
     def __del__(self) -> None:
-        if self._owner and self._core is not None and not self._core.sessions.closed and self._core.sessions.is_open:
+        if self._owner and self._core is not None and not self._core.sessions.closed and self._core.is_open:
             told = f"{self!r} was dropped open; use `async with`, or aclose"
             warnings.warn(told, ResourceWarning, stacklevel=2, source=self)
             for runtime in self._core.runtimes():

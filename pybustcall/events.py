@@ -718,6 +718,11 @@ class Following:
         self._ending: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything is followed."""
+        return bool(self._feeds)
+
     def shared(self, namespace: str) -> Feed:
         """Tell the feed of a whole namespace, which all share who want that, begun."""
         feed = self._shared.get(namespace)

@@ -113,6 +113,11 @@ class Runtime:
         except RuntimeError:
             return False
 
+    @property
+    def is_following(self) -> bool:
+        """Whether it follows daemons."""
+        return not self.loop.is_closed() and self.following.has_begun
+
     def start(self) -> None:
         """Begin what goes on in the background, if that was not done before."""
         self._prober.start()
@@ -250,6 +255,11 @@ class Core:
             return
         self.sessions.enter()
         self.runtime()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether connections are open, or daemons followed, that nobody has ended."""
+        return self.sessions.is_open or any(runtime.is_following for runtime in self.runtimes())
 
     def runtimes(self) -> list[Runtime]:
         """List what belongs to each running loop."""

@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 import textwrap
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -347,6 +348,23 @@ def test_where_no_loop_runs_it_is_followed_from_the_first_call_on() -> None:
         assert not attachments.is_served
         asyncio.run(use())
     asyncio.run(client.aclose())
+
+
+async def test_a_client_that_is_dropped_follows_nobody_for_it() -> None:
+    """Also where no connection was made yet: nothing of it is left in the loop."""
+    client, cache = BustcallClient("http://127.0.0.1:1"), Cache()
+    client.attach(cache)
+    core = weakref.ref(client._core)
+    assert repr(client).endswith("; open)")
+
+    def is_gone() -> bool:
+        gc.collect()
+        return core() is None and len(asyncio.all_tasks()) == 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one that is recorded would hold the client
+        del client
+        await eventually(is_gone)
 
 
 async def test_nothing_is_attached_to_a_client_that_is_closed() -> None:
