@@ -12,6 +12,7 @@ our back: it can never be bypassed, only cleared. So while the daemons are not t
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import gc
 import inspect
@@ -19,6 +20,7 @@ import logging
 import os
 import types
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
@@ -29,7 +31,6 @@ from pybustcall.events import BustEvent, Concern, Reset, clock, silence, tags_of
 from pybustcall.faults import FaultKind
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Sequence
 
     from pybustcall.events import Feed
@@ -79,7 +80,9 @@ class _Attached:
             return
         try:
             self.way(self, cache, events)
-        except Exception:  # noqa: BLE001 - of somebody else's code, which must not end what tells all others
+        # Of somebody else's code, which must not end what tells all others. Nothing is awaited here, so that this
+        # cancellation is of something that is over, and not of the task that tells.
+        except (Exception, asyncio.CancelledError):  # noqa: BLE001
             _log.exception("a bust could not be applied to an attached %s", type(cache).__name__)
 
 
@@ -107,6 +110,14 @@ class Attachment:
 
         From then on it is told in the log if a plain function is dropped.
         """
+        for setting in ("key", "tags", "drop"):
+            function = getattr(self._attached, setting)
+            if isinstance(function, _Loose) and function.is_gone:
+                raise ConfigurationError(
+                    f"nobody else holds the object of {setting}={function.name}, which is held weakly here; keep it"
+                    " under a name of its own for as long as the cache",
+                    setting=setting,
+                )
         if self._attached.is_gone:
             raise ConfigurationError(
                 f"nobody else holds this {self._name}, so that no bust could ever reach it; keep it under a name of its"
@@ -160,7 +171,7 @@ class Attachments:
         name = _name_of(cache)
         gone = functools.partial(_forget_dropped, self._held, self._missed, ident, name)
         way = _call_drop if drop is not None else _way_of(cache)
-        attached = _Attached(_weakly(cache, gone), way, key, tags, drop)
+        attached = _Attached(_weakly(cache, gone), way, *(_loosely(it, cache) for it in (key, tags, drop)))
         self._held[ident] = attached
         return Attachment(self._held, ident, attached, name)
 
@@ -330,7 +341,7 @@ def _name_of(cache: object) -> str:
     return type(cache).__name__
 
 
-def _check_function(setting: str, function: object, cache: object) -> None:
+def _check_function(setting: str, function: Any, cache: object) -> None:
     """Refuse what cannot be called, would have to be awaited, or would keep the cache alive."""
     if not callable(function):
         raise ConfigurationError(f"{setting} must be a callable, not {type(function).__name__}", setting=setting)
@@ -338,9 +349,10 @@ def _check_function(setting: str, function: object, cache: object) -> None:
         raise ConfigurationError(
             f"{setting} must be a plain callable, not an async function, which nobody would await", setting=setting
         )
-    if _holds(function, cache):
+    if not isinstance(function, types.MethodType) and _leads_to(function, cache):
         raise ConfigurationError(
-            f"{setting} holds the cache itself, which could never be dropped; make it a function of its arguments",
+            f"{setting} holds the cache itself, if only by way of what it closes over, so that it could never be"
+            " dropped; make it a function of its arguments, or a method of what has the cache",
             setting=setting,
         )
 
@@ -349,28 +361,62 @@ def _is_async(function: object) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004 - what a call of it would run
 
 
-def _holds(function: object, cache: object) -> bool:
-    """Tell whether a function holds the cache: as its object, as what it is made of, or in what it closes over."""
-    left, seen = [function], 0
-    while left and seen < _MOST_LOOKED_AT:
-        it = left.pop()
-        seen += 1
+def _leads_to(start: object, cache: object) -> bool | None:
+    """Tell whether an object holds the cache, by itself or by way of others; None if that is too far to see."""
+    left: deque[object] = deque([start])
+    seen = {id(start)}
+    while left:
+        it = left.popleft()
         if it is cache:
             return True
-        if isinstance(it, _MADE_OF):
-            left += [held for held in gc.get_referents(it) if isinstance(held, _MADE_OF) or held is cache]
+        for part in _parts(it):
+            if id(part) not in seen:
+                seen.add(id(part))
+                left.append(part)
+        if len(seen) > _MOST_LOOKED_AT:
+            return None
     return False
 
 
-_MADE_OF: Final = (
-    types.FunctionType,
-    types.MethodType,
-    types.BuiltinMethodType,
-    types.CellType,
-    functools.partial,
-    tuple,
-)
-_MOST_LOOKED_AT: Final = 100
+def _parts(it: object) -> Sequence[object]:
+    """List what an object holds, without what all of its kind, or of its module, share."""
+    if isinstance(it, types.FunctionType):
+        return [*(it.__closure__ or ()), *(it.__defaults__ or ()), *(it.__kwdefaults__ or {}).values()]
+    return [held for held in gc.get_referents(it) if not isinstance(held, type | types.ModuleType)]
+
+
+_MOST_LOOKED_AT: Final = 1000
+
+
+@final
+class _Loose:
+    """A bound method whose object is held weakly, for that may be what holds the cache."""
+
+    def __init__(self, method: types.MethodType) -> None:
+        self.name = method.__qualname__
+        self._ref = weakref.WeakMethod(method)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the application has dropped its object."""
+        return self._ref() is None
+
+    def __call__(self, *arguments: object) -> Any:
+        """Call it. Raises `ReferenceError` once its object is gone."""
+        method = self._ref()
+        if method is None:
+            raise ReferenceError(f"the object of {self.name} was dropped before the cache")
+        return method(*arguments)
+
+
+def _loosely(function: Any, cache: object) -> Any:
+    """Tell how to call a function without keeping the cache alive, which the object of a method may do."""
+    if not isinstance(function, types.MethodType) or _leads_to(function, cache) is False:
+        return function
+    try:
+        return _Loose(function)
+    except TypeError:
+        return function
 
 
 # The ways to drop from a foreign cache
@@ -447,6 +493,9 @@ def _is_concerned(attached: _Attached, concern: Concern, cached: Any) -> bool:
 # All of one client
 
 
+_FEWEST: Final = 100
+
+
 @final
 class Nearby:
     """The near caches of one client, and the foreign ones that are attached to it, in all its event loops."""
@@ -454,6 +503,7 @@ class Nearby:
     def __init__(self) -> None:
         self._caches: weakref.WeakSet[NearCache] = weakref.WeakSet()
         self._attachments: dict[tuple[str, int], Attachments] = {}
+        self._most = _FEWEST  # namespaces; with more of them, those of which nothing is left are forgotten
 
     def add(self, cache: NearCache) -> None:
         """Have a near cache told what its client busts, as long as somebody holds it."""
@@ -463,6 +513,9 @@ class Nearby:
         """Tell those of one namespace."""
         place = namespace, needed
         if place not in self._attachments:
+            if len(self._attachments) >= self._most:
+                self._attachments = {place: found for place, found in self._attachments.items() if len(found)}
+                self._most = max(_FEWEST, 2 * len(self._attachments))
             self._attachments[place] = Attachments(namespace, needed)
         return self._attachments[place]
 
@@ -474,7 +527,7 @@ class Nearby:
     @property
     def is_empty(self) -> bool:
         """Whether nobody is to be told."""
-        return not self._caches and not self._attachments
+        return not self._caches and not any(map(len, self._attachments.values()))
 
     def busted(self, event: BustEvent) -> None:
         """Tell all that are of its namespace what this client busts."""

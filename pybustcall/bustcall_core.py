@@ -911,7 +911,8 @@ class BustcallClient:
         log. It follows them in the running event loop from now on; where none runs, in that of the client's first call.
         It is called from that loop's thread. Each event takes a look through all keys. Raises `ConfigurationError` for
         what cannot be held weakly, what nobody else holds, async functions, and where `key`, `tags` or `drop` would
-        hold the cache; `ClientClosed` after the client's `aclose`.
+        hold the cache, as a function does that closes over what has it; a method of that may be given, and its object
+        is held weakly, too. Raises `ClientClosed` after the client's `aclose`.
         """
         meant = DEFAULT_NAMESPACE if namespace is None else check_namespace(namespace)
         core = self._core
@@ -921,7 +922,7 @@ class BustcallClient:
             core.sessions.check_open()
             attachments = core.near.attachments(meant, _needed(len(core.daemons), self._options.delivery))
         end = attachments.attach(cache, key, tags, drop)
-        del cache  # so that it is seen whether anybody else holds it
+        del cache, key, tags, drop  # so that it is seen whether anybody else holds them
         end.check_held()
         if core is not None and not attachments.is_served:
             core.enter()

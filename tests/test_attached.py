@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 import textwrap
+import types
 import warnings
 import weakref
 from collections import deque
@@ -314,7 +315,113 @@ def test_what_would_hold_the_cache_is_refused() -> None:
         for name in ("key", "tags", "drop"):
             with pytest.raises(ConfigurationError, match="holds the cache itself"):
                 client.attach(cache, **{name: function})  # type: ignore[arg-type]
+    owner = types.SimpleNamespace(cache=cache, prefix="p/")
+    for name in ("key", "tags", "drop"):
+        with pytest.raises(ConfigurationError, match="if only by way of what it closes over"):
+            client.attach(cache, **{name: lambda it: owner.prefix + it})  # type: ignore[arg-type]
     client.attach(cache, key=lambda key: f"{key}{client}")
+
+
+class Owner:
+    """What has a cache, and says how it is busted by methods of its own."""
+
+    def __init__(self) -> None:
+        self.cache = Cache(a=1, b=2)
+        self.others = [object() for _ in range(2000)]  # far more than is looked through
+
+    def key(self, key: str) -> str:
+        return f"p/{key}"
+
+    def tags(self, key: str) -> str:
+        return f"t/{key}"
+
+    def drop(self, cache: Cache, _: object) -> None:
+        cache.clear()
+
+
+@pytest.mark.parametrize("name", ["key", "tags", "drop"])
+@pytest.mark.requirement("INT-07")
+async def test_methods_of_what_has_the_cache_do_not_keep_it(name: str) -> None:
+    """Both are gone when the application drops them."""
+    async with BustcallClient("http://127.0.0.1:1", retry=None) as client:
+        owner = Owner()
+        gone = weakref.ref(owner.cache), weakref.ref(owner)
+        client.attach(owner.cache, **{name: getattr(owner, name)})
+        await client.bust(
+            "p/a" if name == "key" else "t/a", kind="tag" if name == "tags" else "key", fault_tolerance=12
+        )
+        assert "a" not in owner.cache
+        assert ("b" in owner.cache) is (name != "drop")
+        del owner
+        gc.collect()
+        assert [ref() for ref in gone] == [None, None]
+
+
+async def test_a_cache_that_outlives_the_object_of_its_methods_is_cleared(caplog: pytest.LogCaptureFixture) -> None:
+    """It cannot be told any more what is concerned."""
+    async with BustcallClient("http://127.0.0.1:1", retry=None) as client:
+        owner = Owner()
+        cache = owner.cache
+        client.attach(cache, key=owner.key)
+        del owner
+        gc.collect()
+        await client.bust("elsewhere", fault_tolerance=12)
+        assert not cache
+    assert "the object of Owner.key was dropped before the cache" in caplog.text
+
+
+def test_a_method_of_an_object_that_nobody_holds_is_refused() -> None:
+    """If it has the cache; else it is held here."""
+    client, cache = BustcallClient(), Cache()
+
+    class Maker:
+        def __init__(self, cache: Cache | None) -> None:
+            self.cache = cache
+
+        def key(self, key: str) -> str:
+            return key
+
+    client.attach(cache, key=Maker(None).key)
+    with pytest.raises(ConfigurationError, match=r"nobody else holds the object of key=.*Maker\.key"):
+        client.attach(cache, key=Maker(cache).key)
+
+
+async def test_what_is_over_in_a_callable_does_not_end_what_tells_it() -> None:
+    """The result of something that was cancelled, say."""
+    over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    over.cancel()
+
+    class Told:
+        count = 0
+
+        def __call__(self, event: object) -> None:
+            self.count += 1
+            over.result()
+
+    async with fake() as daemon, BustcallClient(daemon.url) as client:
+        told, cache = Told(), Cache()
+        client.attach(told)
+        client.attach(cache)
+        await eventually(lambda: told.count)
+        cache["a"] = 1
+        await asyncio.sleep(0)
+        daemon.tell("a")
+        await eventually(lambda: not cache)
+        await eventually(lambda: told.count > 1)
+
+
+async def test_namespaces_of_which_nothing_is_left_are_forgotten() -> None:
+    """However many there were."""
+    async with BustcallClient("http://127.0.0.1:1") as client:
+        kept = Cache()
+        client.attach(kept, namespace="kept")
+        for number in range(1000):
+            cache = Cache()
+            client.attach(cache, namespace=f"n{number}")
+            del cache
+        assert client._core is not None
+        assert len(client._core.near._attachments) <= 200
+        assert ("kept", 1) in client._core.near._attachments
 
 
 # Where it is followed
