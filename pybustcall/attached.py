@@ -361,11 +361,11 @@ def _is_async(function: object) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004 - what a call of it would run
 
 
-def _leads_to(start: object, cache: object) -> bool | None:
-    """Tell whether an object holds the cache, by itself or by way of others; None if that is too far to see."""
+def _leads_to(start: object, cache: object) -> bool:
+    """Tell whether an object holds the cache, by itself or by way of others, if that is not too far to see."""
     left: deque[object] = deque([start])
     seen = {id(start)}
-    while left:
+    while left and len(seen) <= _MOST_LOOKED_AT:
         it = left.popleft()
         if it is cache:
             return True
@@ -373,15 +373,16 @@ def _leads_to(start: object, cache: object) -> bool | None:
             if id(part) not in seen:
                 seen.add(id(part))
                 left.append(part)
-        if len(seen) > _MOST_LOOKED_AT:
-            return None
     return False
 
 
-def _parts(it: object) -> Sequence[object]:
-    """List what an object holds, without what all of its kind, or of its module, share."""
+def _parts(it: object) -> Iterable[object]:
+    """List what an object holds, without what all of its kind or module share, and nothing of what is very large."""
     if isinstance(it, types.FunctionType):
-        return [*(it.__closure__ or ()), *(it.__defaults__ or ()), *(it.__kwdefaults__ or {}).values()]
+        parts = [*(it.__closure__ or ()), *(it.__defaults__ or ()), *(it.__kwdefaults__ or {}).values()]
+        return [*parts, *vars(it).values()]
+    if isinstance(it, list | tuple | dict | set | frozenset | deque) and len(it) > _MOST_LOOKED_AT:
+        return ()
     return [held for held in gc.get_referents(it) if not isinstance(held, type | types.ModuleType)]
 
 
@@ -411,7 +412,7 @@ class _Loose:
 
 def _loosely(function: Any, cache: object) -> Any:
     """Tell how to call a function without keeping the cache alive, which the object of a method may do."""
-    if not isinstance(function, types.MethodType) or _leads_to(function, cache) is False:
+    if not isinstance(function, types.MethodType) or not _leads_to(function, cache):
         return function
     try:
         return _Loose(function)

@@ -94,7 +94,8 @@ _CAP_REFUSED: Final = 60.0
 when to come back."""
 _MOST_FAILURES_LIVE: Final = 3  # how far the pauses grow if each connection becomes live, and ends soon
 _RENEWED: Final = 600.0  # seconds after which a connection is, so that clocks that do not run alike differ by little
-_RENEWED_BEATS: Final = 10.0  # heartbeats after which it is where it took long to open, by which the dates seem older
+_RENEWED_SOON: Final = 10.0  # heartbeats, and seconds at least, after which it is where it took long to open: that
+# makes all that is dated seem older
 _LONG_TO_OPEN: Final = 0.25  # heartbeats
 _STEADY: Final = 1.0  # seconds that a stream must have been live, so that it is opened again without a pause
 _MOST_WAITING: Final = 1000  # events that may wait for one slow reader
@@ -322,6 +323,7 @@ class Follower:
         self._failures = 0
         self._skew: float | None = None  # of the daemon's clock to ours, in this connection, if it dates what it writes
         self._renewal = math.inf
+        self._is_renewed = False  # whether the connection was ended for that
         self._is_told = False  # whether the log says that it cannot be followed
 
     def __repr__(self) -> str:
@@ -358,13 +360,15 @@ class Follower:
                 except TimeoutError:
                     return self._broken(FaultKind.TIMED_OUT, f"its stream was silent for {limit:g} s")
                 now = self._feed.clock()
-                if not self._is_dated and now - heard > _LEAST_BEATS * self.heartbeat:  # it may be as old as that
-                    return self._broken(FaultKind.TIMED_OUT, f"its stream was not read for {now - heard:.1f} s")
-                heard = now
+                silent, heard = now - heard, now
                 if not chunk:
                     return self._broken(FaultKind.DISCONNECTED, "it ended its stream")
                 try:
-                    for block in parser.feed(chunk):
+                    blocks = parser.feed(chunk)
+                    is_dated = self._is_dated or any(block.at is not None for block in blocks)
+                    if not is_dated and silent > _LEAST_BEATS * self.heartbeat:  # it may be as old as that
+                        return self._broken(FaultKind.TIMED_OUT, f"its stream was not read for {silent:.1f} s")
+                    for block in blocks:
                         self._take(block)
                         if block.at is not None:
                             self._date(block.at, now)
@@ -375,6 +379,7 @@ class Follower:
                     self.sound = now
                 self._feed.changed()
                 if now >= self._renewal:
+                    self._is_renewed = True
                     return self._broken(FaultKind.DISCONNECTED, "its stream is opened anew, as it is now and then")
                 limit = self._feed.limit(self.heartbeat)
 
@@ -388,9 +393,8 @@ class Follower:
         if self._skew is None:
             self._skew = self.opened - at
             slow = now - self.opened > _LONG_TO_OPEN * self.heartbeat
-            self._renewal = now + (
-                _RENEWED_BEATS * self.heartbeat if slow else _RENEWED * (0.9 + self._feed.random() / 5)
-            )
+            steady = _RENEWED * (0.9 + self._feed.random() / 5)  # so that they do not all come at once
+            self._renewal = now + (_RENEWED_SOON * max(1.0, self.heartbeat) if slow else steady)
         self._skew = min(self._skew, now - at)  # it was written before now
         if self.is_live:
             self.sound = max(self.sound, at + self._skew)
@@ -408,7 +412,8 @@ class Follower:
             self._is_told = True
             _log.warning("the events of %s cannot be followed, which is tried again: %s", self.url, fault.message)
         self._feed.changed()
-        if was_live and self._feed.clock() - self.live_since >= _STEADY:
+        renewed, self._is_renewed = self._is_renewed, False
+        if was_live and (renewed or self._feed.clock() - self.live_since >= _STEADY):
             self._failures = 0
             return 0.0
         self._failures = min(self._failures + 1, _MOST_FAILURES_LIVE) if was_live else self._failures + 1

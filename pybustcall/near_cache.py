@@ -95,6 +95,11 @@ class Shelf:
             self._entries.move_to_end(key)
         return entry
 
+    def tags(self, key: str) -> frozenset[str]:
+        """Tell the tags of the entry; none if none is held."""
+        entry = self._entries.get(key)
+        return frozenset() if entry is None else entry.tags
+
     def put(self, key: str, value: object, tags: frozenset[str], expires: float, begun: int = 0) -> int:
         """Hold an entry; tell how many others went for it."""
         self.drop(key)
@@ -388,7 +393,7 @@ class NearCache:
             return entry.value
         self._check_hub()
         check_target(key, "key")
-        wanted = _checked_tags(tags)
+        wanted = _checked_tags([*tags, *self._shelf.tags(key)])  # what was named before is of the next value, too
         asked = self._next()
         while True:
             flight = self._board(key, loader, wanted, asked)

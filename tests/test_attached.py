@@ -319,6 +319,10 @@ def test_what_would_hold_the_cache_is_refused() -> None:
     for name in ("key", "tags", "drop"):
         with pytest.raises(ConfigurationError, match="if only by way of what it closes over"):
             client.attach(cache, **{name: lambda it: owner.prefix + it})  # type: ignore[arg-type]
+    of_attribute = functools.wraps(_nothing)(lambda *_: None)
+    of_attribute.cache = cache  # type: ignore[attr-defined]
+    with pytest.raises(ConfigurationError, match="holds the cache itself"):
+        client.attach(cache, key=of_attribute)
     client.attach(cache, key=lambda key: f"{key}{client}")
 
 

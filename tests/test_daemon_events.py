@@ -33,6 +33,7 @@ from pybustcall.daemon.events import (
     TooManyReaders,
 )
 from pybustcall.daemon.journal import Entry, Journal, Wish
+from pybustcall.daemon.journal import _Store as Store
 from pybustcall.errors import ConfigurationError
 from pybustcall.keys import covers, is_variant
 from pybustcall.models import DEFAULT_NAMESPACE
@@ -516,6 +517,42 @@ async def test_where_nothing_can_be_noted_at_the_start_another_epoch_begins(
         assert await due(events.follow(EVERYTHING, after=place)) == [("live", "")]
 
 
+async def test_a_disk_on_which_there_is_room_later_has_the_events_of_the_epoch_that_began_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none under the numbers of the one before, whose readers must forget."""
+    async with kept(tmp_path / "j") as (_, events):
+        for number in range(3):
+            events.tell(event(f"old {number}"))
+        place = events.place
+    real, full = Store._note_start, True
+
+    def note(*arguments: Any) -> None:
+        if full:
+            raise sqlite3.OperationalError("database or disk is full")
+        real(*arguments)
+
+    monkeypatch.setattr(Store, "_note_start", note)
+    async with kept(tmp_path / "j") as (journal, events):
+        epoch = events.epoch
+        full = False
+        events.tell(event("new"))
+        await journal.flush()
+        new = events.place
+    async with kept(tmp_path / "j") as (_, events):
+        assert events.epoch == epoch
+        assert (await due(events.follow(EVERYTHING, after=place)))[0] == ("reset", "")
+        assert await due(events.follow(EVERYTHING, after=new)) == [("live", "")]
+        assert [kept.target for kept in events._kept.values()] == ["new"]
+
+
+def test_a_file_on_another_device_is_another(tmp_path: Path) -> None:
+    """Files of two volumes may have one inode."""
+    (tmp_path / "j").touch()
+    store = Store(tmp_path / "j", 1.0, 1, time.time_ns)
+    assert store._origin()[1].endswith(f":{(tmp_path / 'j').stat().st_dev}")
+
+
 async def test_a_damage_that_is_found_at_the_start_is_no_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -696,21 +733,49 @@ async def test_an_answer_that_comes_early_is_not_given_before_it_is_told(tmp_pat
         assert targets_of(told)[4:] == ["h", "h"]
 
 
-async def test_a_restart_tells_of_all_that_is_not_over_before_anything_else(tmp_path: Path) -> None:
-    """For what was told before may not have been written; and once more when it is done."""
+async def test_a_restart_with_busts_that_are_not_over_tells_that_all_was_busted_before_anything_else(
+    tmp_path: Path,
+) -> None:
+    """Once in each namespace: what was told before may not have been written, and what went with it be forgotten."""
     told: list[BustEvent] = []
     async with house(tmp_path / "k", pause=lambda _: 60.0) as it:
         it.inner.failure = AWAY
         await it.bust("a")
         await it.bust("b")
+        await it.bust("c", namespace="other")
     it.inner.failure = None
     it.jobs.tell = told.append
     await it.jobs.prepare()
     it.jobs.start()
-    assert targets_of(told) == ["a", "b"]
+    assert [(event.kind, event.namespace) for event in told] == [("all", DEFAULT_NAMESPACE), ("all", "other")]
     await eventually(lambda: not it.jobs._runs)
-    assert targets_of(told) == ["a", "b", "a", "b"]
+    assert targets_of(told)[2:] == ["a", "b", "c"]
     await it.jobs.close()
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+async def test_what_goes_with_it_is_told_even_if_no_layer_could_be_visited(tmp_path: Path, hangs: bool) -> None:
+    """It is down, or has not answered in time: who holds what depends on it must not serve it meanwhile."""
+    told: list[BustEvent] = []
+    async with house(tmp_path / "j", pause=lambda _: 60.0) as it:
+        index = it.jobs.engine.indexes.of(DEFAULT_NAMESPACE)
+        index.add("page", ["a"], tags=["t"])
+        it.jobs.tell = told.append
+        gate = asyncio.Event()
+        if hangs:
+            begin = it.inner.begin
+
+            async def wait(*arguments: Any, **more: Any) -> int:
+                await gate.wait()
+                return await begin(*arguments, **more)
+
+            it.inner.begin = wait  # type: ignore[method-assign]
+        else:
+            it.inner.failure = AWAY
+        answer = await it.bust("a", within=0.01)
+        assert answer.accepted
+        assert [(one.target, one.also, one.tags) for one in told] == [("a", ("page",), ("t",))]
+        gate.set()
 
 
 async def test_nothing_is_told_of_what_was_refused_or_only_counted(tmp_path: Path) -> None:

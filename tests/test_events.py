@@ -260,6 +260,17 @@ async def test_what_is_dated_is_never_newer_than_it_can_be() -> None:
 
 
 @virtual_time
+async def test_a_stream_that_takes_long_to_open_is_live_if_it_is_dated() -> None:
+    """It says itself how old it is."""
+    wire = Wire([dated(BEGUN, 0.0), 0.5], [2.0, dated(BEGUN, 100.0), 1.0, dated(told(1), 101.0), 1e6])
+    async with following(wire, random=0.0) as (feed, heard):
+        await asyncio.sleep(4)
+        assert (feed.is_live, len(wire.opened)) == (True, 2)
+        assert feed.trusted_until(1, None) == 0.5 + 1.0 + 3.0
+    assert heard.notes == ["first", "e1"]
+
+
+@virtual_time
 async def test_a_stream_that_is_dated_is_opened_anew_now_and_then() -> None:
     """Every ten minutes, since clocks differ in how they run; soon, if it took long to open. Nobody notices."""
     beats: list[object] = [part for second in range(1, 700) for part in (1.0, dated(b"id: e-0\n\n", float(second)))]

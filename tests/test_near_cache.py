@@ -325,6 +325,21 @@ async def test_who_goes_over_to_another_loading_brings_no_tag_to_it_that_was_bus
 
 
 @virtual_time
+async def test_tags_that_calls_before_have_named_are_of_the_next_value_too() -> None:
+    """Where it is loaded anew since one that is named now may have been busted, and where nothing may be served."""
+    line, source = Line(), Source()
+    async with near(line, beats=True) as cache:
+        await cache.get_or_load("k", source.load, tags=["x"])
+        line.say(bust(1, "unrelated", "tag"))
+        await asyncio.sleep(0.1)
+        await cache.get_or_load("k", source.load, tags=["y"])
+        source.version = 2
+        line.say(bust(2, "x", "tag"))
+        await asyncio.sleep(0.1)
+        assert await cache.get_or_load("k", source.load) == 2
+
+
+@virtual_time
 async def test_an_older_loading_takes_the_place_of_no_newer_value() -> None:
     """Whoever began it knew of no tag; the tag was busted, and another who knew it has loaded since."""
     line, slow, quick = Line(), Source(1.0), Source()

@@ -652,6 +652,11 @@ class Bust:
         wide = self._wide and traits.registry and self.wish.kind == "tag"
         await self._sweep(layer, generation, wide=wide)
 
+    async def look_for_readers(self) -> None:
+        """Look up what goes with the named, for those who follow, to be told also if no layer can be visited."""
+        await self._look_up()
+        self.look_again()
+
     def look_again(self) -> None:
         """Have the next visit ask the registry once more; what it knew before is covered, too.
 

@@ -192,8 +192,9 @@ class Jobs:
         """Take up what a process before this one left, and begin to try again what fails."""
         unfinished, self._unfinished = self._unfinished, ()
         self._mending = asyncio.create_task(self._mend())  # which has its turn once all is taken up
+        told: set[str] = set()
         for entry in unfinished:
-            self._take_up(entry)
+            self._take_up(entry, told)
 
     async def finish(self) -> None:
         """Finish what is under way within `patience` seconds, and try nothing again. A second time it does nothing."""
@@ -258,6 +259,7 @@ class Jobs:
             raise BustCancelled(run.entry)
         if run.entry.state not in {"done", "settling"}:
             if not run.was_told:
+                await run.bust.look_for_readers()
                 self._tell(run)
             return Answer(self._now(run), accepted=True)
         return Answer(run.entry, accepted=False)
@@ -370,8 +372,13 @@ class Jobs:
         self._runs[entry.job] = run
         return run
 
-    def _take_up(self, entry: Entry) -> None:
-        """Go on with what a process before this one began: from its beginning, since nobody knows how far it came."""
+    def _take_up(self, entry: Entry, told: set[str]) -> None:
+        """Go on with what a process before this one began: from its beginning, since nobody knows how far it came.
+
+        What it told may not have been written. So it is told again, as if everything in the namespace had been busted:
+        the registry may have forgotten what was removed, and what went with it. Once will do for all in a namespace,
+        and `told` are those in which that was done.
+        """
         run = self._start(entry, settling=entry.state == "settling")
         run.answer()
         try:
@@ -382,8 +389,11 @@ class Jobs:
             self._note(run, attempts=run.entry.attempts)
             self._over(run, "failed")
             return
-        run.bust.borne.lose()  # the registry may have forgotten what that process removed
-        self._tell(run)
+        run.bust.borne.lose()
+        run.was_told = True
+        if entry.wish.namespace not in told:
+            told.add(entry.wish.namespace)
+            self._tell(run, of_all=True)
         if not run.settling:
             self._enqueue(run)
             return
@@ -440,6 +450,8 @@ class Jobs:
             failed_inside = failed_inside or bool(owed and len(done) < len(owed))
             if any(refused) and not run.errors and len(self.engine.layers) == 1:
                 raise next(error for error in refused if error is not None)
+        if run.errors:
+            await run.bust.look_for_readers()
         self._tell(run)
         self._note(run, attempts=run.entry.attempts + (part != "first"))
         await self._save()
@@ -497,19 +509,19 @@ class Jobs:
         removed = sum(run.bust.removed.values())
         run.entry = replace(run.entry, layers=tuple(layers), removed=removed, attempts=attempts)
 
-    def _tell(self, run: _Run) -> None:
-        """Tell those who follow the events."""
+    def _tell(self, run: _Run, *, of_all: bool = False) -> None:
+        """Tell those who follow the events; `of_all`: as if all in the namespace had been busted."""
         run.was_told = True
         if self.tell is not None:
             wish = run.entry.wish
             self.tell(
                 BustEvent(
                     namespace=wish.namespace,
-                    kind=wish.kind,
-                    target=wish.target,
+                    kind="all" if of_all else wish.kind,
+                    target="*" if of_all else wish.target,
                     soft=wish.soft,
                     strategy=wish.strategy,
-                    also=tuple(run.bust.also),
+                    also=() if of_all else tuple(run.bust.also),
                     tags=run.bust.borne.tags,
                 )
             )

@@ -401,6 +401,7 @@ class _Store:
         self._clock = clock
         self._over = 0  # how many rows are over
         self.epoch = ""
+        self._is_noted = True  # whether the file says which numbers are given now
         self._base = 0  # after which numbers are given to events
 
     def _prepare(self, db: sqlite3.Connection) -> None:
@@ -440,11 +441,15 @@ class _Store:
             spans.append((base, last if closed else last + UNWRITTEN))
             last += LEAP + secrets.randbelow(LEAP)
         spans = [(begin, until) for begin, until in spans if not events or until >= events[0].seq - 1][-_MOST_SPANS:]
+        self._is_noted = True
         try:
-            self._note_start(db, epoch, last, spans)
+            db.execute("PRAGMA synchronous = FULL")
+            with transaction(db):
+                self._note_start(db, epoch, last, spans)
         except sqlite3.Error as error:
             if is_damage(error):
                 raise
+            self._is_noted = False  # the first commit does it
             epoch, events, last, spans = secrets.token_hex(8), (), 0, []
         self.epoch, self._base = epoch, last
         return events, last, tuple(spans)
@@ -456,21 +461,24 @@ class _Store:
 
     def _origin(self) -> tuple[int, str]:
         path = self.database.path
-        return (0 if path is None else path.stat().st_ino), _boot()
+        if path is None:
+            return 0, ""
+        found = path.stat()
+        return found.st_ino, f"{_boot()}:{found.st_dev}"
 
     def _note_start(self, db: sqlite3.Connection, epoch: str, base: int, spans: Iterable[tuple[int, int]]) -> None:
-        db.execute("PRAGMA synchronous = FULL")
-        with transaction(db):
-            known = db.execute("SELECT epoch FROM stream").fetchone()
-            if known is not None and known[0] != epoch:
-                db.execute("DELETE FROM events")
-            db.execute("INSERT OR REPLACE INTO stream VALUES (0, ?, ?, 0)", (epoch, base))
-            db.execute("INSERT OR REPLACE INTO origin VALUES (0, ?, ?)", self._origin())
-            db.execute("DELETE FROM spans")
-            db.executemany("INSERT INTO spans VALUES (?, ?)", spans)
+        known = db.execute("SELECT epoch FROM stream").fetchone()
+        if known is not None and known[0] != epoch:
+            db.execute("DELETE FROM events")
+        db.execute("INSERT OR REPLACE INTO stream VALUES (0, ?, ?, 0)", (epoch, base))
+        db.execute("INSERT OR REPLACE INTO origin VALUES (0, ?, ?)", self._origin())
+        db.execute("DELETE FROM spans")
+        db.executemany("INSERT INTO spans VALUES (?, ?)", spans)
 
     def close_stream(self, db: sqlite3.Connection) -> None:
-        """Note that all numbers given are written."""
+        """Note that all numbers given are written, if it was noted that some are."""
+        if not self._is_noted:
+            return
         db.execute("PRAGMA synchronous = FULL")
         with transaction(db):
             db.execute("UPDATE stream SET closed = 1")
@@ -480,6 +488,8 @@ class _Store:
         now = self._clock()
         db.execute(f"PRAGMA synchronous = {'FULL' if batch.durable else 'NORMAL'}")
         with transaction(db):
+            if not self._is_noted:
+                self._note_start(db, self.epoch, self._base, ())
             over = self._over
             db.executemany(_INSERT, (_row(entry, now) for entry in batch.begins))
             over += sum(entry.state in OVER for entry in batch.begins)
@@ -497,6 +507,7 @@ class _Store:
             at_most = max(_FEWEST_TRIMMED, 2 * (len(batch.begins) + len(batch.puts)))
             gone, more = self._trim(db, now, over, at_most)
         self._over = over - gone
+        self._is_noted = True
         return more
 
     def _trim(self, db: sqlite3.Connection, now: int, over: int, at_most: int) -> tuple[int, bool]:
