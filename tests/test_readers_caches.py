@@ -454,7 +454,7 @@ async def test_what_is_made_of_a_stale_entry_waits_for_it_to_be_made_anew(cache:
     await eventually(lambda: refresh.calls)
     assert await cache.get_or_set("part", never, ttl=60.0) == b"old"
     page = asyncio.create_task(cache.get_or_set("page", lambda: cache.get_or_set("part", never, ttl=60.0), ttl=60.0))
-    await asyncio.sleep(0)
+    await eventually(lambda: waiting(cache, "part") == 2)
     refresh.go.set()
     assert (await page, await reader) == (b"new", b"new")
     assert await cache.get("page") == Found(b"new", stale=False)
