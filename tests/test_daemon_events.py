@@ -496,6 +496,37 @@ async def test_a_file_damaged_in_the_midst_of_the_work_is_replaced_by_one_with_a
         assert await due(events.follow(EVERYTHING, after=place)) == [("live", "")]
 
 
+def copy_files(source: Path, there: Path) -> None:
+    """Copy a journal as a kill would leave it."""
+    for path in source.glob("j*"):
+        if "corrupt" not in path.name:
+            (there / path.name).write_bytes(path.read_bytes())
+
+
+async def test_who_is_killed_before_the_new_file_has_all_events_has_lost_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that readers must forget, whatever they have read."""
+    monkeypatch.setattr(Store, "_origin", lambda _: (0, ""))  # what is copied below is taken for the file itself
+    monkeypatch.setattr("pybustcall.daemon.journal._LINGER", 60.0)
+    (tmp_path / "killed").mkdir()
+    async with kept(tmp_path / "j") as (journal, events):
+        for number in range(5):
+            events.tell(event(str(number) * 500))
+        await journal.flush()
+        places = [f"{events.epoch}-{events.newest - number}" for number in range(6)]
+        await in_thread(journal, partial(spoil_in_use, tmp_path / "j"))
+        assert await journal.find("1" * 32) is None  # which meets the damage
+        copy_files(tmp_path, tmp_path / "killed")
+    async with kept(tmp_path / "killed" / "j") as (_, events):
+        for place in places:
+            assert (await due(events.follow(EVERYTHING, after=place)))[0] == ("reset", "")
+    async with kept(tmp_path / "j") as (_, events):
+        for place in places[:-1]:
+            assert (await due(events.follow(EVERYTHING, after=place)))[-1] == ("live", "")
+        assert await due(events.follow(EVERYTHING, after=places[0])) == [("live", "")]
+
+
 async def test_where_nothing_can_be_noted_at_the_start_another_epoch_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

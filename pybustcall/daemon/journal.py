@@ -403,6 +403,7 @@ class _Store:
         self.epoch = ""
         self._is_noted = True  # whether the file says which numbers are given now
         self._base = 0  # after which numbers are given to events
+        self._spans: tuple[tuple[int, int], ...] = ()
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         with _rows(db, f"SELECT {_COLUMNS} FROM busts WHERE over IS NULL ORDER BY number") as rows:  # noqa: S608
@@ -426,14 +427,14 @@ class _Store:
 
         Where that cannot be noted, another epoch begins, which only this process knows: nobody finds its numbers again.
         """
+        if self.epoch:
+            return self._begin_in_new_file(db)
         with _rows(db, "SELECT * FROM events ORDER BY seq") as rows:
             events = tuple(map(_event, rows))
         with _rows(db, "SELECT begin, until FROM spans ORDER BY begin") as rows:
             spans = [(begin, until) for begin, until in (_typed(row, ((int,), (int,))) for row in rows)]
         found = db.execute("SELECT epoch, base, closed FROM stream").fetchone()
-        if self.epoch:  # the file is new in the midst of the work
-            epoch, last = self.epoch, self._base
-        elif found is None or not self._is_same_file(db):
+        if found is None or not self._is_same_file(db):
             epoch, last, events, spans = secrets.token_hex(8), 0, (), []
         else:
             epoch, base, closed = _typed(found, ((str,), (int,), (int,)))
@@ -451,8 +452,24 @@ class _Store:
                 raise
             self._is_noted = False  # the first commit does it
             epoch, events, last, spans = secrets.token_hex(8), (), 0, []
-        self.epoch, self._base = epoch, last
-        return events, last, tuple(spans)
+        self.epoch, self._base, self._spans = epoch, last, tuple(spans)
+        return events, last, self._spans
+
+    def _begin_in_new_file(
+        self, db: sqlite3.Connection
+    ) -> tuple[tuple[BustEvent, ...], int, tuple[tuple[int, int], ...]]:
+        """Go on in a file that is new in the midst of the work; all that was kept is written with the first commit.
+
+        Until then it is of an epoch that nobody knows: who is killed before that has lost what readers may have missed.
+        """
+        self._is_noted = False
+        try:
+            with transaction(db):
+                self._note_start(db, secrets.token_hex(8), 0, ())
+        except sqlite3.Error as error:
+            if is_damage(error):
+                raise
+        return (), self._base, self._spans
 
     def _is_same_file(self, db: sqlite3.Connection) -> bool:
         """Tell whether the numbers are of this file, and not of one that it is a copy of."""
@@ -489,7 +506,7 @@ class _Store:
         db.execute(f"PRAGMA synchronous = {'FULL' if batch.durable else 'NORMAL'}")
         with transaction(db):
             if not self._is_noted:
-                self._note_start(db, self.epoch, self._base, ())
+                self._note_start(db, self.epoch, self._base, self._spans)
             over = self._over
             db.executemany(_INSERT, (_row(entry, now) for entry in batch.begins))
             over += sum(entry.state in OVER for entry in batch.begins)
