@@ -371,7 +371,8 @@ class NearCache:
     async def get_or_load(self, key: str, loader: Callable[[], Any], *, tags: Iterable[str] = ()) -> Any:
         """Return the value under `key`; if none is held, or none can be trusted, load it, and hold it if it is sound.
 
-        - `key`: as it is busted; `tags`: up to 256 texts by which a bust finds the entry, too; several calls' add up
+        - `key`: as it is busted; `tags`: up to 256 texts by which a bust finds the entry, too; several calls' add up,
+          to as many: a call with more beside them has the value loaded anew, as of its own
         - `loader`: an async or plain function without arguments; a plain one must not block
 
         Of several calls at a time with one key, one loader runs, and what it raises is raised by all; the loading ends
@@ -393,7 +394,8 @@ class NearCache:
             return entry.value
         self._check_hub()
         check_target(key, "key")
-        wanted = _checked_tags([*tags, *self._shelf.tags(key)])  # what was named before is of the next value, too
+        wanted = _checked_tags(tags)
+        wanted = _added(wanted, self._shelf.tags(key)) or wanted  # what was named before is of the next value, too
         asked = self._next()
         while True:
             flight = self._board(key, loader, wanted, asked)
@@ -472,11 +474,13 @@ class NearCache:
         return entry
 
     def _tag(self, key: str, entry: _Entry, tags: Collection[str]) -> _Entry | None:
-        """Have an entry found by the tags that this call names; None if one of them may have been busted already."""
+        """Have an entry found by the tags that this call names; None if one of them may have been busted already.
+
+        None also where it would have too many by that: then it is loaded anew, as of these.
+        """
         wanted = _checked_tags(tags)
-        if self._tag_busted > entry.begun:
+        if self._tag_busted > entry.begun or not _added(entry.tags, wanted):
             return None
-        _checked_tags(entry.tags | wanted)
         self._shelf.tag(key, wanted)
         return entry
 
@@ -521,18 +525,20 @@ class NearCache:
     def _board(self, key: str, loader: Callable[[], Any], tags: frozenset[str], asked: int) -> _Flight:
         """Join the flight whose value may do for who asked then, or begin one."""
         flight = self._flights.get(key)
-        if flight is None or (flight.begun < asked and self._is_spent(flight, tags)):
+        is_spent = flight is None or flight.refused or not self._may_bear(flight, tags)
+        if flight is None or (is_spent and flight.begun < asked):
             return self._take_off(key, loader, tags)
         _check_circle(flight)
-        if not tags <= flight.tags:
-            # One of these may have been busted since it began, when it did not bear it yet.
-            flight.refused = flight.refused or self._tag_busted > flight.begun
-            flight.tags |= _checked_tags(flight.tags | tags)
+        flight.refused = is_spent
+        flight.tags |= tags
         return flight
 
-    def _is_spent(self, flight: _Flight, tags: frozenset[str]) -> bool:
-        """Tell whether a flight, joined now with these tags, could not bring a sound value any more."""
-        return flight.refused or (self._tag_busted > flight.begun and not tags <= flight.tags)
+    def _may_bear(self, flight: _Flight, tags: frozenset[str]) -> bool:
+        """Tell whether what a flight brings can be held as of these tags, too.
+
+        None of them may have been busted since it began, when it did not bear it yet; nor may they be too many.
+        """
+        return tags <= flight.tags or (self._tag_busted < flight.begun and bool(_added(flight.tags, tags)))
 
     def _take_off(self, key: str, loader: Callable[[], Any], tags: frozenset[str]) -> _Flight:
         flight = _Flight(key, set(tags), self._next(), self._clock())
@@ -563,9 +569,9 @@ class NearCache:
             return  # of a loop that is left
         flight.is_sound = not flight.refused and self.is_trusted
         self._counts["refused"] += flight.refused
-        if (
-            flight.is_sound and self._flights.get(flight.key) is flight
-        ):  # else a later one has brought, or will, a newer
+        # Another flight to this key began after it, and has brought a newer value, or will.
+        is_last = self._flights.get(flight.key) is flight
+        if flight.is_sound and is_last:
             expires = flight.started + self._ttl
             tags = frozenset(flight.tags)
             self._counts["evicted"] += self._shelf.put(flight.key, value, tags, expires, flight.begun)
@@ -665,6 +671,12 @@ def _has_all(held: frozenset[str], tags: Collection[str]) -> bool:
         return held.issuperset(tags)
     except TypeError:  # what cannot be hashed is no tag, which is told when they are checked
         return False
+
+
+def _added(held: Iterable[str], tags: frozenset[str]) -> frozenset[str] | None:
+    """Tell all of these tags together; None if an entry cannot have so many."""
+    added = tags.union(held)
+    return added if len(added) <= _MOST_TAGS else None
 
 
 def _checked_tags(tags: Collection[str]) -> frozenset[str]:
