@@ -349,10 +349,10 @@ async def test_all_readers_end_with_the_log() -> None:
 
 
 @asynccontextmanager
-async def kept(path: Path | None) -> AsyncIterator[tuple[Journal, Events]]:
+async def kept(path: Path | None, *, most: int = 20) -> AsyncIterator[tuple[Journal, Events]]:
     journal = Journal(path)
     await journal.open()
-    events = Events(most=20)
+    events = Events(most=most)
     events.attach(journal)
     try:
         yield journal, events
@@ -450,6 +450,24 @@ async def test_a_copy_of_a_journal_that_is_used_elsewhere_is_another_epoch(
     async with kept(there) as (_, events):
         assert await due(events.follow(EVERYTHING, after=place)) == [("live", "")]
         assert [kept.target for kept in events._kept.values()] == ["b"]
+
+
+async def test_who_missed_nothing_that_is_gone_need_not_forget_over_any_number_of_processes(tmp_path: Path) -> None:
+    """However few they told; and whoever missed what is gone must, over as many."""
+    places: list[str] = []
+    for number in range(4):
+        async with kept(tmp_path / "j", most=3) as (_, events):
+            places.append(events.place)
+            if number:
+                events.tell(event(f"{number}"))
+    async with kept(tmp_path / "j", most=3) as (_, events):
+        for seen, place in enumerate(places):
+            missed = [("bust", f"{number}") for number in range(max(1, seen), 4)]
+            assert await due(events.follow(EVERYTHING, after=place)) == [*missed, ("live", "")]
+        events.tell(event("4"))  # for which the first goes
+    async with kept(tmp_path / "j", most=3) as (_, events):
+        assert (await due(events.follow(EVERYTHING, after=places[1])))[0] == ("reset", "")
+        assert (await due(events.follow(EVERYTHING, after=places[2])))[0] == ("bust", "2")
 
 
 async def test_who_followed_a_process_that_told_nothing_need_not_forget(tmp_path: Path) -> None:

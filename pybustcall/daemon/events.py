@@ -291,6 +291,10 @@ class EventShelf(Protocol):
         """The numbers that events may have had before, each span from and up to, in their order."""
 
     @property
+    def floor(self) -> int:
+        """Up to which number it holds nothing."""
+
+    @property
     def events(self) -> Sequence[BustEvent]:
         """What it holds, in the order of their numbers."""
 
@@ -337,7 +341,8 @@ class Events:
         self._most_readers = most_readers
         self._last = 0
         self._floor = 0  # up to this number nothing is kept
-        self._spans: list[tuple[int, int]] = [(0, 0)]  # of processes before, and the number after which these begin
+        self._base = 0  # after which numbers are given
+        self._spans: Sequence[tuple[int, int]] = ()  # those that processes before may have given
         self._kept: SortedDict[int, BustEvent] = SortedDict()
         self._bytes = 0
         self._shelf: EventShelf | None = None
@@ -362,10 +367,9 @@ class Events:
         """Go on where a process before this one ended. Before the first event is told."""
         self._shelf = shelf
         self.epoch, self._last = shelf.epoch, shelf.last_event
+        self._base, self._spans, self._floor = self._last, shelf.spans, shelf.floor
         self._kept = SortedDict({event.seq: event for event in shelf.events})
         self._bytes = sum(event.size for event in self._kept.values())
-        self._spans = [*shelf.spans, (self._last, self._last)]
-        self._floor = self._kept.peekitem(0)[0] - 1 if self._kept else self._spans[0][0]
         self._trim()
 
     def tell(self, event: BustEvent) -> None:
@@ -420,9 +424,10 @@ class Events:
         if epoch != self.epoch or not (number.isascii() and number.isdigit()) or len(number) > 19:
             return None
         seen = int(number)
-        *before, (base, _) = self._spans
-        was_given = base <= seen <= self._last or any(begin <= seen <= until for begin, until in before)
-        return seen if was_given and seen >= self._floor else None
+        if seen < self._floor:
+            return None
+        spans = ((self._base, self._last), *self._spans)
+        return seen if any(begin <= seen <= until for begin, until in spans) else None
 
     @property
     def newest(self) -> int:

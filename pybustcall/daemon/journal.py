@@ -66,7 +66,7 @@ from pybustcall.models import KINDS, OVER, JobState, LayerReply
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Iterator, Mapping, Sequence
 
     from pybustcall.models import Kind as KindOfTarget
 
@@ -107,8 +107,10 @@ _EVENTS: Final = (
 _ORIGIN: Final = (
     # The numbers that each process before this one may have given, from the one after which it began.
     "CREATE TABLE spans (begin INTEGER PRIMARY KEY, until INTEGER NOT NULL)",
-    # One row: of which file, since which start of which machine, the numbers are.
-    "CREATE TABLE origin (place INTEGER PRIMARY KEY CHECK (place = 0), inode INTEGER NOT NULL, boot TEXT NOT NULL)",
+    # One row: of which file, since which start of which machine, the numbers are, and up to which no event is kept.
+    """CREATE TABLE origin (
+        place INTEGER PRIMARY KEY CHECK (place = 0), inode INTEGER NOT NULL, boot TEXT NOT NULL, floor INTEGER NOT NULL
+    )""",
 )
 
 _KIND: Final = Kind(
@@ -377,21 +379,23 @@ class _Batch:
 class _Known:
     """What a file held when it was opened.
 
-    - `last`: the highest number that a bust of it has ever had; `last_event`: after which events get theirs
-    - `spans`: the numbers that events before may have had, from and up to
+    - `last`: the highest number that a bust of it has ever had
     """
 
     last: int = 0
     unfinished: tuple[Entry, ...] = ()
     faults: tuple[Fault, ...] = ()
     events: tuple[BustEvent, ...] = ()
-    last_event: int = 0
-    spans: tuple[tuple[int, int], ...] = ()
 
 
 @final
 class _Store:
-    """The tables. Used in one thread only."""
+    """The tables. Used in one thread only.
+
+    - `epoch`, `base`: of the numbers of events, and after which of them these are given; known once it is open
+    - `spans`: the numbers that events may have had before, from and up to, in their order
+    - `floor`: up to which of them no event is kept
+    """
 
     def __init__(self, path: Path | None, retention: float, most: int, clock: Callable[[], int]) -> None:
         self.database = Database(_KIND, path, self._prepare)
@@ -401,9 +405,9 @@ class _Store:
         self._clock = clock
         self._over = 0  # how many rows are over
         self.epoch = ""
-        self._is_noted = True  # whether the file says which numbers are given now
-        self._base = 0  # after which numbers are given to events
-        self._spans: tuple[tuple[int, int], ...] = ()
+        self.base = self.floor = 0
+        self.spans: tuple[tuple[int, int], ...] = ()
+        self._is_noted = True  # whether the file says all that
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         with _rows(db, f"SELECT {_COLUMNS} FROM busts WHERE over IS NULL ORDER BY number") as rows:  # noqa: S608
@@ -412,52 +416,60 @@ class _Store:
             faults = tuple(map(_fault, rows))
         found = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'busts'").fetchone()
         self._over = db.execute("SELECT count(*) FROM busts WHERE over IS NOT NULL").fetchone()[0]
-        events, last_event, spans = self._take_up_events(db)
+        events = self._take_up_events(db)
         self.known = _Known(
             last=found[0] if found else 0,
             unfinished=unfinished,
             faults=faults,
             events=events,
-            last_event=last_event,
-            spans=spans,
         )
 
-    def _take_up_events(self, db: sqlite3.Connection) -> tuple[tuple[BustEvent, ...], int, tuple[tuple[int, int], ...]]:
-        """Tell the events, after which number they go on, and which were given before; note that more may be given.
+    def _take_up_events(self, db: sqlite3.Connection) -> tuple[BustEvent, ...]:
+        """Tell the events; note which numbers were given before, and that more may be given from now on.
 
-        Where that cannot be noted, another epoch begins, which only this process knows: nobody finds its numbers again.
+        Where that cannot be noted, another epoch begins, which only this process knows until there is room: nobody
+        finds its numbers again.
         """
         if self.epoch:
-            return self._begin_in_new_file(db)
+            self._begin_in_new_file(db)
+            return ()
         with _rows(db, "SELECT * FROM events ORDER BY seq") as rows:
             events = tuple(map(_event, rows))
-        with _rows(db, "SELECT begin, until FROM spans ORDER BY begin") as rows:
-            spans = [(begin, until) for begin, until in (_typed(row, ((int,), (int,))) for row in rows)]
         found = db.execute("SELECT epoch, base, closed FROM stream").fetchone()
         if found is None or not self._is_same_file(db):
-            epoch, last, events, spans = secrets.token_hex(8), 0, (), []
+            self._begin_epoch()
+            events = ()
         else:
             epoch, base, closed = _typed(found, ((str,), (int,), (int,)))
-            last = max(events[-1].seq if events else 0, base)
-            spans.append((base, last if closed else last + UNWRITTEN))
-            last += LEAP + secrets.randbelow(LEAP)
-        spans = [(begin, until) for begin, until in spans if not events or until >= events[0].seq - 1][-_MOST_SPANS:]
-        self._is_noted = True
+            self._go_on(db, epoch, base, closed, events)
         try:
             db.execute("PRAGMA synchronous = FULL")
             with transaction(db):
-                self._note_start(db, epoch, last, spans)
+                self._note_start(db, self.epoch)
         except sqlite3.Error as error:
             if is_damage(error):
                 raise
+            self._begin_epoch()
             self._is_noted = False  # the first commit does it
-            epoch, events, last, spans = secrets.token_hex(8), (), 0, []
-        self.epoch, self._base, self._spans = epoch, last, tuple(spans)
-        return events, last, self._spans
+            return ()
+        return events
 
-    def _begin_in_new_file(
-        self, db: sqlite3.Connection
-    ) -> tuple[tuple[BustEvent, ...], int, tuple[tuple[int, int], ...]]:
+    def _begin_epoch(self) -> None:
+        self.epoch, self.base, self.floor, self.spans = secrets.token_hex(8), 0, 0, ()
+
+    def _go_on(self, db: sqlite3.Connection, epoch: str, base: int, closed: int, events: Sequence[BustEvent]) -> None:
+        """Go on in the epoch of the processes before, far beyond their numbers."""
+        with _rows(db, "SELECT begin, until FROM spans ORDER BY begin") as rows:
+            spans = [(begin, until) for begin, until in (_typed(row, ((int,), (int,))) for row in rows)]
+        floor = db.execute("SELECT floor FROM origin").fetchone()
+        last = max(events[-1].seq if events else 0, base)
+        spans.append((base, last if closed else last + UNWRITTEN))
+        self.epoch, self.base = epoch, last + LEAP + secrets.randbelow(LEAP)
+        # A file of a version that did not note it has all that came after its first event.
+        self.floor = floor[0] if floor is not None else events[0].seq - 1 if events else 0
+        self.spans = tuple((begin, until) for begin, until in spans if until >= self.floor)[-_MOST_SPANS:]
+
+    def _begin_in_new_file(self, db: sqlite3.Connection) -> None:
         """Go on in a file that is new in the midst of the work; all that was kept is written with the first commit.
 
         Until then it is of an epoch that nobody knows: who is killed before that has lost what readers may have missed.
@@ -465,11 +477,10 @@ class _Store:
         self._is_noted = False
         try:
             with transaction(db):
-                self._note_start(db, secrets.token_hex(8), 0, ())
+                self._note_start(db, secrets.token_hex(8))
         except sqlite3.Error as error:
             if is_damage(error):
                 raise
-        return (), self._base, self._spans
 
     def _is_same_file(self, db: sqlite3.Connection) -> bool:
         """Tell whether the numbers are of this file, and not of one that it is a copy of."""
@@ -483,14 +494,14 @@ class _Store:
         found = path.stat()
         return found.st_ino, f"{_boot()}:{found.st_dev}"
 
-    def _note_start(self, db: sqlite3.Connection, epoch: str, base: int, spans: Iterable[tuple[int, int]]) -> None:
+    def _note_start(self, db: sqlite3.Connection, epoch: str) -> None:
         known = db.execute("SELECT epoch FROM stream").fetchone()
         if known is not None and known[0] != epoch:
             db.execute("DELETE FROM events")
-        db.execute("INSERT OR REPLACE INTO stream VALUES (0, ?, ?, 0)", (epoch, base))
-        db.execute("INSERT OR REPLACE INTO origin VALUES (0, ?, ?)", self._origin())
+        db.execute("INSERT OR REPLACE INTO stream VALUES (0, ?, ?, 0)", (epoch, self.base))
+        db.execute("INSERT OR REPLACE INTO origin VALUES (0, ?, ?, ?)", (*self._origin(), self.floor))
         db.execute("DELETE FROM spans")
-        db.executemany("INSERT INTO spans VALUES (?, ?)", spans)
+        db.executemany("INSERT INTO spans VALUES (?, ?)", self.spans)
 
     def close_stream(self, db: sqlite3.Connection) -> None:
         """Note that all numbers given are written, if it was noted that some are."""
@@ -506,7 +517,7 @@ class _Store:
         db.execute(f"PRAGMA synchronous = {'FULL' if batch.durable else 'NORMAL'}")
         with transaction(db):
             if not self._is_noted:
-                self._note_start(db, self.epoch, self._base, self._spans)
+                self._note_start(db, self.epoch)
             over = self._over
             db.executemany(_INSERT, (_row(entry, now) for entry in batch.begins))
             over += sum(entry.state in OVER for entry in batch.begins)
@@ -517,13 +528,16 @@ class _Store:
                     db.execute("DELETE FROM faults WHERE place = ?", (place,))
                 else:
                     db.execute("INSERT OR REPLACE INTO faults VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", _fault_row(fault))
-            db.execute("DELETE FROM events WHERE seq <= ?", (batch.through,))
+            if batch.through > self.floor:
+                db.execute("DELETE FROM events WHERE seq <= ?", (batch.through,))
+                db.execute("UPDATE origin SET floor = ?", (batch.through,))
             db.executemany(
                 "INSERT OR REPLACE INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", map(_event_row, batch.events.values())
             )
             at_most = max(_FEWEST_TRIMMED, 2 * (len(batch.begins) + len(batch.puts)))
             gone, more = self._trim(db, now, over, at_most)
         self._over = over - gone
+        self.floor = max(self.floor, batch.through)
         self._is_noted = True
         return more
 
@@ -637,8 +651,6 @@ class Journal:
         self._faults: dict[int, Fault] = {}  # by place
         self._fault_changes: dict[int, Fault | None] = {}
         self._events: dict[int, BustEvent] = {}  # by number, in order
-        self._last_event = 0
-        self._spans: tuple[tuple[int, int], ...] = ()
         self._new_events: dict[int, BustEvent] = {}  # those that are not written yet
         self._dropped = self._dropping = 0  # up to which number events are gone from the file, and are to be
         self._using = asyncio.Lock()
@@ -692,8 +704,6 @@ class Journal:
         self._faults = {fault.place: fault for fault in known.faults}
         self._fault_changes = {}
         self._events = {event.seq: event for event in known.events}
-        self._last_event = known.last_event
-        self._spans = known.spans
         self._new_events = {}
         self._dropped = self._dropping = 0
         self._is_open = self._is_usable = True
@@ -864,12 +874,17 @@ class Journal:
     @property
     def last_event(self) -> int:
         """The number after which events get theirs."""
-        return self._last_event
+        return self._store.base
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """The numbers that events may have had before this was opened, each span from and up to, in their order."""
-        return self._spans
+        return self._store.spans
+
+    @property
+    def floor(self) -> int:
+        """Up to which number no event is kept."""
+        return self._store.floor
 
     @property
     def events(self) -> tuple[BustEvent, ...]:
