@@ -31,7 +31,8 @@ from pybustcall.daemon import (
     Unsupported,
 )
 from pybustcall.daemon.backends import NO_KEYS, Scope, Traits
-from pybustcall.daemon.engine import SLICE, format_size
+from pybustcall.daemon.bust import SLICE
+from pybustcall.daemon.engine import format_size
 from pybustcall.daemon.journal import Wish
 from pybustcall.errors import ConfigurationError
 from pybustcall.keys import covers, is_variant

@@ -18,7 +18,7 @@ from pybustcall import BustcallClient
 from pybustcall.daemon import DaemonSettings, Engine, Indexes, Jobs, Journal, Layer, MemoryBackend, create_app
 from pybustcall.daemon.backends import Scope
 from pybustcall.daemon.backends.redis import RedisBackend
-from pybustcall.daemon.engine import Bust
+from pybustcall.daemon.bust import Bust
 from pybustcall.daemon.journal import Wish
 from pybustcall.integrations.redis import Looked, RedisCache, Token
 from tests.conftest import eventually

@@ -26,7 +26,7 @@ from pybustcall.daemon import Engine, Indexes, Layer
 from pybustcall.daemon.backends import BackendFailure, RefusedKey, Scope
 from pybustcall.daemon.backends import sqlite as backends
 from pybustcall.daemon.backends.sqlite import SqliteBackend
-from pybustcall.daemon.engine import Bust
+from pybustcall.daemon.bust import Bust
 from pybustcall.daemon.journal import Wish
 from pybustcall.errors import ConfigurationError
 from pybustcall.integrations.sqlite import Found, SqliteCache

@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any, Final, final
 from pybustcall.daemon.backends import BackendFailure
 from pybustcall.daemon.backends.sqlite import SqliteBackend
 from pybustcall.daemon.database import HEAD_BYTES, is_header, refuse_text
-from pybustcall.daemon.engine import Engine, Layer, read_registrations
+from pybustcall.daemon.engine import Engine, Layer
 from pybustcall.daemon.index import Indexes
+from pybustcall.daemon.registrations import read_registrations
 from pybustcall.errors import ConfigurationError
 from pybustcall.locked_file import WITH_IT
 from pybustcall.models import DEFAULT_NAMESPACE

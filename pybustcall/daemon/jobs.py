@@ -36,7 +36,8 @@ from pybustcall.models import OVER, LayerReply, Progress
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from pybustcall.daemon.engine import Bust, Engine, Layer, Part
+    from pybustcall.daemon.bust import Bust, Part
+    from pybustcall.daemon.engine import Engine, Layer
     from pybustcall.daemon.journal import Journal, Wish
     from pybustcall.models import JobState
 
