@@ -1,10 +1,7 @@
-"""The command line: the client's calls and the reference daemon, in the words of the API.
+"""The command line: the client's calls, in the words of the API.
 
 It decides how results read on a terminal and as JSON, and which exit code they make; it does nothing that the API
 could not. Targets are shown whole here: they are the caller's own, on the caller's own terminal.
-
-Exit codes: 0 done; 1 refused or answered wrongly, repeating will not help; 2 wrong usage, target or settings, nothing
-was sent; 3 no daemon could do it in time, try again; 4 the daemon cannot start; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -12,81 +9,51 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import logging
 import os
 import re
 import sys
 import threading
 from collections import Counter
 from concurrent.futures import CancelledError
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial, wraps
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Final, TypeVar, get_args
 
 import click
 from pydantic import SecretStr
 
 from pybustcall.bustcall_core import BustcallClient, ClientOutbox
 from pybustcall.capabilities import VERSION, unmet_here
+from pybustcall.cli_daemon import daemon
 from pybustcall.config import settings_from_env, settings_from_toml
-from pybustcall.errors import (
-    BustcallError,
-    BustFailed,
-    ConfigurationError,
-    DaemonsUnavailable,
-    DeadlineExceeded,
-    InvalidRequest,
-)
+from pybustcall.errors import BustFailed, ConfigurationError, DaemonsUnavailable, DeadlineExceeded, InvalidRequest
 from pybustcall.events import BustEvent, Reset
 from pybustcall.faults import FaultKind, check_tolerance, raises
 from pybustcall.hotswap import Swap
 from pybustcall.jobs import MAX_JOBS, BustJob
-from pybustcall.models import (
-    DEFAULT_STRATEGY,
-    EVERYTHING,
-    KINDS,
-    MAX_TARGET_BYTES,
-    JobState,
-    Requirements,
-    check_target,
-)
+from pybustcall.models import DEFAULT_STRATEGY, EVERYTHING, KINDS, MAX_TARGET_BYTES, JobState, check_target
 from pybustcall.needs import remedy_of
 from pybustcall.outbox import RowState
 from pybustcall.results import BustResult, error_class, summary
+from pybustcall.terminal import INTERRUPTED, REFUSED, UNAVAILABLE, USAGE, Failure, printable, run_through
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+    from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 
     from click._termui_impl import ProgressBar
 
     from pybustcall.capabilities import DaemonCapabilities
-    from pybustcall.daemon.configuration import Configuration, Finding
-    from pybustcall.daemon.engine import Layer
     from pybustcall.events import EventStream
     from pybustcall.hotswap import Dependency, Resolution, SwapResult
-    from pybustcall.models import Access, CapabilityDocument, DaemonStatus, Kind
+    from pybustcall.models import CapabilityDocument, DaemonStatus, Kind
 
 __all__ = ["cli", "run"]
 
-_REFUSED: Final = 1
-_USAGE: Final = 2
-_UNAVAILABLE: Final = 3
-_CANNOT_START: Final = 4
-_INTERRUPTED: Final = 130
-
-_PATIENCE: Final = 2.0  # seconds after which it is told that a stream of events is waited for
-
 _T = TypeVar("_T")
 
-
-class _Failure(click.ClickException):
-    """One sentence on standard error, and an exit code."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.code = exit_code
+_PATIENCE: Final = 2.0  # seconds after which it is told that a stream of events is waited for
 
 
 def run() -> None:
@@ -95,15 +62,15 @@ def run() -> None:
         code = cli.main(standalone_mode=False, prog_name="pybustcall")
     except click.ClickException as error:
         error.show()
-        sys.exit(error.code if isinstance(error, _Failure) else error.exit_code)
+        sys.exit(error.code if isinstance(error, Failure) else error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     except OSError as error:  # standard output, and nothing else: every other one has a name by now
         _mute()
         if not isinstance(error, BrokenPipeError):
             click.echo(f"Error: standard output cannot be written: {error.strerror}", err=True)
-        sys.exit(_REFUSED)
+        sys.exit(REFUSED)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -165,7 +132,7 @@ def _client_options(command: Callable[..., int], *, outbox: bool = True) -> Call
                 settings.model_copy(update={name: value for name, value in given.items() if value is not None})
             )
         except ConfigurationError as error:
-            raise _Failure(str(error), _USAGE) from error
+            raise Failure(str(error), USAGE) from error
         return command(client, **own)
 
     if has_outbox:
@@ -181,6 +148,9 @@ def _read_token(path: Path) -> str:
         raise ConfigurationError(f"token file {path}: cannot be read ({error.strerror})", setting="token") from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"token file {path}: holds more than visible ASCII", setting="token") from error
+
+
+cli.add_command(daemon)
 
 
 @cli.command()
@@ -227,9 +197,9 @@ def bust(
             check_target(target)
         tolerance = client.fault_tolerance if fault_tolerance is None else check_tolerance(fault_tolerance)
     except InvalidRequest as error:
-        raise _Failure(str(error), _USAGE) from error
+        raise Failure(str(error), USAGE) from error
     how |= {"kind": kind, "concurrency": concurrency}
-    return _run(_bust(client, targets or (EVERYTHING,), tolerance, how, as_json=as_json))
+    return run_through(_bust(client, targets or (EVERYTHING,), tolerance, how, as_json=as_json))
 
 
 async def _bust(
@@ -278,16 +248,16 @@ async def _bust(
         click.echo(f"{done}{kept} in {report.elapsed:.3f} s", err=True)
     if unwritten and not isinstance(unwritten[0], BrokenPipeError):
         click.echo(f"Error: not every result could be written: {unwritten[0].strerror}", err=True)
-        codes.add(_REFUSED)
-    return _REFUSED if _REFUSED in codes else max(codes, default=0)
+        codes.add(REFUSED)
+    return REFUSED if REFUSED in codes else max(codes, default=0)
 
 
 def _code_of(result: BustResult) -> int:
     """Tell the exit code of a bust that failed: whether trying again may help."""
     if result.ok or result.job is not None:
-        return _REFUSED  # it was applied, or a daemon goes on with it: there is nothing to try again
+        return REFUSED  # it was applied, or a daemon goes on with it: there is nothing to try again
     may_help = {DaemonsUnavailable, DeadlineExceeded}
-    return _UNAVAILABLE if not result.causes or error_class("exhausted", result.causes) in may_help else _REFUSED
+    return UNAVAILABLE if not result.causes or error_class("exhausted", result.causes) in may_help else REFUSED
 
 
 def _as_line(result: BustResult, *, tolerated: bool) -> str:
@@ -424,7 +394,7 @@ def status(client: BustcallClient, as_json: bool) -> int:
     def to_json(reply: DaemonStatus) -> dict[str, Any]:
         return reply.model_dump(mode="json", exclude={"daemon"})
 
-    return _run(_ask_each(client, client.status, tell, to_json, as_json=as_json))
+    return run_through(_ask_each(client, client.status, tell, to_json, as_json=as_json))
 
 
 @cli.command()
@@ -447,7 +417,7 @@ def capabilities(client: BustcallClient, as_json: bool) -> int:
             "unmet": [] if reply.document is None else list(unmet_here(reply.document)),
         }
 
-    return _run(_ask_each(client, client.capabilities, tell, to_json, as_json=as_json))
+    return run_through(_ask_each(client, client.capabilities, tell, to_json, as_json=as_json))
 
 
 def _requirements(document: CapabilityDocument | None) -> str:
@@ -473,14 +443,14 @@ async def _ask_each(
             try:
                 reply = await ask(daemon=daemon)
             except BustFailed as error:
-                codes.add(_UNAVAILABLE if isinstance(error, DaemonsUnavailable | DeadlineExceeded) else _REFUSED)
+                codes.add(UNAVAILABLE if isinstance(error, DaemonsUnavailable | DeadlineExceeded) else REFUSED)
                 told = "; ".join(cause.message for cause in error.causes) or str(error)
                 line = {"daemon": daemon, "ok": False, "error": type(error).__name__, "text": told}
                 click.echo(json.dumps(line) if as_json else f"{daemon}: {told}", err=not as_json)
             else:
                 line = {"daemon": daemon, "ok": True, **to_json(reply)}
-                click.echo(json.dumps(line) if as_json else f"{daemon}: {_printable(tell(reply))}")
-    return _REFUSED if _REFUSED in codes else max(codes)
+                click.echo(json.dumps(line) if as_json else f"{daemon}: {printable(tell(reply))}")
+    return REFUSED if REFUSED in codes else max(codes)
 
 
 @cli.command()
@@ -502,7 +472,7 @@ def resolve(client: BustcallClient, spec: str, as_json: bool) -> int:
             "daemon": found.daemon,
         }
 
-    return _run(_use(client, lambda: client.resolve(spec), tell, to_json, as_json=as_json))
+    return run_through(_use(client, lambda: client.resolve(spec), tell, to_json, as_json=as_json))
 
 
 @cli.command()
@@ -513,7 +483,7 @@ def resolve(client: BustcallClient, spec: str, as_json: bool) -> int:
 @_asking_options
 def announce(client: BustcallClient, name: str, versions: tuple[str, ...], current: str | None, as_json: bool) -> int:
     """Tell a daemon that there is a cache dependency NAME in these VERSIONs."""
-    return _run(
+    return run_through(
         _use(
             client,
             lambda: client.announce(name, versions, current=current),
@@ -540,7 +510,7 @@ def dependencies(client: BustcallClient, as_json: bool) -> int:
     def tell(known: tuple[Dependency, ...]) -> list[str]:
         return [_dependency(one) for one in known] or ["no dependency was announced"]
 
-    return _run(_use(client, client.dependencies, tell, to_json, as_json=as_json))
+    return run_through(_use(client, client.dependencies, tell, to_json, as_json=as_json))
 
 
 @cli.command()
@@ -549,7 +519,7 @@ def dependencies(client: BustcallClient, as_json: bool) -> int:
 @_asking_options
 def forget(client: BustcallClient, name: str, as_json: bool) -> int:
     """Have a daemon forget the cache dependency NAME, on which nothing depends any more."""
-    return _run(
+    return run_through(
         _use(
             client,
             lambda: client.forget(name),
@@ -578,7 +548,7 @@ def register(
     as_json: bool,
 ) -> int:
     """Tell a daemon that its cache holds KEY, made of what each NAME names; a second time replaces the first."""
-    return _run(
+    return run_through(
         _use(
             client,
             lambda: client.register(key, names, tags=tags, ttl=ttl, namespace=namespace),
@@ -656,7 +626,7 @@ def hot_swap(
     asked = [swap(text) for text in swaps]
     if current:
         raise click.UsageError(f"--from names {', '.join(current)}, which is not swapped here")
-    return _run(_use(client, lambda: client.hot_swap(asked), tell, to_json, as_json=as_json))
+    return run_through(_use(client, lambda: client.hot_swap(asked), tell, to_json, as_json=as_json))
 
 
 def _named_version(text: str, what: str) -> tuple[str, str]:
@@ -693,14 +663,14 @@ async def _use(
                 click.echo(json.dumps({**line, "unmet": reasons}))
             else:
                 told = [f"Error: {text}", *(reason for reason in reasons if reason not in text)]
-                click.echo("\n".join(_printable(text) for text in told), err=True)
-            return _UNAVAILABLE if isinstance(error, DaemonsUnavailable | DeadlineExceeded) else _REFUSED
+                click.echo("\n".join(printable(text) for text in told), err=True)
+            return UNAVAILABLE if isinstance(error, DaemonsUnavailable | DeadlineExceeded) else REFUSED
     if as_json:
         found = to_json(done)
         for line in found if isinstance(found, list) else [found]:
             click.echo(json.dumps({"ok": True, **line}))
     else:
-        click.echo("\n".join(_printable(text) for text in tell(done)))
+        click.echo("\n".join(printable(text) for text in tell(done)))
     return verdict(done)
 
 
@@ -729,19 +699,19 @@ def conformance(url: str, strict: bool, token_file: Path | None, timeout: float,
     from pybustcall.testing import check_daemon  # noqa: PLC0415 - it loads a web server
 
     try:
-        token = _token("BUSTCALL_TOKEN", token_file)
+        token = os.environ.get("BUSTCALL_TOKEN") or None if token_file is None else _read_token(token_file)
         verdicts = asyncio.run(check_daemon(url, token=token, strict=strict, timeout=timeout))
     except ConfigurationError as error:
-        raise _Failure(str(error), _USAGE) from error
+        raise Failure(str(error), USAGE) from error
     answered = any(verdict.answered and not verdict.skipped for verdict in verdicts)
     if not answered and not as_json:
-        why = _printable(verdicts[0].detail.removeprefix("no answer: "))
-        raise _Failure(f"nothing answered at {url}: {why}", _UNAVAILABLE)
+        why = printable(verdicts[0].detail.removeprefix("no answer: "))
+        raise Failure(f"nothing answered at {url}: {why}", UNAVAILABLE)
     words = {"passed": "pass", "failed": "FAIL", "skipped": "skipped"}
     width = max(len(verdict.name) for verdict in verdicts)
     for verdict in verdicts:
         line = {"check": verdict.name, "verdict": words[verdict.outcome], "detail": verdict.detail}
-        text = f"{verdict.name:<{width}}  {words[verdict.outcome]:<7}  {_printable(verdict.detail)}"
+        text = f"{verdict.name:<{width}}  {words[verdict.outcome]:<7}  {printable(verdict.detail)}"
         click.echo(json.dumps(line) if as_json else text.rstrip())
     count = Counter(verdict.outcome for verdict in verdicts)
     if not as_json:
@@ -750,8 +720,8 @@ def conformance(url: str, strict: bool, token_file: Path | None, timeout: float,
         wanted = "a token" if token is None else "another token"
         click.echo(f"each failure is a 401: the daemon wants {wanted} (--token-file or BUSTCALL_TOKEN)", err=True)
     if not answered:
-        return _UNAVAILABLE
-    return _REFUSED if count["failed"] else 0
+        return UNAVAILABLE
+    return REFUSED if count["failed"] else 0
 
 
 @cli.group()
@@ -788,7 +758,7 @@ def jobs_list(
     def tell(found: tuple[BustJob, ...]) -> list[str]:
         return [f"{_job_line(job)}, asked for by {job.who} at {job.at}{_reason(job)}" for job in found] or ["no jobs"]
 
-    return _run(_use(client, call, tell, lambda found: [_job_dict(job) for job in found], as_json=as_json))
+    return run_through(_use(client, call, tell, lambda found: [_job_dict(job) for job in found], as_json=as_json))
 
 
 @jobs.command("show")
@@ -798,7 +768,7 @@ def jobs_list(
 @_asking_options
 def jobs_show(client: BustcallClient, job: str, daemon: str | None, as_json: bool) -> int:
     """Tell all of one JOB."""
-    return _run(_use(client, lambda: client.job(job, daemon=daemon), _job_lines, _job_dict, as_json=as_json))
+    return run_through(_use(client, lambda: client.job(job, daemon=daemon), _job_lines, _job_dict, as_json=as_json))
 
 
 @jobs.command("cancel")
@@ -817,9 +787,9 @@ def jobs_cancel(client: BustcallClient, job: str, daemon: str | None, as_json: b
         return found if was_over else await client.cancel_job(job, daemon=found.daemon)
 
     def verdict(found: BustJob) -> int:
-        return 0 if found.state == "cancelled" and not was_over else _REFUSED
+        return 0 if found.state == "cancelled" and not was_over else REFUSED
 
-    return _run(_use(client, call, _job_lines, _job_dict, as_json=as_json, verdict=verdict))
+    return run_through(_use(client, call, _job_lines, _job_dict, as_json=as_json, verdict=verdict))
 
 
 @jobs.command("wait")
@@ -840,10 +810,10 @@ def jobs_wait(client: BustcallClient, job: str, seconds: float, daemon: str | No
     """Wait until JOB is over. Exits with 0 if it is done, with 1 if cancelled or failed, with 3 if it still goes on."""
 
     def verdict(found: BustJob) -> int:
-        return 0 if found.state == "done" else _REFUSED
+        return 0 if found.state == "done" else REFUSED
 
     call = partial(client.wait_job, job, timeout=seconds, daemon=daemon)
-    return _run(_use(client, call, _job_lines, _job_dict, as_json=as_json, verdict=verdict, patience="--for"))
+    return run_through(_use(client, call, _job_lines, _job_dict, as_json=as_json, verdict=verdict, patience="--for"))
 
 
 def _job_line(job: BustJob) -> str:
@@ -898,7 +868,7 @@ def watch(
             await _tell_events(events, as_json=as_json)
         return 0
 
-    return _run(_use(client, call, lambda _: [], lambda _: [], as_json=as_json))
+    return run_through(_use(client, call, lambda _: [], lambda _: [], as_json=as_json))
 
 
 async def _tell_events(events: EventStream, *, as_json: bool) -> None:
@@ -906,13 +876,13 @@ async def _tell_events(events: EventStream, *, as_json: bool) -> None:
     try:
         await events.wait_live(_PATIENCE)
     except TimeoutError:
-        click.echo(_printable(f"waiting: {events.reason}"), err=True)
+        click.echo(printable(f"waiting: {events.reason}"), err=True)
     async for event in events:
         if as_json:
             name = "bust" if isinstance(event, BustEvent) else "reset"
             click.echo(json.dumps({"event": name, **asdict(event)}))
         else:
-            click.echo(_printable(_event_line(event)))
+            click.echo(printable(_event_line(event)))
 
 
 def _event_line(event: BustEvent | Reset) -> str:
@@ -956,7 +926,7 @@ def outbox_list(client: BustcallClient, limit: int, as_json: bool) -> int:
                 "reason": row.reason,
             }
             line = f"{row.id} {row.state} {row.bust.target!r} for {shown['destination']}, attempts: {row.attempts}"
-            click.echo(json.dumps(shown) if as_json else _printable(f"{line}: {row.reason}" if row.reason else line))
+            click.echo(json.dumps(shown) if as_json else printable(f"{line}: {row.reason}" if row.reason else line))
         counts = await box.counts()
         if not as_json:
             told = f"{counts.pending} pending, {counts.leased} being delivered, {counts.aside} set aside"
@@ -965,7 +935,7 @@ def outbox_list(client: BustcallClient, limit: int, as_json: bool) -> int:
             )
         return 0
 
-    return _run(_with_outbox(client, work))
+    return run_through(_with_outbox(client, work))
 
 
 @outbox.command("replay")
@@ -981,9 +951,9 @@ def outbox_replay(client: BustcallClient, as_json: bool) -> int:
         click.echo(json.dumps(told) if as_json else text)
         if not report.ok:
             await _tell_left(client, box)
-        return 0 if report.ok else _UNAVAILABLE
+        return 0 if report.ok else UNAVAILABLE
 
-    return _run(_with_outbox(client, work))
+    return run_through(_with_outbox(client, work))
 
 
 async def _tell_left(client: BustcallClient, box: ClientOutbox) -> None:
@@ -999,7 +969,7 @@ async def _tell_left(client: BustcallClient, box: ClientOutbox) -> None:
         else:
             reasons[row.reason or "its turn has not come"] += 1
     for reason, times in reasons.most_common(5):
-        click.echo(_printable(f"{times} left: {reason}"), err=True)
+        click.echo(printable(f"{times} left: {reason}"), err=True)
 
 
 @outbox.command("retry")
@@ -1014,7 +984,7 @@ def outbox_retry(client: BustcallClient, rows: tuple[int, ...], as_json: bool) -
         click.echo(json.dumps({"retried": count}) if as_json else f"{count} will be delivered again")
         return _all_of_them(rows, count, "not every ROW was set aside; see pybustcall outbox list")
 
-    return _run(_with_outbox(client, work))
+    return run_through(_with_outbox(client, work))
 
 
 @outbox.command("purge")
@@ -1030,7 +1000,7 @@ def outbox_purge(client: BustcallClient, rows: tuple[int, ...], everything: bool
         click.echo(json.dumps({"purged": count}) if as_json else f"{count} deleted")
         return _all_of_them(rows, count, "not every ROW was set aside; --all deletes those that still wait, too")
 
-    return _run(_with_outbox(client, work))
+    return run_through(_with_outbox(client, work))
 
 
 def _all_of_them(rows: tuple[int, ...], count: int, hint: str) -> int:
@@ -1038,229 +1008,14 @@ def _all_of_them(rows: tuple[int, ...], count: int, hint: str) -> int:
     if count >= len(set(rows)):
         return 0
     click.echo(hint, err=True)
-    return _REFUSED
+    return REFUSED
 
 
 async def _with_outbox(client: BustcallClient, work: Callable[[ClientOutbox], Awaitable[int]]) -> int:
     try:
         box = client.outbox
         if not Path(box.path).exists():  # noqa: ASYNC240 - before anything else runs in this loop
-            raise _Failure(f"there is no outbox at {box.path}", _USAGE)
+            raise Failure(f"there is no outbox at {box.path}", USAGE)
         return await work(box)
     finally:
         await client.aclose()
-
-
-def _printable(text: str) -> str:
-    """Keep what a daemon said from steering the terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
-@cli.command()
-@click.option("--config", type=click.Path(path_type=Path), help="TOML file with all settings, and with layers.")
-@click.option("--check", "only_check", is_flag=True, help="Tell what is wrong with the settings, and do not serve.")
-@click.option("--host", show_default="127.0.0.1", help="Address to listen on; another needs a token.")
-@click.option("--port", type=click.IntRange(0, 65535), show_default="8989", help="0 lets the system choose.")
-@click.option("--socket", type=click.Path(path_type=Path), help="Unix socket to listen on instead.")
-@click.option("--backend", type=click.Choice(["memory", "files"]), help="What to bust; files if --root is given.")
-@click.option("--root", type=click.Path(path_type=Path), help="Directory of the files backend: a key is a path below.")
-@click.option("--register", type=click.Path(path_type=Path), help='JSON file {"entry": ["what it depends on"]}.')
-@click.option("--allow-host", "hosts", multiple=True, help="A name that a Host header may say, beside the own ones.")
-@click.option(
-    "--token-file", type=click.Path(path_type=Path), help="File with the token to ask for (or BUSTCALL_TOKEN)."
-)
-@click.option(
-    "--operator-token-file",
-    type=click.Path(path_type=Path),
-    help="File with a second token, which opens what is private, too (or BUSTCALL_OPERATOR_TOKEN).",
-)
-@click.option(
-    "--access", multiple=True, metavar="NAME=TIER", help="Make a capability public, protected or private; repeat it."
-)
-@click.option("--require-semverx", metavar="RANGE", show_default="*", help="The SemverX versions of clients.")
-@click.option(
-    "--require-capability",
-    "required",
-    multiple=True,
-    metavar="NAME",
-    help="What clients must be able to do; repeat it.",
-)
-@click.option("--state", type=click.Path(path_type=Path), help="File to remember idempotency keys in, over restarts.")
-@click.option(
-    "--registry",
-    type=click.Path(path_type=Path),
-    help="File to keep dependencies and registered entries in, over restarts; by default beside the journal.",
-)
-@click.option(
-    "--journal", type=click.Path(path_type=Path), help="File to write busts down in, so that they survive a crash."
-)
-@click.option("--drain", type=click.FloatRange(0, 3600), show_default="10.0", help="Seconds to finish in.")
-@click.option("--json", "as_json", is_flag=True, help="Say where it listens, or what is wrong, as JSON.")
-def daemon(
-    *,
-    config: Path | None,
-    only_check: bool,
-    backend: str | None,
-    root: Path | None,
-    register: Path | None,
-    as_json: bool,
-    **options: Any,
-) -> int:
-    """Run the reference daemon until SIGTERM or Ctrl-C; says on standard output where it listens.
-
-    Options win over the file given with --config. With --check it exits with 0 if all is in order, and with 4 if not.
-    """
-    try:
-        from pybustcall import daemon as package  # noqa: PLC0415 - needs an extra
-        from pybustcall.daemon.configuration import (  # noqa: PLC0415 - likewise
-            Configuration,
-            FilesLayer,
-            InvalidConfiguration,
-            MemoryLayer,
-            load,
-            read,
-        )
-    except ImportError as error:
-        raise _Failure(str(error), _CANNOT_START) from error
-    if (backend == "files" or (backend is None and root is not None)) != (root is not None):
-        raise click.UsageError("the files backend and --root DIRECTORY go together")
-    try:
-        configuration = Configuration() if config is None else (read if only_check else load)(config)
-        if root is not None or backend is not None:
-            layer = MemoryLayer(backend="memory") if root is None else FilesLayer(backend="files", root=str(root))
-            try:
-                configuration = configuration.with_layer(layer)
-            except InvalidConfiguration as error:
-                if not only_check:
-                    raise
-                configuration = replace(configuration, findings=(*configuration.findings, *error.findings))
-        given = _given_to_daemon(configuration, **options)
-        if only_check:
-            return _run(_check_daemon(configuration, register, given, as_json=as_json))
-        _serve(configuration, register, given, as_json=as_json)
-    except InvalidConfiguration as error:
-        if not only_check:
-            raise _Failure(str(error), _CANNOT_START) from error
-        _tell_findings(error.findings, as_json=as_json)
-        return _CANNOT_START
-    except (ConfigurationError, package.BackendFailure) as error:
-        raise _Failure(str(error), _CANNOT_START) from error
-    return 0
-
-
-def _given_to_daemon(
-    configuration: Configuration,
-    *,
-    hosts: tuple[str, ...],
-    access: tuple[str, ...],
-    require_semverx: str | None,
-    required: tuple[str, ...],
-    **same: Any,
-) -> dict[str, Any]:
-    """Tell the settings that the options gave; what the others need of the file is in them."""
-    document = configuration.document
-    given = {**same, "allowed_hosts": hosts or None}
-    if access:
-        given["access"] = {**document.access.tiers, **_access(access)}
-    if require_semverx is not None or required:
-        given["requires"] = Requirements(
-            semverx=document.requires.semverx if require_semverx is None else require_semverx,
-            capabilities=required or document.requires.capabilities,
-        )
-    return {name: value for name, value in given.items() if value is not None}
-
-
-async def _check_daemon(
-    configuration: Configuration, register: Path | None, given: dict[str, Any], *, as_json: bool
-) -> int:
-    """Tell all that is wrong, one finding a line."""
-    from pybustcall.daemon.checking import check  # noqa: PLC0415 - needs an extra
-
-    checked = await check(configuration, os.environ, register=register, **given)
-    _tell_findings(checked.findings, as_json=as_json)
-    for warning in checked.warnings:
-        line = {"ok": True, "file": warning.file, "key": warning.key, "warning": warning.text}
-        click.echo(json.dumps(line) if as_json else str(replace(warning, text=f"warning: {warning.text}")))
-    if checked.findings:
-        return _CANNOT_START
-    count = len(checked.layers)
-    told = f"in order: {count} layer{'s' if count > 1 else ''}: {_named(checked.layers)}"
-    if checked.lacking:
-        told += "; not advertised: "
-        told += ", ".join(f"{name} (lacked by {', '.join(layers)})" for name, layers in checked.lacking.items())
-    line = {
-        "ok": True,
-        "file": configuration.file,
-        "layers": _layers_as_dicts(checked.layers),
-        "lacking": checked.lacking,
-    }
-    click.echo(json.dumps(line) if as_json else ": ".join(filter(None, [configuration.file, told])))
-    return 0
-
-
-def _tell_findings(findings: Iterable[Finding], *, as_json: bool) -> None:
-    for finding in findings:
-        line = {"ok": False, "file": finding.file, "key": finding.key, "text": finding.text}
-        click.echo(json.dumps(line) if as_json else str(finding))
-
-
-def _serve(configuration: Configuration, register: Path | None, given: dict[str, Any], *, as_json: bool) -> None:
-    """Serve until told to stop. What keeps it from starting is told at its key, if the file says it."""
-    from pybustcall.daemon import Engine, serve  # noqa: PLC0415 - needs an extra
-    from pybustcall.daemon.configuration import InvalidConfiguration  # noqa: PLC0415 - likewise
-    from pybustcall.daemon.index import Indexes  # noqa: PLC0415 - likewise
-
-    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
-    settings = configuration.settings(os.environ, **given)
-    indexes = Indexes(most=settings.max_namespaces)
-    layers = configuration.layers(indexes, os.environ)
-
-    def ready(url: str) -> None:
-        kinds = ", ".join(layer.backend.name for layer in layers)
-        told = {"url": url, "pid": os.getpid(), "backend": kinds, "layers": _layers_as_dicts(layers)}
-        shown = f"{kinds} backend" if [layer.name for layer in layers] == [kinds] else f"layers: {_named(layers)}"
-        click.echo(json.dumps(told) if as_json else f"bustcall daemon listening on {url} ({shown})")  # and flushes it
-
-    try:
-        engine = Engine(layers, indexes)
-        if entries := register or configuration.register:
-            engine.load_registrations(entries)
-        _run(serve(engine, settings, ready=ready))
-    except ConfigurationError as error:
-        by_option = {*given, *(["entries"] if register is not None else [])}
-        raise InvalidConfiguration([configuration.finding(error.setting, str(error), by_option)]) from error
-
-
-def _named(layers: Sequence[Layer]) -> str:
-    return ", ".join(f"{layer.name} ({layer.number})" for layer in layers)
-
-
-def _layers_as_dicts(layers: Sequence[Layer]) -> list[dict[str, Any]]:
-    return [{"name": layer.name, "number": layer.number, "backend": layer.backend.name} for layer in layers]
-
-
-def _token(variable: str, path: Path | None) -> str | None:
-    """Read a token of the daemon's: the file's, or else the environment's."""
-    return os.environ.get(variable) or None if path is None else _read_token(path)
-
-
-def _access(given: tuple[str, ...]) -> dict[str, Access]:
-    """Read NAME=TIER; whether there are such names and tiers is the daemon's to say."""
-    pairs = [text.partition("=") for text in given]
-    if not all(equals for _, equals, _ in pairs):
-        raise click.UsageError("--access takes NAME=TIER, such as cache.bust=public")
-    return {name: cast("Access", tier) for name, _, tier in pairs}
-
-
-def _run(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run a command's work; our own errors become one sentence and an exit code."""
-    try:
-        return asyncio.run(work)
-    except ConfigurationError as error:
-        if error.setting == "outbox":
-            raise _Failure(f"{error} (--outbox FILE here)", _USAGE) from error
-        raise
-    except InvalidRequest as error:
-        raise _Failure(str(error), _USAGE) from error
-    except BustcallError as error:
-        raise _Failure(str(error), _REFUSED) from error
