@@ -17,9 +17,6 @@ import argparse
 import asyncio
 import contextlib
 import gc
-import json
-import os
-import platform
 import signal
 import subprocess
 import sys
@@ -30,8 +27,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from bench.growth import fitted, plot_steps, sizes, table
 from bench.plot import Curve, chart, percentile
+from bench.record import record
 from pybustcall import BustcallClient
-from pybustcall.capabilities import VERSION
 from pybustcall.daemon import DaemonSettings, Engine, Layer, MemoryBackend, serve
 from tests.counting import EVERY, LEAVES, branch
 from tests.delegation import BUSTS, Asked, delegating, filled, spread, steps_per
@@ -151,23 +148,13 @@ def main() -> int:
         return 0
     begun = time.perf_counter()
     rows, wrong = bench(options)
-    result = {
-        "bench": "delegation",
-        "pybustcall": VERSION,
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
-        "seconds": round(time.perf_counter() - begun, 1),
-        "wrong": wrong,
-        "rows": rows,
-    }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "delegation.json").write_text(json.dumps(result, indent=1) + "\n")
+    recorded = record(options.output, "delegation", begun, wrong=wrong, rows=rows)
     plotted = {row["bust"]: row for row in rows if row["bust"] in PLOTTED}
     title = "Comparisons of keys per bust, by the number of registered entries"
     (options.output / "delegation_steps.svg").write_text(plot_steps(title, plotted, digits=0))
     (options.output / "delegation_times.svg").write_text(plot_times(plotted))
     times = {"p50_ms": ".2f", "p99_ms": ".2f"}
-    print(json.dumps(result) if options.json else table(rows, ["bust", "removes"], times=times, digits=0))
+    print(recorded if options.json else table(rows, ["bust", "removes"], times=times, digits=0))
     return int(wrong > 0 or not all(row["is_logarithmic"] for row in rows))
 
 

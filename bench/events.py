@@ -19,7 +19,6 @@ import asyncio
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import signal
 import statistics
@@ -32,8 +31,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from bench.plot import percentile
+from bench.record import record
 from pybustcall import BustcallClient
-from pybustcall.capabilities import VERSION
 from pybustcall.daemon import DaemonSettings, Engine, Indexes, Layer, MemoryBackend, serve
 
 if TYPE_CHECKING:
@@ -225,20 +224,13 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="where to write")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     asked = parser.parse_args()
+    begun = time.perf_counter()
     counts = [int(it) for it in asked.readers.split(",")]
     least, most = 2 * max(counts) + 100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (least if most == resource.RLIM_INFINITY else min(least, most), most))
     rows = [run(count, asked.busts) for count in counts]
-    document: dict[str, Any] = {
-        "version": VERSION,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "busts": asked.busts,
-        "rows": [asdict(row) for row in rows],
-    }
-    asked.output.mkdir(parents=True, exist_ok=True)
-    (asked.output / "events.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(document) if asked.json else table(rows))
+    recorded = record(asked.output, "events", begun, busts=asked.busts, rows=[asdict(row) for row in rows])
+    print(recorded if asked.json else table(rows))
     return 1 if any(row.wrong for row in rows) else 0
 
 

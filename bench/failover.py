@@ -20,7 +20,6 @@ import asyncio
 import json
 import math
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -36,8 +35,8 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from bench.plot import Curve, chart, ecdf, percentile
+from bench.record import record
 from pybustcall import BustcallClient
-from pybustcall.capabilities import VERSION
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -432,23 +431,19 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the daemons are ended
     begun = time.perf_counter()
     rows = [series.summary() for series in asyncio.run(bench(options))]
-    result = {
-        "bench": "failover",
-        "pybustcall": VERSION,
-        "python": platform.python_version(),
-        "aiohttp": aiohttp.__version__,
-        "cpus": os.cpu_count(),
-        "workers": options.workers,
-        "think_s": options.think,
-        "window_s": WINDOW,
-        "seconds": round(time.perf_counter() - begun, 1),
-        "rows": rows,
-    }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "failover.json").write_text(json.dumps(result, indent=1) + "\n")
+    recorded = record(
+        options.output,
+        "failover",
+        begun,
+        aiohttp=aiohttp.__version__,
+        workers=options.workers,
+        think_s=options.think,
+        window_s=WINDOW,
+        rows=rows,
+    )
     (options.output / "failover.svg").write_text(plot(rows, options.workers))
     told = f"milliseconds; caught: p99 of those in flight at the fault\n\n{table(rows)}"
-    print(json.dumps(result) if options.json else told)
+    print(recorded if options.json else told)
     return int(any(row["failed"] or row["lost"] for row in rows if row["contestant"] == "pybustcall"))
 
 

@@ -12,9 +12,6 @@ a + b * log2(n) and grow no faster; times decide nothing.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -23,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from bench.growth import fitted, plot_steps, sizes, table
 from bench.plot import Curve, chart
-from pybustcall.capabilities import VERSION
+from bench.record import record
 from tests.counting import OPERATIONS, filled, numbers_in, operations, steps_per
 
 if TYPE_CHECKING:
@@ -75,21 +72,12 @@ def main() -> int:
     options = parser.parse_args()
     begun = time.perf_counter()
     rows = bench(options)
-    result = {
-        "bench": "index_scaling",
-        "pybustcall": VERSION,
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
-        "seconds": round(time.perf_counter() - begun, 1),
-        "rows": rows,
-    }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "index_scaling.json").write_text(json.dumps(result, indent=1) + "\n")
+    recorded = record(options.output, "index_scaling", begun, rows=rows)
     plotted = {row["operation"]: row for row in rows if row["operation"] in PLOTTED}
     title = "Comparisons of keys per operation, by the number of entries"
     (options.output / "index_steps.svg").write_text(plot_steps(title, plotted, digits=1))
     (options.output / "index_times.svg").write_text(plot_times(plotted))
-    print(json.dumps(result) if options.json else table(rows, ["operation"], times={"us": ".1f"}, digits=1))
+    print(recorded if options.json else table(rows, ["operation"], times={"us": ".1f"}, digits=1))
     return int(not all(row["is_logarithmic"] for row in rows))
 
 

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -25,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.plot import percentile
-from pybustcall.capabilities import VERSION
+from bench.record import record
 from pybustcall.daemon.journal import Entry, Journal, Wish
 from pybustcall.models import LayerReply
 
@@ -125,18 +123,8 @@ def main() -> int:
             asyncio.run(measure(int(callers), options.begins, Path(directory)))
             for callers in options.callers.split(",")
         ]
-    result = {
-        "bench": "journal",
-        "pybustcall": VERSION,
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
-        "sync_ms": round(sync, 3),
-        "seconds": round(time.perf_counter() - begun, 1),
-        "rows": rows,
-    }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "journal.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result) if options.json else f"{table(rows)}\n\nThe disk syncs 4 KiB in {sync:.2f} ms.")
+    recorded = record(options.output, "journal", begun, sync_ms=round(sync, 3), rows=rows)
+    print(recorded if options.json else f"{table(rows)}\n\nThe disk syncs 4 KiB in {sync:.2f} ms.")
     return int(any(row["lost"] for row in rows))
 
 

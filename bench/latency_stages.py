@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -27,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from bench.plot import Curve, chart, percentile
+from bench.record import record
 from pybustcall import BustcallClient, Hedged
-from pybustcall.capabilities import VERSION
 from pybustcall.testing import FakeDaemon, FaultyProxy, Trouble
 
 if TYPE_CHECKING:
@@ -186,19 +183,10 @@ def main() -> int:
     options = parser.parse_args()
     begun = time.perf_counter()
     rows = asyncio.run(bench(options))
-    result = {
-        "bench": "latency_stages",
-        "pybustcall": VERSION,
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
-        "seconds": round(time.perf_counter() - begun, 1),
-        "rows": rows,
-    }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "latency_stages.json").write_text(json.dumps(result, indent=1) + "\n")
+    recorded = record(options.output, "latency_stages", begun, rows=rows)
     (options.output / "latency_stages.svg").write_text(plot_stages(rows))
     (options.output / "latency_times.svg").write_text(plot_times(rows))
-    print(json.dumps(result) if options.json else table(rows))
+    print(recorded if options.json else table(rows))
     return int(any(row["lost"] or (row["statuses"].get("failed") and not row["may_fail"]) for row in rows))
 
 

@@ -22,9 +22,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -32,12 +29,12 @@ import time
 import tracemalloc
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from bench.events import bind, cores, running
 from bench.plot import percentile
+from bench.record import record
 from pybustcall import BustcallClient, BustEvent
-from pybustcall.capabilities import VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -229,22 +226,16 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="where to write")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     asked = parser.parse_args()
+    begun = time.perf_counter()
     sizes = [int(it) for it in asked.entries.split(",")]
     daemon_core, own_core = cores()
     bind(own_core)
     with tempfile.TemporaryDirectory() as directory, running(Path(directory), 10, daemon_core) as (url, _):
         rows, heard = asyncio.run(measure(url, sizes, asked.calls, asked.busts))
-    document: dict[str, Any] = {
-        "version": VERSION,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "calls": asked.calls,
-        "rows": [asdict(row) for row in rows],
-        "busts": asdict(heard),
-    }
-    asked.output.mkdir(parents=True, exist_ok=True)
-    (asked.output / "near_cache.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(document) if asked.json else tables(rows, heard))
+    recorded = record(
+        asked.output, "near_cache", begun, calls=asked.calls, rows=[asdict(row) for row in rows], busts=asdict(heard)
+    )
+    print(recorded if asked.json else tables(rows, heard))
     return 1 if any(row.wrong for row in rows) or heard.wrong else 0
 
 

@@ -20,10 +20,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import multiprocessing
-import os
-import platform
 import shutil
 import statistics
 import sys
@@ -35,8 +32,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from bench.plot import percentile
+from bench.record import record
 from pybustcall import BustcallClient
-from pybustcall.capabilities import VERSION
 from pybustcall.daemon import DaemonSettings, Engine, Indexes, Layer, serve
 from pybustcall.daemon.backends.redis import RedisBackend
 from pybustcall.integrations.redis import RedisCache
@@ -276,18 +273,8 @@ def main() -> int:
         ]
         with connect(server.port) as redis:
             version = redis.info("server")["redis_version"]
-    result = {
-        "bench": "redis_prefix",
-        "pybustcall": VERSION,
-        "python": platform.python_version(),
-        "redis": version,
-        "cpus": os.cpu_count(),
-        "seconds": round(time.perf_counter() - begun, 1),
-        "rows": rows,
-    }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "redis_prefix.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result) if options.json else table(rows))
+    recorded = record(options.output, "redis_prefix", begun, redis=version, rows=rows)
+    print(recorded if options.json else table(rows))
     return int(any(row["right"] < row["runs"] for row in rows))
 
 

@@ -20,10 +20,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import multiprocessing
-import os
-import platform
 import sqlite3
 import statistics
 import sys
@@ -35,8 +32,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from bench.plot import percentile
+from bench.record import record
 from pybustcall import BustcallClient
-from pybustcall.capabilities import VERSION
 from pybustcall.daemon import DaemonSettings, Engine, Indexes, Layer, serve
 from pybustcall.daemon.backends.sqlite import SqliteBackend
 from pybustcall.integrations.sqlite import SqliteCache
@@ -319,19 +316,8 @@ def main() -> int:
             )
             for case in CASES
         ]
-    result = {
-        "bench": "sqlite_cache",
-        "pybustcall": VERSION,
-        "python": platform.python_version(),
-        "sqlite": sqlite3.sqlite_version,
-        "cpus": os.cpu_count(),
-        "seconds": round(time.perf_counter() - begun, 1),
-        "taken": taken,
-        "rows": busted,
-    }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "sqlite_cache.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result) if options.json else tables(taken, busted))
+    recorded = record(options.output, "sqlite_cache", begun, sqlite=sqlite3.sqlite_version, taken=taken, rows=busted)
+    print(recorded if options.json else tables(taken, busted))
     return int(any(row["left"] or row["touched"] for row in busted))
 
 
