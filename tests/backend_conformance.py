@@ -8,8 +8,9 @@ reason told.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol, cast, final
 
@@ -19,7 +20,7 @@ from pybustcall.daemon.backends import Backend, BackendFailure, RefusedKey, Scop
 from pybustcall.keys import covers, is_variant
 from pybustcall.models import DEFAULT_NAMESPACE, EVERYTHING, Kind
 
-__all__ = ["CHECKS", "Check", "Fill", "Harness", "Seen"]
+__all__ = ["CHECKS", "Check", "Fill", "Harness", "Seen", "opened"]
 
 Seen = Literal["fresh", "stale", "missing"]
 """What a reader of the cache gets: the value, the value and the hint to make it anew, or nothing."""
@@ -56,6 +57,23 @@ class Harness(Protocol):
 
         None where that is no different from `put`, because the cache has no way to refuse late fills.
         """
+
+
+async def _nothing_more() -> None:
+    """Close nothing."""
+
+
+@asynccontextmanager
+async def opened(harness: Harness, close: Callable[[], Awaitable[None]] = _nothing_more) -> AsyncIterator[Harness]:
+    """Open the backend of a harness, and close it and what `close` closes, with no descriptor left open."""
+    before = len(os.listdir("/proc/self/fd"))
+    await harness.backend.open()
+    try:
+        yield harness
+    finally:
+        await harness.backend.close()
+        await close()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @final

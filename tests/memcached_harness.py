@@ -15,7 +15,7 @@ from pybustcall.memcached_connection import MemcachedServer
 from pybustcall.memcached_layout import DEFAULT_PREFIX, Layout
 from tests.backend_conformance import Harness
 from tests.memcached_process import shared_memcached
-from tests.readers_harness import ReadersHarness, opened
+from tests.readers_harness import ReadersHarness, opened_with_caches
 
 __all__ = ["MemcachedHarness", "opened_memcached"]
 
@@ -42,4 +42,4 @@ class MemcachedHarness(ReadersHarness):
 def opened_memcached(_: Path) -> AbstractAsyncContextManager[Harness]:
     """Open a harness, and close it."""
     shared_memcached().ask("flush_all")
-    return opened(MemcachedHarness(shared_memcached().url))
+    return opened_with_caches(MemcachedHarness(shared_memcached().url))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from pybustcall.daemon.backends import Backend
 from pybustcall.integrations.reading import ReadersCache
-from tests.backend_conformance import Fill, Harness, Seen
+from tests.backend_conformance import Fill, Harness, Seen, opened
 
 __all__ = ["ReadersHarness", "opened"]
 
@@ -62,14 +61,6 @@ class ReadersHarness(ABC):
             await cache.aclose()
 
 
-@asynccontextmanager
-async def opened(harness: ReadersHarness) -> AsyncIterator[Harness]:
-    """Open a harness, and close it, with no descriptor left open."""
-    before = len(os.listdir("/proc/self/fd"))
-    await harness.backend.open()
-    try:
-        yield harness
-    finally:
-        await harness.backend.close()
-        await harness.aclose()
-    assert len(os.listdir("/proc/self/fd")) == before
+def opened_with_caches(harness: ReadersHarness) -> AbstractAsyncContextManager[Harness]:
+    """Open a harness, and close it and the caches that its application has opened."""
+    return opened(harness, harness.aclose)

@@ -19,7 +19,7 @@ from pybustcall.models import DEFAULT_NAMESPACE
 from pybustcall.redis_connection import RedisServer
 from tests.backend_conformance import Fill, Harness, Seen
 from tests.engines import RedisProcess
-from tests.readers_harness import ReadersHarness, opened
+from tests.readers_harness import ReadersHarness, opened_with_caches
 
 __all__ = ["ForeignHarness", "RedisHarness", "opened_foreign", "opened_redis", "shared_redis"]
 
@@ -90,7 +90,7 @@ class ForeignHarness(RedisHarness):
 def opened_redis(_: Path) -> AbstractAsyncContextManager[Harness]:
     """Open a harness, and close it."""
     shared_redis().ask("FLUSHALL")
-    return opened(RedisHarness(shared_redis().url))
+    return opened_with_caches(RedisHarness(shared_redis().url))
 
 
 def opened_foreign(foreign: str) -> Callable[[Path], AbstractAsyncContextManager[Harness]]:
@@ -98,6 +98,6 @@ def opened_foreign(foreign: str) -> Callable[[Path], AbstractAsyncContextManager
 
     def open_(_: Path) -> AbstractAsyncContextManager[Harness]:
         shared_redis().ask("FLUSHALL")
-        return opened(ForeignHarness(shared_redis().url, foreign))
+        return opened_with_caches(ForeignHarness(shared_redis().url, foreign))
 
     return open_

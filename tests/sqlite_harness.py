@@ -12,7 +12,7 @@ from pybustcall.daemon.backends.sqlite import SqliteBackend
 from pybustcall.integrations.sqlite import SqliteCache
 from pybustcall.sqlite_file import SqliteFile
 from tests.backend_conformance import Harness
-from tests.readers_harness import ReadersHarness, opened
+from tests.readers_harness import ReadersHarness, opened_with_caches
 
 __all__ = ["SqliteHarness", "opened_sqlite"]
 
@@ -41,4 +41,4 @@ class SqliteHarness(ReadersHarness):
 
 def opened_sqlite(directory: Path) -> AbstractAsyncContextManager[Harness]:
     """Open a harness, and close it."""
-    return opened(SqliteHarness(directory / "cache.db"))
+    return opened_with_caches(SqliteHarness(directory / "cache.db"))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from pybustcall.daemon.backends.files import FilesBackend
 from pybustcall.daemon.backends.memory import MemoryBackend
 from pybustcall.daemon.index import Indexes
 from pybustcall.models import DEFAULT_NAMESPACE as HERE
-from tests.backend_conformance import CHECKS, Check, Fill, Harness, Seen
+from tests.backend_conformance import CHECKS, Check, Fill, Harness, Seen, opened
 from tests.memcached_harness import opened_memcached
 from tests.redis_harness import opened_foreign, opened_redis
 from tests.sqlite_harness import opened_sqlite
@@ -78,18 +77,6 @@ class FilesHarness:
 
 
 Making = Callable[[Path], AbstractAsyncContextManager[Harness]]
-
-
-@asynccontextmanager
-async def opened(harness: Harness) -> AsyncIterator[Harness]:
-    """Open the backend of a harness, and close it, with no descriptor left open."""
-    before = len(os.listdir("/proc/self/fd"))
-    await harness.backend.open()
-    try:
-        yield harness
-    finally:
-        await harness.backend.close()
-    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def made_in(where: str) -> Making:
