@@ -38,7 +38,7 @@ from urllib.parse import urlencode
 
 from pydantic import ValidationError
 
-from pybustcall.clock import clock
+from pybustcall.clock import clock, runs_here
 from pybustcall.dispatcher import reap
 from pybustcall.errors import ClientClosed, InvalidRequest
 from pybustcall.faults import AttemptFailed, Fault, FaultKind
@@ -647,10 +647,7 @@ class Feed:
     @property
     def is_here(self) -> bool:
         """Whether it belongs to the event loop that runs here."""
-        try:
-            return asyncio.get_running_loop() is self.loop
-        except RuntimeError:
-            return False
+        return runs_here(self.loop)
 
     def limit(self, heartbeat: float) -> float:
         """Tell after how many seconds without a sign of life a connection is given up."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, final
 from pybustcall.attached import Nearby
 from pybustcall.background import Courier, Prober
 from pybustcall.capabilities import Agreement
+from pybustcall.clock import runs_here
 from pybustcall.delivery import Deliverer
 from pybustcall.events import Following
 from pybustcall.faults import Band, Fault
@@ -108,10 +109,7 @@ class Runtime:
     @property
     def is_here(self) -> bool:
         """Whether it belongs to the event loop that runs here."""
-        try:
-            return asyncio.get_running_loop() is self.loop
-        except RuntimeError:
-            return False
+        return runs_here(self.loop)
 
     @property
     def is_following(self) -> bool:
